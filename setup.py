@@ -19,8 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["llava_cot", "llava_cot.*"]),
-    include_package_data=True,
-    package_data={"llava_cot": ["assets/**/*", "recipes/*.yaml"]},
+    include_package_data=True,  # what MANIFEST.in names
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -11,7 +11,7 @@ from hypothesis import settings
 for name, helper in vars(fastcore.test).items():  # test_eq and the others are helpers, not tests
     if name.startswith("test_") and callable(helper): helper.__test__ = False
 
-settings.register_profile("llava_cot", deadline=None)
+settings.register_profile("llava_cot", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("llava_cot")
 torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny models gain nothing from more
 

@@ -4,6 +4,7 @@
     python tools/preview_docs.py --check    build, then end non-zero at the first sight of a dead link or lost text
 """
 import argparse
+import ast
 import html
 import json
 import os
@@ -27,7 +28,8 @@ from nbdev.serve import proc_nbs
 ROOT = Path(__file__).resolve().parent.parent
 PANDOC = Path(pypandoc.__file__).parent / "files" / "pandoc"  # the one pip installed, so that every machine writes the same
 MARKDOWN = "markdown-yaml_metadata_block"
-GROUPS = {3: "The format and the data", 5: "Tokens and models", 8: "Training", 11: "Answers", 99: "The command line"}
+GROUPS = {3: "The format and the data", 5: "Tokens and models", 8: "Training", 11: "Answering and scoring", 99: "The command line"}
+MIXED = "mixes imports with other code: give the imports a cell of their own, for a test in '#| testmod'"
 SHOWN = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
 
 
@@ -140,6 +142,9 @@ def read_page(path: Path, source: str, divs: bool = True) -> Page:
 def site_url(cfg) -> str: return f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/") + "/"
 
 
+def blob_url(cfg) -> str: return f"{cfg.git_url}/blob/{cfg.branch}/"
+
+
 def split_url(url: str, page: str, site: str) -> tuple[str, str] | None:
     "Path (relative to the site) and anchor that `url` on `page` points to; None where it leads elsewhere"
     if url.startswith(site): base, url = "", url.removeprefix(site)
@@ -197,8 +202,13 @@ def build(out: Path) -> dict[str, Page]:
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     entries = write_sidebar(cfg.nbs_path)
-    proc = proc_nbs(cfg.nbs_path, force=True, n_workers=2)
     order = [s for e in entries for s in ([e] if isinstance(e, str) else e["contents"])]
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the processes that this starts; what matters in them, `problems` says
+    try: proc = proc_nbs(cfg.nbs_path, force=True, n_workers=2)
+    except Exception as e:
+        for s in order:
+            for line in run_by_nbdev(cfg.nbs_path / s): print(f"{s}: the cell {line!r} {MIXED}", file=sys.stderr)
+        sys.exit(f"preview_docs: nbdev can not process the notebooks. {e}")
     pages = {s: read_page(proc / s, s) for s in order}
     shutil.rmtree(out, ignore_errors=True)
     for path in proc.rglob("*"):
@@ -237,10 +247,32 @@ def lost_text(path: Path) -> str:
     return ""
 
 
+def run_by_nbdev(path: Path) -> list[str]:
+    "First lines of the cells that mix imports with other code: nbdev runs them when it builds the site, without the cells they need"
+    res = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = joined(cell["source"])
+        if cell["cell_type"] != "code" or re.match(r"#\|\s*(export|testmod)|\s*%", source): continue
+        tree = ast.parse(source)
+        if (any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
+            and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body)): res.append(source.partition("\n")[0])
+    return res
+
+
+def private(path: Path) -> list[str]:
+    "Paths of one machine and tokens in the outputs of the notebook at `path`"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [joined(t) for c in cells for o in c.get("outputs", [])
+             for t in [o.get("text", ""), "\n".join(o.get("traceback", [])), *(v for k, v in o.get("data", {}).items() if k.startswith("text/"))]]
+    text = re.sub(r"base64,[A-Za-z0-9+/=\s]+", "", "\n".join(texts))
+    return list(dict.fromkeys(m[0] for m in re.finditer(
+        r"(?<![\w./-])/(?:root|home|Users|tmp|work|var/folders)(?:/[\w.-]*|\b)|\b(?:hf_|gh[pos]_|sk-)[A-Za-z0-9]{16,}", text)))
+
+
 def problems(out: Path, pages: dict[str, Page]) -> list[str]:
     "Dead links and anchors within the site and into the repository, and text that a reader would not see"
     cfg, res = get_config(), []
-    blob, site = f"{cfg.git_url}/blob/{cfg.branch}/", site_url(cfg)
+    blob, site = blob_url(cfg), site_url(cfg)
     links = {p.html: Links((out / p.html).read_text(encoding="utf-8")) for p in pages.values()}
     for p in pages.values():
         for url in dict.fromkeys(links[p.html].urls):
@@ -250,9 +282,11 @@ def problems(out: Path, pages: dict[str, Page]) -> list[str]:
                 path, anchor = where
                 if not (out / path).is_file(): res.append(f"{p.source}: dead link: {url}")
                 elif path in links and anchor not in links[path].ids: res.append(f"{p.source}: dead anchor: {url}")
+        res += [f"{p.source}: the cell {s!r} {MIXED}" for s in run_by_nbdev(cfg.nbs_path / p.source)]
+        res += [f"{p.source}: an output holds {s!r}" for s in private(cfg.nbs_path / p.source)]
         text = re.sub(r"<(pre|code)\b.*?</\1>", "", (out / p.html).read_text(encoding="utf-8"), flags=re.S)
         if tag := re.search(r"</?(SUMMARY|CAPTION|REASONING|CONCLUSION)>", text): res.append(f"{p.source}: {tag[0]} is read as HTML and vanishes: put it in backticks")
-        if lost := lost_text(get_config().nbs_path / p.source): res.append(f"{p.source}: nbdev drops this from the title's cell: {lost[:60]!r}")
+        if lost := lost_text(cfg.nbs_path / p.source): res.append(f"{p.source}: nbdev drops this from the title's cell: {lost[:60]!r}")
     return res
 
 

@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nbdev.doclinks import _nbpath2html, nbglob
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
 
-from preview_docs import ROOT, elements, pandoc, read_page, site_url, split_url
+from preview_docs import ROOT, blob_url, elements, pandoc, read_page, site_url, split_url
 
 
 def main():
@@ -29,9 +30,10 @@ def main():
         if e["t"] not in ("Link", "Image"): continue
         url = e["c"][2][0]
         where = split_url(url, "index.html", site_url(cfg))
-        if where is None or url.startswith("#"): continue
-        path = os.path.normpath(os.path.join(cfg.nbs_path.name, sources.get(where[0], where[0])))
-        if not (ROOT / path).exists(): print(f"readme: warning: {url} leads to {path}, which is not there")
+        if url.startswith(blob_url(cfg)): path = url.removeprefix(blob_url(cfg))
+        elif where is None or url.startswith("#"): continue
+        else: path = os.path.normpath(os.path.join(cfg.nbs_path.name, sources.get(where[0], where[0])))
+        if not (ROOT / path).exists(): print(f"readme: warning: {url} leads to {path}, which is not there", file=sys.stderr)
         e["c"][2][0] = path
     body = pandoc(json.dumps(page.ast), "-f", "json", "-t", "gfm", "--wrap=none")
     text = f"# {page.title}\n\n<!-- Made from nbs/index.ipynb by tools/readme.py: edit that. -->\n\n> {page.description}\n\n{body}"
