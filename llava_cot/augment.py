@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
 
-from fastcore.basics import patch
 from PIL import Image, ImageEnhance
 
 from .cot import spans

@@ -163,10 +163,10 @@ def _quote(text, n=30):
     return repr(text if len(text) <= n else text[:n] + "…")
 
 # %% ../nbs/00_cot.ipynb #c046
-def _walk(text, fmt):
-    "Problems met along the separators, as (kind, stage, start, message)."
+def _walk(text, fmt, found):
+    "Problems met along the separators `found`, as (kind, stage, start, message)."
     inside, last, opened, closed = None, None, set(), set()
-    for m in _SEPARATOR.finditer(text):
+    for m in found:
         tag, stage, at = m[0], m[2], m.start()
         if not inside: yield from _stray(text, last, at)
         if m[1] and inside and inside[2] == stage:
@@ -197,11 +197,11 @@ def _stray(text, last, end):
 # %% ../nbs/00_cot.ipynb #c048
 _LOOSE = re.compile(f"<[ \t]?(/?)[ \t]?({'|'.join(STAGES)})[ \t]?>", re.IGNORECASE | re.ASCII)
 
-def _missing(text, fmt):
+def _missing(text, fmt, found):
     "Stages that no separator opens, as (kind, stage, start, message)."
-    ends = {m[2]: m.end() for m in _SEPARATOR.finditer(text)}
-    opened = {m[2] for m in _SEPARATOR.finditer(text) if not m[1]}
-    loose = {}
+    opened = {m[2] for m in found if not m[1]}
+    if opened >= set(fmt.stages): return
+    ends, loose = {m[2]: m.end() for m in found}, {}
     for m in _LOOSE.finditer(text): loose.setdefault((m[1], m[2].upper()), m)
     at, after = 0, "first"
     for stage in fmt.stages:
@@ -211,20 +211,20 @@ def _missing(text, fmt):
         at, after = ends.get(stage, at), f"after {fmt.close(stage)}"
 
 # %% ../nbs/00_cot.ipynb #c049
-def _disorder(text, fmt):
+def _disorder(text, fmt, found):
     "The first stage that opens before one it should follow, as (kind, stage, start, message)."
     first = {}
-    for m in _SEPARATOR.finditer(text):
+    for m in found:
         if not m[1] and m[2] in fmt.stages: first.setdefault(m[2], m)
-    for a, b in zip(found := list(first), found[1:]):
+    for a, b in zip(order := list(first), order[1:]):
         if fmt.stages.index(a) > fmt.stages.index(b):
             yield "order", b, first[b].start(), f"<{b}> is out of order after <{a}>, expected {', '.join(fmt.stages)}"
             return
 
 # %% ../nbs/00_cot.ipynb #c051
-def _plain(text, fmt):
+def _plain(text, fmt, separators):
     "Problems of an answer without separators, as (kind, stage, start, message)."
-    if m := _SEPARATOR.search(text):
+    for m in separators[:1]:
         yield "unexpected", m[2], m.start(), f"{m[0]} does not belong to the format {fmt.name!r}, which has no separators"
     found, n = _paragraphs(text, fmt), len(fmt.stages)
     for stage in fmt.stages[len(found):]:
@@ -240,10 +240,9 @@ def check(
 ) -> list[Problem]:   # in the order of the text; empty for a well-formed answer
     "Everything that keeps `text` from being a complete answer in `fmt`. Linear in the length of the text."
     if not isinstance(text, str): return [Problem("input", None, f"expected text, got {type(text).__name__}")]
-    rules = (_walk, _missing, _disorder) if fmt.tags else (_plain,)
-    first = {}
-    for rule in rules:
-        for kind, stage, start, message in rule(text, fmt): first.setdefault((kind, stage), (start, message))
+    separators, first = list(_SEPARATOR.finditer(text)), {}
+    for rule in (_walk, _missing, _disorder) if fmt.tags else (_plain,):
+        for kind, stage, start, message in rule(text, fmt, separators): first.setdefault((kind, stage), (start, message))
     found = [Problem(kind, stage, f"{message} ({_place(text, start)})", start) for (kind, stage), (start, message) in first.items()]
     return sorted(found, key=lambda p: p.start)
 

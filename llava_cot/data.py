@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concatenate_datasets
 from fastcore.basics import patch
 from PIL import Image as PILImage
 from . import cot
@@ -150,34 +151,37 @@ def _scan(path, fmt, images, check) -> Iterator[tuple[dict|None, list[Problem]]]
             try:
                 row = _row(raw)
                 example = _example(row, line)
-                problems = _row_problems(example, line, lines, bases, looked, fmt) if check else []
-                example["images"] = [str(_find(name, bases)) for name in example["images"]]
+                for name in example["images"]:
+                    if name not in looked: looked[name] = _look(name, bases, check)
+                problems = _row_problems(example, line, lines, looked, fmt) if check else []
+                example["images"] = [looked[name][0] for name in example["images"]]
             except DataError as e: problems = e.problems
             known = f" (id {_id(row)[:60]})" if row and _id(row) else ""
             yield example, [replace(p, message=f"{file.name}:{line}{known}: {p.message}") for p in problems]
 
 # %% ../nbs/01_data.ipynb #c033
-def _find(name, bases):
-    "The file an image path means: in the first of `bases` that has it."
-    return next((b/name for b in bases if (b/name).is_file()), bases[0]/name).absolute()
+def _look(name, bases, check) -> tuple[str, Problem|None]:
+    "The file an image path means, in the first of `bases` that has it, and what is wrong with it."
+    paths = [os.path.join(os.path.abspath(base), name) for base in bases]
+    path = next((p for p in paths if os.path.isfile(p)), None)
+    if path is None:
+        why = f"image {name!r} is missing (paths are relative to the file's folder or `images`)"
+        return paths[0], Problem("missing_image", None, why)
+    why = _unreadable(path) if check else None
+    return path, why and Problem("unreadable_image", None, f"image {name!r} cannot be read: {why}")
 
-def _row_problems(example, line, lines, bases, looked, fmt):
-    "Problems of a readable row; `lines` (id → line) and `looked` (path → problem) remember what was seen."
+def _row_problems(example, line, lines, looked, fmt):
+    "Problems of a readable row; `lines` (id → line) and `looked` (image → file, problem) remember what was seen."
     problems = []
     if (first := lines.setdefault(example["id"], line)) != line:
         problems.append(Problem("duplicate_id", None, f"id {example['id']!r} is that of line {first} too, ids must differ"))
-    for name in example["images"]:
-        if name not in looked: looked[name] = _image_problem(name, _find(name, bases))
-        if looked[name]: problems.append(looked[name])
+    problems += [looked[name][1] for name in example["images"] if looked[name][1]]
     return problems + (list(_answer_problems(example["messages"], fmt)) if fmt else [])
 
-def _image_problem(name, path):
-    if not path.is_file(): return Problem("missing_image", None, f"image {name!r} is missing (paths are relative to the file's folder or `images`)")
-    if why := _unreadable(path): return Problem("unreadable_image", None, f"image {name!r} cannot be read: {why}")
-
 # %% ../nbs/01_data.ipynb #c035
-FEATURES = Features({"id": Value("string"), "images": List(Image()), "source": Value("string"),
-    "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})})
+FEATURES = Features({"id": Value("string"), "images": List(Image()),
+    "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
+    "source": Value("string")})
 
 def load(
     path: str|os.PathLike,                # a folder that holds train.jsonl, or a .jsonl file
@@ -195,7 +199,9 @@ def load(
     if not parts: raise DataError(f"{_layout(path)[0].name} holds no rows, expected one JSON object a line")
     return concatenate_datasets(parts)
 
-def _dataset(examples): return Dataset.from_list(examples, features=FEATURES).select_columns(["id", "images", "messages", "source"])
+def _dataset(examples):
+    for e in examples: e["images"] = [{"bytes": None, "path": path} for path in e["images"]]   # how `datasets` stores an image by its path
+    return Dataset(pa.Table.from_pylist(examples, schema=FEATURES.arrow_schema), info=DatasetInfo(features=FEATURES))
 
 # %% ../nbs/01_data.ipynb #c046
 @dataclass
@@ -321,8 +327,8 @@ def split(
 def _with_column(ds: Dataset, name: str, values: list) -> Dataset:
     "`ds` with the values of one column replaced."
     old = ds.with_format("arrow")[:]
-    new = Dataset.from_dict({name: values}, features=Features({name: ds.features[name]})).with_format("arrow")[:]
-    return Dataset(old.set_column(old.column_names.index(name), old.schema.field(name), new.column(name)), info=ds.info.copy())
+    to = old.schema.field(name)
+    return Dataset(old.set_column(old.column_names.index(name), to, pa.array(values, type=to.type)), info=ds.info.copy())
 
 # %% ../nbs/01_data.ipynb #c069
 def reformat(
@@ -340,7 +346,8 @@ def reformat(
             try: m["content"][0]["text"] = cot.to_format(text, src, dst)
             except CoTError as e: raise DataError([replace(p, message=f"id {id}: {p.message}") for p in e.problems])
         return messages
-    return _with_column(ds, "messages", [again(r["id"], r["messages"]) for r in ds.select_columns(["id", "messages"])])
+    rows = ds.select_columns(["id", "messages"]).with_format("arrow")[:].to_pylist()
+    return _with_column(ds, "messages", [again(**row) for row in rows])
 
 # %% ../nbs/01_data.ipynb #c074
 def mix(

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import yaml
 from fastcore.basics import patch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 

@@ -2,7 +2,7 @@
 from llava_cot.search import *
 
 import pytest, torch
-from llava_cot import models, search, shapes, tokens
+from llava_cot import models, shapes, tokens
 from llava_cot.models import ModelError, tiny_llava, tiny_mllama
 
 def memorise(model, processor, examples, updates=150, lr=5e-3):
@@ -33,18 +33,18 @@ def test_greedy_is_a_checked_value():
 def test_both_families_end_where_they_were_taught():
     for make, end in ((tiny_llava, "</s>"), (tiny_mllama, "<|eot_id|>")):
         model, processor = make()
-        assert search.end_tokens(model, processor) == [processor.tokenizer.convert_tokens_to_ids(end)]
+        assert end_tokens(model, processor) == [processor.tokenizer.convert_tokens_to_ids(end)]
         model.generation_config.eos_token_id = [5, 7]
-        assert set(search.end_tokens(model, processor)) == {5, 7, processor.tokenizer.convert_tokens_to_ids(end)}
+        assert set(end_tokens(model, processor)) == {5, 7, processor.tokenizer.convert_tokens_to_ids(end)}
 
 
 def test_read_stops_at_the_first_end():
     model, processor = tiny_llava()
     tok = processor.tokenizer
     ids, end, pad = tok(" a  b ,\n\n c\t", add_special_tokens=False)["input_ids"], tok.eos_token_id, tok.pad_token_id
-    assert search.read(ids + [end, pad] + ids, [end], processor, "x") == Answer("x", " a  b ,\n\n c\t", True, len(ids) + 1)
-    assert search.read(ids, [end], processor) == Answer("", " a  b ,\n\n c\t", False, len(ids))
-    assert search.read([end], [end], processor) == Answer("", "", True, 1)
+    assert read(ids + [end, pad] + ids, [end], processor, "x") == Answer("x", " a  b ,\n\n c\t", True, len(ids) + 1)
+    assert read(ids, [end], processor) == Answer("", " a  b ,\n\n c\t", False, len(ids))
+    assert read([end], [end], processor) == Answer("", "", True, 1)
 
 
 def test_what_was_learnt_is_answered():

@@ -29,7 +29,8 @@ schedule = Schedule.from_yaml(open(recipe).read())
 if len(sys.argv) > 4: train.resume(out, progress=False)
 else:
     model, processor = models.tiny_llava(seed=0)
-    model.config.text_config.attention_dropout = 0.1
+    model.config.text_config.attention_dropout = 0.1      # dropout is randomness, too
+    for layer in model.model.language_model.layers: layer.self_attn.attention_dropout = 0.1
     train.fit(model, processor, rows, schedule, out, batch_size=2, accumulate=2, save_every=4, progress=False,
               augment=Policy(crop=0.04, brightness=0.2, contrast=0.2, synonyms=0.5))
 """
