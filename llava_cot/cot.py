@@ -174,8 +174,8 @@ def _walk(text, fmt, found):
             inside = None
             closed.add(stage)
         elif m[1]:
-            kind, why = ("doubled", "is doubled: it stands again") if stage in closed else ("unopened", f"closes a stage that <{stage}> has not opened")
-            yield kind, stage, at, f"{tag} {why}"
+            if stage in closed: yield "doubled", stage, at, f"{tag} is doubled: it stands again"
+            else: yield "unopened", stage, at, f"{tag} closes a stage that <{stage}> has not opened"
         else:
             if inside and inside[2] != stage:
                 yield "unclosed", inside[2], at, f"{fmt.close(inside[2])} is missing: {inside[0]} is unclosed before {tag}"

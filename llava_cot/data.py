@@ -35,7 +35,9 @@ def _row(raw: bytes) -> dict:
     "Read one line of the file."
     try: row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").strip().decode("utf-8"))
     except UnicodeDecodeError as e: raise _bad("json", f"byte {e.start + 1} of the line is not UTF-8")
-    except json.JSONDecodeError as e: raise _bad("json", f"not JSON from character {e.pos + 1} of {len(e.doc)} on ({e.msg.removesuffix(' at')}); is the line cut?")
+    except json.JSONDecodeError as e:
+        why = e.msg.removesuffix(" at")
+        raise _bad("json", f"not JSON from character {e.pos + 1} of {len(e.doc)} on ({why}); is the line cut?")
     except (ValueError, RecursionError) as e: raise _bad("json", f"not usable JSON: {str(e)[:80]}")
     if not isinstance(row, dict): raise _bad("json", f"expected a JSON object, found {type(row).__name__}")
     if b"\\ud" in raw.lower():                                   # an escaped half of a surrogate pair is JSON, but no text
@@ -230,17 +232,19 @@ class DataReport:
 @patch
 def __repr__(self: DataReport):
     "Counts, and the first message of each kind."
-    head = f"{self.rows:,} rows, {self.turns:,} turns, {self.images:,} images: " + ("nothing wrong" if self.ok else f"{len(self.problems):,} problem(s)")
+    found = "nothing wrong" if self.ok else f"{len(self.problems):,} problem(s)"
+    head = f"{self.rows:,} rows, {self.turns:,} turns, {self.images:,} images: {found}"
     return "\n".join([head, *(f"  {n:>6,} {kind:18} {self.to_dict(1)['examples'][kind][0]}" for kind, n in self.counts.items())])
 
 @patch
 def _repr_html_(self: DataReport):
     "The same as a table."
     first = self.to_dict(1)["examples"]
-    rows = "".join(f"<tr><td style='text-align:right'>{n:,}</td><td><code>{kind}</code></td><td style='text-align:left'>{html.escape(first[kind][0])}</td></tr>"
+    cell = "<td style='text-align:left'>"
+    rows = "".join(f"<tr><td>{n:,}</td>{cell}<code>{kind}</code></td>{cell}{html.escape(first[kind][0])}</td></tr>"
                    for kind, n in self.counts.items())
-    head = html.escape(repr(self).splitlines()[0])
-    return f"<p><b>{head}</b></p>" + (f"<table><tr><th>found</th><th>kind</th><th style='text-align:left'>first</th></tr>{rows}</table>" if rows else "")
+    head = f"<p><b>{repr(self).splitlines()[0]}</b></p>"
+    return head + f"<table><tr><th>found</th><th>kind</th><th>first</th></tr>{rows}</table>" if rows else head
 
 # %% ../nbs/01_data.ipynb #c048
 def check(
@@ -361,7 +365,8 @@ def mix(
         raise DataError(f"mix needs datasets and as many weights, not below 0, not all 0; got {len(datasets)} and {weights}")
     parts = []
     for n, (ds, weight) in enumerate(zip(datasets, weights)):
-        if ds.features != datasets[0].features: raise DataError(f"dataset {n + 1} has columns {ds.column_names}, the first has {datasets[0].column_names}")
+        if ds.features != datasets[0].features:
+            raise DataError(f"dataset {n + 1} has columns {ds.column_names}, the first has {datasets[0].column_names}")
         whole, rest = divmod(weight, 1)
         times = [int(whole) + (_chance(seed, f"{n} {id}") < rest) for id in ds["id"]]
         parts.append(ds.select([i for lap in range(max(times, default=0)) for i, t in enumerate(times) if lap < t]))

@@ -10,6 +10,7 @@ __all__ = ['STAGE_NAMES', 'COLOURS', 'PADS', 'PER_EXAMPLE', 'TokensError', 'enco
 import html, re
 from bisect import bisect_right
 from itertools import groupby
+from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from jinja2 import TemplateError
@@ -73,6 +74,15 @@ def _template(processor, messages, prompt_only, name):
         raise TokensError(f"{name}: the chat template refuses this conversation ({e})") from e
 
 # %% ../nbs/04_tokens.ipynb #c020
+def _lead(processor, slotted, literals, name):
+    "How many characters of template stand between the invitation to answer and the answer."
+    last = max(i for i, m in enumerate(slotted) if m["role"] == "assistant")
+    invitation = _SLOT.split(_template(processor, slotted[:last], True, name))[-1]
+    before = literals[int(_SLOT.search(slotted[last]["content"][0]["text"])[1])]
+    if before.startswith(invitation): return len(before) - len(invitation)
+    raise TokensError(f"{name}: the chat template asks with {invitation!r} and trains with {before!r}; what is learned could not be asked for")
+
+# %% ../nbs/04_tokens.ipynb #c022
 def _frame(processor, messages, prompt_only, name):
     "The template around the texts: [literal, literal, …] with one text between each two, and the (role, text)s."
     slotted, texts = _slots(messages)
@@ -87,9 +97,9 @@ def _frame(processor, messages, prompt_only, name):
     plain = literals[0] + "".join(t + l for (_, t), l in zip(texts, literals[1:]))
     if plain != _template(processor, messages, prompt_only, name):
         raise TokensError(f"{name}: the chat template changes a text; what would be learned is not what was written")
-    return literals, texts
+    return literals, texts, 0 if prompt_only else _lead(processor, slotted, literals, name)
 
-# %% ../nbs/04_tokens.ipynb #c025
+# %% ../nbs/04_tokens.ipynb #c027
 def _opening(literal, tokenizer):
     "`literal` with the BOS that the tokenizer would add by itself, where the template writes none."
     bos = tokenizer.bos_token
@@ -102,58 +112,62 @@ def _closing(literal, enders, tokenizer):
     if tokenizer.eos_token is None: raise TokensError("neither the chat template nor the tokenizer has an end token")
     return tokenizer.eos_token + literal, len(tokenizer.eos_token)
 
-# %% ../nbs/04_tokens.ipynb #c026
+# %% ../nbs/04_tokens.ipynb #c028
 def _specials(processor):
     "id -> text of every control token: the tokenizer's special ones, and the image's."
     tok = processor.tokenizer
-    found = {i: t.content for i, t in tok.added_tokens_decoder.items() if t.special}
+    found = {i: t.content for i, t in tok.added_tokens_decoder.items() if t.special and i != tok.unk_token_id}
     image = getattr(processor, "image_token_id", None)
     return found if image is None else {**found, image: processor.image_token}
 
-# %% ../nbs/04_tokens.ipynb #c027
+# %% ../nbs/04_tokens.ipynb #c029
+class _Turn(NamedTuple):
+    "One text of the conversation, in characters: `text[start:stop]` is it, `text[first:after]` is learned if it is an answer."
+    role: str; start: int; stop: int; first: int; after: int
+
 def _layout(processor, messages, prompt_only, name):
-    "The text to tokenise, and for each text in it (role, start, end, where its end token ends); and the control tokens."
-    tok, (literals, texts) = processor.tokenizer, _frame(processor, messages, prompt_only, name)
+    "The text to tokenise, where the turns stand in it, and the control tokens."
+    tok, (literals, texts, lead) = processor.tokenizer, _frame(processor, messages, prompt_only, name)
     specials = _specials(processor)
     enders = [t for i, t in specials.items() if i not in (tok.bos_token_id, getattr(processor, "image_token_id", None))]
     text, turns = _opening(literals[0], tok), []
     for (role, t), literal in zip(texts, literals[1:]):
         literal, end = _closing(literal, enders, tok) if role == "assistant" else (literal, 0)
-        start = len(text)
-        turns.append((role, start, start + len(t), start + len(t) + end))
+        start, stop = len(text), len(text) + len(t)
+        turns.append(_Turn(role, start, stop, start - lead, stop + end))
         text += t + literal
     return text, turns, specials
 
-# %% ../nbs/04_tokens.ipynb #c030
+# %% ../nbs/04_tokens.ipynb #c032
 def _tokenise(processor, text, turns, specials, name):
     "ids and character offsets of the text; refuses a turn whose text spells a control token."
     try: out = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except (UnicodeError, TypeError) as e: raise TokensError(f"{name}: a text holds half a character (a lone surrogate); repair its encoding") from e
     except NotImplementedError as e: raise TokensError(f"{type(processor.tokenizer).__name__} gives no offsets; use a fast tokenizer") from e
     ids, offsets = out["input_ids"], out["offset_mapping"]
-    starts = [start for _, start, _, _ in turns]
+    starts = [t.start for t in turns]
     for i, (a, b) in zip(ids, offsets):
-        if i in specials and (k := bisect_right(starts, b - 1) - 1) >= 0 and a < turns[k][2]:
-            raise TokensError(f"{name}: the {turns[k][0]}'s text spells the control token {specials[i]}; remove it or write it apart")
+        if i in specials and (k := bisect_right(starts, b - 1) - 1) >= 0 and a < turns[k].stop:
+            raise TokensError(f"{name}: the {turns[k].role}'s text spells the control token {specials[i]}; remove it or write it apart")
     return ids, offsets
 
-# %% ../nbs/04_tokens.ipynb #c034
+# %% ../nbs/04_tokens.ipynb #c036
 def _supervise(ids, offsets, text, turns, fmt):
     "`labels` and `stage_ids` of the tokens, from the characters that the turns are known to occupy."
     labels, stages = [-100]*len(ids), [0]*len(ids)
     ends = [b for _, b in offsets]
-    for role, start, stop, after in turns:
-        if role != "assistant": continue
-        first, last = bisect_right(ends, start), bisect_right(ends, after - 1)   # the tokens over [start, after)
+    for t in turns:
+        if t.role != "assistant": continue
+        first, last = bisect_right(ends, t.first), bisect_right(ends, t.after - 1)   # the tokens over text[t.first:t.after]
         labels[first:last + 1] = ids[first:last + 1]
-        tagged = [(s.start + start, s.end + start, STAGES.index(s.stage) + 1) for s in spans(text[start:stop], fmt)]
+        staged = [(s.start + t.start, s.end + t.start, STAGES.index(s.stage) + 1) for s in spans(text[t.start:t.stop], fmt)]
         for i in range(first, last + 1):
             a, b = offsets[i]
-            at = a + len(text[a:b]) - len(text[a:b].lstrip())                    # its first character that is no space
-            stages[i] = next((n for s, e, n in tagged if s <= (at if at < b else a) < e), 0)
+            at = min(a + len(text[a:b]) - len(text[a:b].lstrip()), max(a, b - 1))    # its first visible character
+            stages[i] = next((n for start, end, n in staged if start <= at < end), 0)
     return labels, stages
 
-# %% ../nbs/04_tokens.ipynb #c036
+# %% ../nbs/04_tokens.ipynb #c038
 def _spread(ids, final, image, name):
     "For each of the processor's final ids, which of ours it is; an image token may have become many, nothing else may differ."
     if ids == final: return range(len(ids))
@@ -168,7 +182,7 @@ def _spread(ids, final, image, name):
     if i < len(ids) or j < len(final): raise TokensError(f"{name}: the processor changed more than the image tokens, from token {j}")
     return where
 
-# %% ../nbs/04_tokens.ipynb #c038
+# %% ../nbs/04_tokens.ipynb #c040
 def encode(
     example:dict,              # `{"id", "images", "messages", "source"}`, see `data`
     processor,                 # of the model
@@ -194,7 +208,7 @@ def encode(
     if not prompt_only: out |= {"labels": torch.tensor([labels[i] for i in where]), "stage_ids": torch.tensor([stages[i] for i in where])}
     return out | images
 
-# %% ../nbs/04_tokens.ipynb #c041
+# %% ../nbs/04_tokens.ipynb #c043
 COLOURS = ("#d9d9d9", "#cfe8ff", "#d8f5d0", "#fff1b8", "#ffd9d0")   # as STAGE_NAMES
 
 def _kinds(encoded, processor):
@@ -206,7 +220,7 @@ def _kinds(encoded, processor):
     return ids, ["pad" if not a else "image" if i == image else None if l == -100 else s
                  for i, a, l, s in zip(ids, seen, labels, stages)]
 
-# %% ../nbs/04_tokens.ipynb #c042
+# %% ../nbs/04_tokens.ipynb #c044
 def _pieces(encoded, processor):
     "Runs of (kind, ids, text): folded padding and image tokens, else tokens, with the bytes of one character together."
     ids, kinds = _kinds(encoded, processor)
@@ -221,7 +235,7 @@ def _pieces(encoded, processor):
             if not text.endswith("\ufffd") or len(part) > 4: yield kind, part, text; part = []
         if part: yield kind, part, processor.tokenizer.decode(part)
 
-# %% ../nbs/04_tokens.ipynb #c043
+# %% ../nbs/04_tokens.ipynb #c045
 class MaskView:
     "A drawing of `labels` and `stage_ids`: `.html`, shown by notebooks; in a terminal, the number of tokens in each stage."
     def __init__(self, html, counts): self.html, self.counts = html, counts
@@ -232,7 +246,7 @@ def _span(text, style, title=""):
     text = html.escape(text).replace("\n", "↵\n")
     return f'<span style="{style}" title="{title}">{text}</span>'
 
-# %% ../nbs/04_tokens.ipynb #c044
+# %% ../nbs/04_tokens.ipynb #c046
 def show_mask(
     encoded:dict, # from `encode`, or one row of a batch
     processor,    # the same
@@ -250,16 +264,16 @@ def show_mask(
     legend = _span(f"{names[0]} {counts[names[0]]} ", "color:#999") + legend
     return MaskView(f'<div style="font-size:90%">{legend}</div><pre style="white-space:pre-wrap;line-height:1.5">{"".join(body)}</pre>', counts)
 
-# %% ../nbs/04_tokens.ipynb #c059
+# %% ../nbs/04_tokens.ipynb #c061
 def end_token(
     processor, # of the model
 ) -> int:      # its id
     "The token that `encode` teaches the model to end an answer with; generation has to stop there."
     messages = [{"role": r, "content": [{"type": "text", "text": "a"}]} for r in ("user", "assistant")]
     text, turns, specials = _layout(processor, messages, False, "end_token")
-    return processor.tokenizer.convert_tokens_to_ids(text[turns[-1][2]:turns[-1][3]].strip())
+    return processor.tokenizer.convert_tokens_to_ids(text[turns[-1].stop:turns[-1].after].strip())
 
-# %% ../nbs/04_tokens.ipynb #c073
+# %% ../nbs/04_tokens.ipynb #c075
 PADS = {"input_ids": "pad", "attention_mask": 0, "labels": -100, "stage_ids": 0}   # name -> what fills it up, along tokens
 PER_EXAMPLE = ("cross_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask")    # one row an example, as the pixels beside them
 
@@ -269,7 +283,7 @@ def _pad(x, shape, left=None):
     out[tuple(slice(n - m, n) if axis == left else slice(m) for axis, (m, n) in enumerate(zip(x.shape, shape)))] = x
     return out
 
-# %% ../nbs/04_tokens.ipynb #c074
+# %% ../nbs/04_tokens.ipynb #c076
 class Collator:
     """Pads a list of encoded examples to a batch: `(B, T)` tokens, and the image inputs of the rows that have an image.
 
@@ -285,7 +299,7 @@ class Collator:
 
     def __repr__(self): return f"Collator(pad={self.pad}, padding_side={self.padding_side!r})"
 
-# %% ../nbs/04_tokens.ipynb #c075
+# %% ../nbs/04_tokens.ipynb #c077
 @patch
 def _images(self:Collator, rows, name, T):
     "One image input of all rows: padded to the largest in every axis but the first, and joined along it."
@@ -297,7 +311,7 @@ def _images(self:Collator, rows, name, T):
     left = 1 if tokens and self.padding_side == "left" else None
     return torch.cat([_pad(x, (len(x), *shape), left) for x in have])
 
-# %% ../nbs/04_tokens.ipynb #c076
+# %% ../nbs/04_tokens.ipynb #c078
 @patch
 def __call__(self:Collator,
     rows:list[dict], # from `encode`

@@ -8,8 +8,12 @@ from hypothesis import given, settings, strategies as st
 BITS = ["<", ">", "/", " ", "\n", "\n\n", "\t", "\r\n", "SUMMARY", "<SUMMARY>", "</SUMMARY>", "<CAPTION>", "</CAPTION>", "<REASONING>",
         "</REASONING>", "<CONCLUSION>", "</CONCLUSION>", "<caption>", "</ Caption>", "</CONCLUSION", "a", "é", "数", "\u2028", "\x85", "\x1c"]
 mad = st.one_of(st.text(), st.lists(st.sampled_from(BITS), max_size=25).map("".join))
-def plain(t): return bool(t.strip()) and not any(s in t for s in SEPARATORS)
-stage_text = mad.filter(plain)
+def plain(t):
+    "A text made fit to stand in a stage: no separators, not empty."
+    while any(s in t for s in SEPARATORS):
+        for s in SEPARATORS: t = t.replace(s, "")
+    return t if t.strip() else "a"
+stage_text = mad.map(plain)
 formats = st.sampled_from(list(FORMATS.values()))
 def answers(fmt): return st.fixed_dictionaries({s: stage_text for s in fmt.stages}).map(CoT)
 
@@ -120,7 +124,7 @@ def test_repair_of_a_damaged_answer():
     @given(st.data())
     def prop(data):
         "Dropping or repeating one separator loses nothing (texts without look-alikes, which could be the lost separator)."
-        x = CoT({s: data.draw(stage_text.filter(lambda t: "<" not in t)) for s in STAGES})
+        x = CoT({s: data.draw(stage_text).replace("<", "(") for s in STAGES})
         text = render(x)
         tag = data.draw(st.sampled_from(SEPARATORS[:-1]))
         damaged = text.replace(tag, data.draw(st.sampled_from(["", tag + tag, tag + "\n" + tag])))
@@ -131,9 +135,9 @@ def test_repair_of_a_damaged_answer():
 
 def test_a_megabyte_is_read_in_linear_time():
     def seconds(text, fmt):
-        t = time.perf_counter()
+        t = time.process_time()
         check(text, fmt), spans(text, fmt), repair(text, fmt)
-        return time.perf_counter() - t
+        return time.process_time() - t
     for bit, fmt in [("<SUMMARY>", LLAVA_COT), ("<summary>", LLAVA_COT), ("<SUMMARY>a</SUMMARY>", LLAVA_COT), ("< ", LLAVA_COT), ("\n \n", NO_TAGS)]:
         assert seconds(bit * (1_000_000 // len(bit)), fmt) < 8, bit
 

@@ -164,6 +164,6 @@ def test_mix_weighs_and_keeps_ids_unique():
 def test_a_large_file_loads_quickly():
     with tempfile.TemporaryDirectory() as d:
         write(d, [row(f"r{i}", "drawn/red.png", "q " * 40, staged("red", "A caption of some length. " * 20)) for i in range(100_000)])
-        t = time.perf_counter()
+        t = time.process_time()
         ds = load(d)
-        assert len(ds) == 100_000 and ds[99_999]["images"][0].size == (96, 64) and time.perf_counter() - t < 60
+        assert len(ds) == 100_000 and ds[99_999]["images"][0].size == (96, 64) and time.process_time() - t < 40

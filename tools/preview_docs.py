@@ -1,7 +1,7 @@
 """The documentation site without quarto, into `_docs/`: nbdev processes the notebooks, pandoc writes the pages.
 
     python tools/preview_docs.py            build, then open _docs/index.html
-    python tools/preview_docs.py --check    build, then end non-zero at the first sight of a dead link or lost text
+    python tools/preview_docs.py --check    build, then end non-zero if a link is dead or text is lost
 """
 import argparse
 import ast
@@ -158,6 +158,7 @@ def relink(page: Page, pages: dict[str, Page], site: str):
     """Point links at pages of this site: from `NN_name.ipynb`, and from the addresses that nbdev gives to `names` in
     backticks. A name without a heading of its own (a method, a private name) leads to its class or to the page's top."""
     for e in elements(page.ast):
+        if e["t"] == "CodeBlock": e["c"][1] = re.sub(rf"\[(`[^`]+`)\]\({re.escape(site)}[^)]*\)", r"\1", e["c"][1])  # nbdev links names in signatures too
         if e["t"] not in ("Link", "Image"): continue
         url = e["c"][2][0]
         where = split_url(url, page.html, site)
@@ -252,8 +253,9 @@ def run_by_nbdev(path: Path) -> list[str]:
     res = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = joined(cell["source"])
-        if cell["cell_type"] != "code" or re.match(r"#\|\s*(export|testmod)|\s*%", source): continue
-        tree = ast.parse(source)
+        if cell["cell_type"] != "code" or re.match(r"#\|\s*(export|testmod)|#\|\s*eval:\s*false", source): continue
+        try: tree = ast.parse(source)
+        except SyntaxError: continue  # a magic
         if (any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
             and not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body)): res.append(source.partition("\n")[0])
     return res
