@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'COMMANDS', 'open_model', 'say', 'Examiner', 'examination', 'train', 'CliError', 'Interrupted', 'summary',
            'demo', 'eval', 'ask', 'parser', 'own_errors', 'main']
 
-# %% ../nbs/12_cli.ipynb #c002
+# %% ../nbs/12_cli.ipynb #c003
 import json as json_module
 import sys
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-# %% ../nbs/12_cli.ipynb #c006
+# %% ../nbs/12_cli.ipynb #c007
 TINY = ("tiny_base", "tiny_llava", "tiny_mllama")
 
 
@@ -28,7 +28,7 @@ def say(*text, json: bool = False) -> None:
     "To the person at the terminal; with `--json`, aside."
     print(*text, file=sys.stderr if json else sys.stdout, flush=True)
 
-# %% ../nbs/12_cli.ipynb #c008
+# %% ../nbs/12_cli.ipynb #c009
 class Examiner:
     "Scores a model after each phase on held-out rows; `report` is the last, full one."
     def __init__(self, rows, fmt, last: str, judge=None, max_new_tokens: int = 1024, seed: int = 0, progress: bool = True):
@@ -54,7 +54,7 @@ def examination(source: dict, fmt, schedule, seed: int, progress: bool):
     held = held.select(range(min(len(held), source["eval_n"]))) if held is not None else []
     return rows, Examiner(held, fmt, schedule[-1].name, judge_for(folder), source["max_new_tokens"], seed, progress)
 
-# %% ../nbs/12_cli.ipynb #c010
+# %% ../nbs/12_cli.ipynb #c011
 def train(
     data: str | None = None,           # folder in LLaVA-CoT-100k's layout: train.jsonl and images
     model: str | None = None,          # folder or hub name of any Mllama or LLaVA; or tiny_base, tiny_llava, tiny_mllama
@@ -85,7 +85,7 @@ def train(
     return _train(source, model, out, schedule, fmt, seed, start, json, batch_size=batch_size, accumulate=accumulate, max_length=max_length,
                   precision=precision, augment=_policy(augment), workers=workers, save_every=save_every)
 
-# %% ../nbs/12_cli.ipynb #c011
+# %% ../nbs/12_cli.ipynb #c012
 class CliError(ValueError):
     "Options that make no sense together, in one line."
 
@@ -117,7 +117,7 @@ def _train(source, model, out, schedule, fmt, seed, start, json, **settings) -> 
     except KeyboardInterrupt: raise Interrupted(out) from None
     return _finish(run, examiner, net, processor, start, json)
 
-# %% ../nbs/12_cli.ipynb #c012
+# %% ../nbs/12_cli.ipynb #c013
 class Interrupted(Exception):
     "A run was asked to stop and has saved; holds its folder."
 
@@ -157,7 +157,7 @@ def summary(report: dict) -> str:
               "   ".join(f"{kind} {k['accuracy']:.1%}" for kind, k in report["per_kind"].items())]
     return "\n".join(lines)
 
-# %% ../nbs/12_cli.ipynb #c014
+# %% ../nbs/12_cli.ipynb #c015
 def demo(
     out: str = "runs/demo",    # new folder: data, run and report
     seed: int = 0,             # of pictures, questions, order and the report's intervals
@@ -172,7 +172,7 @@ def demo(
     source = dict(data=str((out / "data/train").absolute()), eval_data=str((out / "data/test").absolute()), held_out=0.0, eval_n=n_test, max_new_tokens=160)
     return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, save_every=100)
 
-# %% ../nbs/12_cli.ipynb #c016
+# %% ../nbs/12_cli.ipynb #c017
 def eval(
     model: str,                    # folder or hub name, or tiny_base, …
     data: str,                     # folder in LLaVA-CoT-100k's layout
@@ -199,7 +199,7 @@ def eval(
     if json: print(json_module.dumps(result))
     return result
 
-# %% ../nbs/12_cli.ipynb #c017
+# %% ../nbs/12_cli.ipynb #c018
 def ask(
     model: str,                    # folder or hub name, or tiny_base, …
     image: str,                    # a picture
@@ -225,7 +225,7 @@ def ask(
     else: print("\n".join(f"{s:11}{t}" for s, t in stages.items()) or "\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
 
-# %% ../nbs/12_cli.ipynb #c019
+# %% ../nbs/12_cli.ipynb #c020
 COMMANDS = dict(demo=demo, train=train, eval=eval, ask=ask)
 
 
@@ -248,7 +248,7 @@ def own_errors() -> tuple:
     return (augment.AugmentError, cot.CoTError, data.DataError, evaluate.EvaluateError, models.ModelError, plan.PlanError, schedule.ScheduleError,
             search.SearchError, shapes.ShapesError, tokens.TokensError, train.RunError, CliError)
 
-# %% ../nbs/12_cli.ipynb #c020
+# %% ../nbs/12_cli.ipynb #c021
 def main(args: list | None = None) -> int:
     "The `llava-cot` command; returns the exit code: 0, 2 for bad input, 130 when interrupted."
     from argparse import ArgumentError
@@ -272,6 +272,3 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-# %% ../nbs/12_cli.ipynb #c030
-if __name__ == "__main__": sys.exit(main())

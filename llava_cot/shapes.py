@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'LEVELS', 'SHAPES', 'RGB', 'ROWS', 'COLS', 'SPLITS', 'PENS',
            'read_question', 'summarise', 'describe', 'reason', 'solve', 'ask', 'verify', 'examples', 'write',
            'read_key']
 
-# %% ../nbs/02_shapes.ipynb #c002
+# %% ../nbs/02_shapes.ipynb #c003
 import hashlib
 import json
 import os
@@ -20,18 +20,18 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .cot import CoT, CoTError, CoTFormat, LLAVA_COT, Problem, parse, render
 
-# %% ../nbs/02_shapes.ipynb #c004
+# %% ../nbs/02_shapes.ipynb #c005
 KINDS = ("count", "colour", "exist", "relation", "compare")
 
 
 class ShapesError(ValueError):
     "A scene, kind, level or answer key that cannot be used; the message says which and what to do."
 
-# %% ../nbs/02_shapes.ipynb #c006
+# %% ../nbs/02_shapes.ipynb #c007
 @dataclass(frozen=True)
 class Level:
     "How hard a scene is: grid cells per side, palette, shapes, how many things, stray lines, wordings per question."
@@ -70,7 +70,7 @@ def level_of(level: "str | Level" = "easy") -> Level:
     if level.wordings < 1: raise ShapesError(f"level.wordings: found {level.wordings}, expected at least 1")
     return level
 
-# %% ../nbs/02_shapes.ipynb #c008
+# %% ../nbs/02_shapes.ipynb #c009
 @dataclass(frozen=True, order=True)
 class Thing:
     "One coloured shape at a `row` and `col` of the grid, counted from the top left."
@@ -105,7 +105,7 @@ class Scene:
         level = Level(**{k: tuple(v) if isinstance(v, list) else v for k, v in d["level"].items()})
         return cls(level_of(level), tuple(sorted(Thing(*t) for t in d["things"])))
 
-# %% ../nbs/02_shapes.ipynb #c010
+# %% ../nbs/02_shapes.ipynb #c011
 SPLITS = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
 
 
@@ -132,7 +132,7 @@ def sample_scene(
         scene = Scene(level, tuple(sorted(Thing(r, c, rng.choice(level.colours), rng.choice(level.shapes)) for r, c in cells)))
         if split == "any" or scene.split == split: return scene
 
-# %% ../nbs/02_shapes.ipynb #c016
+# %% ../nbs/02_shapes.ipynb #c017
 def _star(x, y, r):
     from math import cos, pi, sin
     return [(x + (r if i % 2 == 0 else r * 0.42) * sin(i * pi / 5), y - (r if i % 2 == 0 else r * 0.42) * cos(i * pi / 5)) for i in range(10)]
@@ -167,7 +167,7 @@ def draw(
         PENS[t.shape](pen, x, y, r, shade)
     return image.resize((size, size), Image.Resampling.BOX)
 
-# %% ../nbs/02_shapes.ipynb #c022
+# %% ../nbs/02_shapes.ipynb #c023
 @dataclass(frozen=True)
 class Query:
     "What a question asks: a kind and its arguments (words such as `circle`, `red`, `green circle`)."
@@ -198,7 +198,7 @@ def answer_of(scene: Scene, query: Query) -> str:
     if kind == "relation": return _direction(_versus(a.row, b.row, ("above", "below")), _versus(a.col, b.col, ("left", "right")))
     return "equal" if a == b else _plural(args[0] if a > b else args[1])
 
-# %% ../nbs/02_shapes.ipynb #c025
+# %% ../nbs/02_shapes.ipynb #c026
 def queries(scene: Scene, kind: str) -> list[Query]:
     "All queries of a kind that make sense for a scene: a thing asked for by name is there exactly once."
     if kind not in KINDS: raise ShapesError(f"kind: found {kind!r}, expected one of {', '.join(KINDS)}")
@@ -215,7 +215,7 @@ def queries(scene: Scene, kind: str) -> list[Query]:
         found = [(w,) for (w,) in found if any(part in (t.colour, t.shape) for part in w.split() for t in scene.things)]
     return [Query(kind, args) for args in found]
 
-# %% ../nbs/02_shapes.ipynb #c026
+# %% ../nbs/02_shapes.ipynb #c027
 def choose_query(scene: Scene, kind: str, seed) -> Query:
     "One query of a kind, its answer drawn first. Raises `ShapesError` where the scene allows none."
     rng, by_answer = random.Random(f"query|{seed}"), {}
@@ -226,7 +226,7 @@ def choose_query(scene: Scene, kind: str, seed) -> Query:
         return rng.choice(by_answer[rng.choice(equal if equal and rng.random() < 1 / 3 else sorted(set(by_answer) - {"equal"}) or equal)])
     return rng.choice(by_answer[rng.choice(sorted(by_answer))])
 
-# %% ../nbs/02_shapes.ipynb #c030
+# %% ../nbs/02_shapes.ipynb #c031
 WORDINGS = {
     "count": ("How many {0} are there?", "Count the {0}.", "What is the number of {0}?", "How many {0} can you see?", "Tell me how many {0} there are."),
     "colour": ("What colour is the {0}?", "Which colour does the {0} have?", "Tell me the colour of the {0}.", "The {0} is of which colour?", "Name the colour of the {0}."),
@@ -263,7 +263,7 @@ def read_question(question: str) -> Query:
             return Query(kind, tuple(re.sub(r" things$|s$", "", m[g]) for g in sorted(m.groupdict())))
     raise ShapesError(f"question: found {question!r}, expected one of the wordings in shapes.WORDINGS")
 
-# %% ../nbs/02_shapes.ipynb #c034
+# %% ../nbs/02_shapes.ipynb #c035
 def summarise(query: Query) -> str:
     "The SUMMARY stage: what the question asks for, in one fixed wording per kind."
     many = [_plural(a) for a in query.args]
@@ -281,37 +281,43 @@ def describe(scene: Scene) -> str:
     "The CAPTION stage: every thing with its place, in reading order."
     return " ".join(f"{_said(scene, t)}." for t in scene.things)
 
-# %% ../nbs/02_shapes.ipynb #c036
+# %% ../nbs/02_shapes.ipynb #c037
 def reason(scene: Scene, query: Query) -> str:
-    "The REASONING stage: steps from the caption to the answer, each with its result, the last beginning with *So*."
-    args, answer, steps = query.args, answer_of(scene, query), []
-    if query.kind in ("count", "exist", "compare"):
-        tally = [0] * len(args)
-        for t in scene.things:
-            hits = [_matches(t, w) for w in args]
-            tally = [n + h for n, h in zip(tally, hits)]
-            result = {"count": f"{'yes' if hits[0] else 'no'}, {tally[0]}", "exist": "yes" if hits[0] else "no",
-                      "compare": " and ".join(map(str, tally))}[query.kind]
-            steps.append(f"{_said(scene, t)}, {result}.")
-        last = {"count": answer, "exist": answer, "compare": f"{tally[0]} against {tally[-1]}, {answer}"}[query.kind]
-    else:
-        found = [_only(scene, w) for w in args]
-        steps = [f"The {w} is {scene.place(t)}." for w, t in zip(args, found)]
-        if query.kind == "colour": steps.append(f"{_said(scene, found[0])}.")
-        else:
-            a, b = found
-            rows, cols = ROWS[scene.level.grid], COLS[scene.level.grid]
-            steps.append(f"Rows: {rows[a.row]} against {rows[b.row]}, {_versus(a.row, b.row, ('above', 'below'))}.")
-            steps.append(f"Columns: {cols[a.col]} against {cols[b.col]}, {_versus(a.col, b.col, ('left', 'right'))}.")
-        last = answer
+    "The REASONING stage: goes through all things, each step with its result, then draws what follows; the last step begins with *So*."
+    answer, results = answer_of(scene, query), _marks(query, [t.name for t in scene.things])
+    steps = [f"{_said(scene, t)}, {mark}." for t, mark in zip(scene.things, results)]
+    last = answer
+    if query.kind == "compare": last = f"{_tally(scene, query.args[0])} against {_tally(scene, query.args[1])}, {answer}"
+    if query.kind == "relation":
+        places = [scene.place(_only(scene, w)) for w in query.args]
+        steps += [f"First {places[0]}, second {places[1]}.", *_axes(scene.level.grid, places)]
     return " ".join([*steps, f"So {last}."])
+
+
+def _marks(query: Query, names: list) -> list:
+    "What going through things of these names yields at each: a verdict, with the running count where one is kept."
+    tally, marks = [0] * len(query.args), []
+    for name in names:
+        hits = [word in (*name.split(), name) for word in query.args]
+        tally = [n + h for n, h in zip(tally, hits)]
+        yes = "yes" if hits[0] else "no"
+        marks.append({"count": f"{yes}, {tally[0]}", "exist": yes, "compare": " and ".join(map(str, tally)),
+                      "colour": name.split()[0] if hits[0] else "no", "relation": "first" if hits[0] else "second" if hits[-1] else "no"}[query.kind])
+    return marks
+
+
+def _axes(grid: int, places: list) -> list:
+    "The two steps that set two places against each other."
+    (a, c), (b, d) = (p.split(" ", 1) for p in places)
+    row, col = _versus(ROWS[grid].index(a), ROWS[grid].index(b), ("above", "below")), _versus(COLS[grid].index(c), COLS[grid].index(d), ("left", "right"))
+    return [f"Rows: {a} against {b}, {row}.", f"Columns: {c} against {d}, {col}."]
 
 
 def solve(scene: Scene, query: Query) -> CoT:
     "All four stages of the true answer."
     return CoT(SUMMARY=summarise(query), CAPTION=describe(scene), REASONING=reason(scene, query), CONCLUSION=answer_of(scene, query))
 
-# %% ../nbs/02_shapes.ipynb #c039
+# %% ../nbs/02_shapes.ipynb #c040
 def ask(
     scene: Scene,                  # what is asked about
     kind: str,                     # one of `KINDS`
@@ -327,14 +333,12 @@ def ask(
         {"role": "user", "content": [{"type": "image", "text": None}, text(question)]},
         {"role": "assistant", "content": [text(render(solve(scene, query), fmt))]}]}
 
-# %% ../nbs/02_shapes.ipynb #c042
+# %% ../nbs/02_shapes.ipynb #c043
 _THING = r"(?P<place>[A-Z][a-z]+(?: [a-z]+)+): (?P<name>[a-z]+ [a-z]+)"
 _SENTENCES = {
     "thing": re.compile(_THING),
-    "count": re.compile(_THING + r", (?P<hit>yes|no), (?P<n>\d+)"),
-    "exist": re.compile(_THING + r", (?P<hit>yes|no)"),
-    "compare": re.compile(_THING + r", (?P<n>\d+) and (?P<m>\d+)"),
-    "find": re.compile(r"The (?P<word>[a-z]+(?: [a-z]+)?) is (?P<place>[a-z]+(?: [a-z]+)+)"),
+    "step": re.compile(_THING + r", (?P<mark>[a-z0-9 ,]+)"),
+    "places": re.compile(r"First (?P<a>[a-z]+(?: [a-z]+)+), second (?P<b>[a-z]+(?: [a-z]+)+)"),
     "axis": re.compile(r"(?P<axis>Rows|Columns): (?P<a>[a-z ]+) against (?P<b>[a-z ]+), (?P<result>above|below|left|right|same)"),
     "so": re.compile(r"So (?:(?P<n>\d+) against (?P<m>\d+), )?(?P<answer>[a-z0-9 ]+)"),
 }
@@ -342,7 +346,7 @@ _SENTENCES = {
 
 def _sentences(text: str) -> list[str]: return [s for s in re.split(r"\.(?:\s+|$)", text.strip()) if s]
 
-# %% ../nbs/02_shapes.ipynb #c044
+# %% ../nbs/02_shapes.ipynb #c045
 def _places(scene: Scene) -> dict: return {scene.place(t): t.name for t in scene.things}
 
 
@@ -359,68 +363,45 @@ def _check_caption(scene: Scene, text: str) -> tuple[dict, list[Problem]]:
     for place in truth.keys() - said.keys(): problem("incomplete", f"{place}: the {truth[place]} is not mentioned")
     return said, problems
 
-# %% ../nbs/02_shapes.ipynb #c046
-def _check_scan(scene: Scene, query: Query, steps: list[str], said: dict) -> tuple[str, list[Problem]]:
-    "For count, exist and compare: the answer that the steps support, and what is wrong with them."
-    truth, seen, problems, tally = _places(scene), [], [], [0] * len(query.args)
+# %% ../nbs/02_shapes.ipynb #c047
+def _check_scan(scene: Scene, query: Query, steps: list, said: dict) -> tuple[dict, list[Problem]]:
+    "What the steps say is where (place → name), and what is wrong with them."
+    truth, seen, problems = _places(scene), {}, []
     problem = lambda kind, message: problems.append(Problem(kind, "REASONING", message))
     for s in steps:
-        if not (m := _SENTENCES[query.kind].fullmatch(s)): problem("unreadable", f"cannot read {s!r} as a step of {query.kind}"); continue
+        if not (m := _SENTENCES["step"].fullmatch(s)): problem("unreadable", f"cannot read {s!r} as a step"); continue
         place, name = m["place"].lower(), m["name"]
-        hits = [w in (*name.split(), name) for w in query.args]
-        tally = [n + h for n, h in zip(tally, hits)]
         if place in seen: problem("doubled", f"{place} is gone through twice")
-        seen.append(place)
+        seen[place] = name
         if truth.get(place) != name: problem("false", f"{s!r}: the scene has {truth.get(place, 'nothing')} {place}")
         if said.get(place) != name: problem("unsupported", f"{s!r}: the caption says {said.get(place, 'nothing')} {place}")
-        got = m.groupdict()
-        if "hit" in got and (got["hit"] == "yes") != hits[0]: problem("false", f"{s!r}: {name} is {'' if hits[0] else 'not '}a match")
-        if "n" in got and [int(got[k]) for k in ("n", "m") if k in got] != tally: problem("false", f"{s!r}: the running count is {' and '.join(map(str, tally))}")
-    for place in truth.keys() - set(seen): problem("incomplete", f"the {truth[place]} {place} is not considered")
-    n, m = tally[0], tally[-1]
-    if query.kind == "compare": return (f"{n} against {m}, " + ("equal" if n == m else _plural(query.args[0] if n > m else query.args[1]))), problems
-    return (str(n) if query.kind == "count" else "yes" if n else "no"), problems
-
-# %% ../nbs/02_shapes.ipynb #c048
-def _check_find(scene: Scene, query: Query, steps: list[str], said: dict) -> tuple[str, list[Problem]]:
-    "For colour and relation: the answer that the steps support, and what is wrong with them."
-    truth, problems = _places(scene), []
-    problem = lambda kind, message: problems.append(Problem(kind, "REASONING", message))
-    if len(steps) != (want := 2 if query.kind == "colour" else 4):
-        problem("incomplete", f"found {len(steps)} steps before the last, expected {want}")
-        return "", problems
-    places = []
-    for word, s in zip(query.args, steps):
-        m = _SENTENCES["find"].fullmatch(s)
-        if not m or m["word"] != word: problem("unreadable", f"cannot read {s!r} as the place of the {word}"); return "", problems
-        places.append(m["place"])
-        if not _is(truth.get(m["place"], ""), word): problem("false", f"{s!r}: the scene has {truth.get(m['place'], 'nothing')} there")
-        if not _is(said.get(m["place"], ""), word): problem("unsupported", f"{s!r}: the caption says {said.get(m['place'], 'nothing')} there")
-    return (_check_colour if query.kind == "colour" else _check_axes)(scene, steps[len(places):], places, problems)
-
-
-def _is(name: str, word: str) -> bool: return word in (*name.split(), name)
-
-
-def _check_colour(scene, steps, places, problems):
-    m = _SENTENCES["thing"].fullmatch(steps[0])
-    if not m or m["place"].lower() != places[0]: problems.append(Problem("unreadable", "REASONING", f"cannot read {steps[0]!r} as what is {places[0]}")); return "", problems
-    if (true := _places(scene).get(places[0])) != m["name"]: problems.append(Problem("false", "REASONING", f"{steps[0]!r}: the scene has {true or 'nothing'} there"))
-    return m["name"].split()[0], problems
+        if m["mark"] != (mark := _marks(query, list(seen.values()))[-1]): problem("false", f"{s!r}: says {m['mark']!r}, with what came before it is {mark!r}")
+    for place in truth.keys() - seen.keys(): problem("incomplete", f"the {truth[place]} {place} is not considered")
+    return seen, problems
 
 # %% ../nbs/02_shapes.ipynb #c049
-def _check_axes(scene, steps, places, problems):
-    results, grid = [], scene.level.grid
-    for s, axis, names, words in zip(steps, ("Rows", "Columns"), (ROWS[grid], COLS[grid]), (("above", "below"), ("left", "right"))):
-        m = _SENTENCES["axis"].fullmatch(s)
-        if not m or m["axis"] != axis or m["a"] not in names or m["b"] not in names:
-            problems.append(Problem("unreadable", "REASONING", f"cannot read {s!r} as the comparison of {axis.lower()}")); return "", problems
-        here = [p.split(" ", 1)[axis == "Columns"] for p in places]
-        if [m["a"], m["b"]] != here: problems.append(Problem("unsupported", "REASONING", f"{s!r}: the steps before say {here[0]} and {here[1]}"))
-        true = _versus(names.index(m["a"]), names.index(m["b"]), words)
-        if m["result"] != true: problems.append(Problem("false", "REASONING", f"{s!r}: {m['a']} against {m['b']} is {true}"))
-        results.append(m["result"])
-    return _direction(*results), problems
+def _check_axes(scene: Scene, query: Query, steps: list, seen: dict) -> tuple[str, list[Problem]]:
+    "The direction that three steps support, given what was seen where, and what is wrong with them."
+    problem = lambda kind, message: ("", [Problem(kind, "REASONING", message)])
+    m = _SENTENCES["places"].fullmatch(steps[0]) if len(steps) == 3 else None
+    if not m: return problem("unreadable", f"cannot read {' '.join(steps)!r} as two places, rows and columns")
+    places = [m["a"], m["b"]]
+    for word, place in zip(query.args, places):
+        if seen.get(place) != word: return problem("unsupported", f"{steps[0]!r}: the steps before have {seen.get(place, 'nothing')} {place}, not the {word}")
+    expected = [s.removesuffix(".") for s in _axes(scene.level.grid, places)]
+    for s, true in zip(steps[1:], expected):
+        if not _SENTENCES["axis"].fullmatch(s): return problem("unreadable", f"cannot read {s!r} as rows or columns set against each other")
+        if s != true: return problem("false", f"{s!r}: from the places before it is {true!r}")
+    return _direction(*(e.rsplit(", ", 1)[1] for e in expected)), []
+
+
+def _supported(query: Query, seen: dict) -> str:
+    "The last step that going through `seen` supports, for all kinds but relation."
+    hits = [[word in (*name.split(), name) for name in seen.values()] for word in query.args]
+    n, m = sum(hits[0]), sum(hits[-1])
+    if query.kind == "compare": return f"{n} against {m}, " + ("equal" if n == m else _plural(query.args[0] if n > m else query.args[1]))
+    if query.kind == "colour": return " ".join(name.split()[0] for name, hit in zip(seen.values(), hits[0]) if hit)
+    return str(n) if query.kind == "count" else "yes" if n else "no"
 
 # %% ../nbs/02_shapes.ipynb #c051
 def verify(
@@ -446,7 +427,10 @@ def verify(
 
 def _check_reasoning(scene, query, cot, said) -> list[Problem]:
     *steps, last = _sentences(cot["REASONING"]) or [""]
-    supported, problems = (_check_scan if query.kind in ("count", "exist", "compare") else _check_find)(scene, query, steps, said)
+    scan, rest = (steps[:-3], steps[-3:]) if query.kind == "relation" else (steps, [])
+    seen, problems = _check_scan(scene, query, scan, said)
+    supported, found = _check_axes(scene, query, rest, seen) if rest else ("" if query.kind == "relation" else _supported(query, seen), [])
+    problems += found
     m = _SENTENCES["so"].fullmatch(last)
     if not m: return problems + [Problem("unreadable", "REASONING", f"cannot read {last!r} as the last step, which begins with 'So'")]
     if last != f"So {supported}": problems.append(Problem("unsupported", "REASONING", f"{last!r}: the steps before support {supported or 'nothing'!r}"))

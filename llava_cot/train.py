@@ -8,7 +8,7 @@ __all__ = ['RunError', 'token_losses', 'by_stage', 'stage_means', 'backward', 's
            'checkpoints', 'stop_politely', 'one_update', 'prepare', 'one_phase', 'Log', 'fit', 'data_key', 'record',
            'read_recipe', 'resume', 'plot_losses']
 
-# %% ../nbs/08_train.ipynb #c002
+# %% ../nbs/08_train.ipynb #c003
 import contextlib
 import hashlib
 import json
@@ -31,7 +31,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import augment as augmentation
 from . import data as datasource
@@ -40,11 +40,11 @@ from .cot import FORMATS, LLAVA_COT, STAGES, CoTFormat
 from .schedule import Phase, Schedule
 from .tokens import Collator, encode
 
-# %% ../nbs/08_train.ipynb #c004
+# %% ../nbs/08_train.ipynb #c005
 class RunError(ValueError):
     "A run that cannot start or go on: the message names the folder or setting, what was found and what to do."
 
-# %% ../nbs/08_train.ipynb #c009
+# %% ../nbs/08_train.ipynb #c010
 def token_losses(
     model,           # any model of `models.FAMILIES`, prepared or not
     batch: dict,     # what `Collator` returns: `input_ids, labels, stage_ids (B, T)` and image inputs
@@ -57,7 +57,7 @@ def token_losses(
     kept = targets != -100
     return F.cross_entropy(logits.float(), targets[kept], reduction="none"), batch["stage_ids"][:, 1:][kept]
 
-# %% ../nbs/08_train.ipynb #c012
+# %% ../nbs/08_train.ipynb #c013
 def by_stage(
     losses: torch.Tensor,   # `(N,)`
     stages: torch.Tensor,   # `(N,)`
@@ -72,7 +72,7 @@ def stage_means(sums: torch.Tensor) -> dict:
     "Stage → mean loss per token, from `by_stage`; stages without a token are left out."
     return {name: (s / n).item() for name, (s, n) in zip(("OTHER",) + STAGES, sums) if n > 0}
 
-# %% ../nbs/08_train.ipynb #c016
+# %% ../nbs/08_train.ipynb #c017
 def backward(
     model,                        # prepared by `accelerator`
     batches: list,                # the micro-batches of one update on this process
@@ -90,7 +90,7 @@ def backward(
         sums += by_stage(losses, stages)
     return accelerator.reduce(sums, "sum")
 
-# %% ../nbs/08_train.ipynb #c020
+# %% ../nbs/08_train.ipynb #c021
 def stable_seed(*parts) -> int:
     "A seed below 2³² from any printable values; the same on every machine."
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big")
@@ -123,7 +123,7 @@ class Order:
                 rows.append((self.first_epoch + epoch, order[p % self.n]))
             yield rows
 
-# %% ../nbs/08_train.ipynb #c024
+# %% ../nbs/08_train.ipynb #c025
 class Reader(torch.utils.data.Dataset):
     "Rows of a dataset as encoded examples, addressed by `(epoch, row)`."
     def __init__(self, rows, processor, fmt: CoTFormat = LLAVA_COT, max_length=None, policy=None, seed: int = 0):
@@ -143,7 +143,7 @@ def loader(reader: Reader, order: Order, workers: int = 0) -> DataLoader:
     return DataLoader(reader, batch_sampler=order, collate_fn=Collator(reader.processor), num_workers=workers,
                       prefetch_factor=4 if workers else None)
 
-# %% ../nbs/08_train.ipynb #c029
+# %% ../nbs/08_train.ipynb #c030
 def versions() -> dict:
     "The versions that decide a run's numbers."
     from llava_cot import __version__
@@ -174,7 +174,7 @@ def new_folder(out) -> Path:
     check_folder(out).mkdir(parents=True, exist_ok=True)
     return Path(out)
 
-# %% ../nbs/08_train.ipynb #c031
+# %% ../nbs/08_train.ipynb #c032
 @dataclass(frozen=True)
 class Settings:
     "All that `fit` is told besides model and data."
@@ -205,7 +205,7 @@ class Settings:
         policy = augmentation.Policy(**d["augment"]) if d["augment"] else None
         return cls(**{**d, "schedule": Schedule.from_dict(d["schedule"]), "fmt": FORMATS[d["fmt"]], "augment": policy})
 
-# %% ../nbs/08_train.ipynb #c035
+# %% ../nbs/08_train.ipynb #c036
 @dataclass
 class Run:
     "A run's folder and how far it has come."
@@ -229,7 +229,7 @@ class Run:
         "The lines of `metrics.jsonl`."
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
 
-# %% ../nbs/08_train.ipynb #c037
+# %% ../nbs/08_train.ipynb #c038
 def save_checkpoint(
     run: Run,
     **state,                        # what has a `state_dict`: optimizer, scheduler, scaler
@@ -252,7 +252,7 @@ def checkpoints(out) -> list[Path]:
     "The whole checkpoints of a run, oldest first."
     return sorted(f for f in Path(out).glob("checkpoints/*-*") if not f.name.startswith("."))
 
-# %% ../nbs/08_train.ipynb #c039
+# %% ../nbs/08_train.ipynb #c040
 @contextlib.contextmanager
 def stop_politely():
     "While inside, the first SIGINT or SIGTERM sets the yielded event's `signal` instead of raising; the second raises."
@@ -266,7 +266,7 @@ def stop_politely():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/08_train.ipynb #c041
+# %% ../nbs/08_train.ipynb #c042
 def one_update(model, batches: list, optimizer, scheduler, phase: Phase, accelerator: Accelerator) -> dict:
     "Forward and backward over the micro-batches, clip, step; returns the update's line for `metrics.jsonl`."
     lr = {g["name"]: g["lr"] for g in optimizer.param_groups}
@@ -281,7 +281,7 @@ def one_update(model, batches: list, optimizer, scheduler, phase: Phase, acceler
     return dict(loss=(total[0] / total[1].clamp(min=1)).item(), loss_by_stage=stage_means(sums), lr=lr, grad_norm=float(norm),
                 tokens=int(tokens), supervised=int(total[1]))
 
-# %% ../nbs/08_train.ipynb #c043
+# %% ../nbs/08_train.ipynb #c044
 def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
     schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
@@ -294,7 +294,7 @@ def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=N
         if "scaler" in state: accelerator.scaler.load_state_dict(state["scaler"])
     return model, optimizer, scheduler
 
-# %% ../nbs/08_train.ipynb #c044
+# %% ../nbs/08_train.ipynb #c045
 def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, state=None, progress=True) -> None:
     "Trains the phase under way from where it stands to its end; saves on the way. Raises `KeyboardInterrupt` after saving, when asked to stop."
     s, phase = run.settings, run.settings.schedule[run.phase]
@@ -316,7 +316,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
             if stop.signal or run.update == updates or run.done % s.save_every == 0: save()
             if stop.signal: raise KeyboardInterrupt
 
-# %% ../nbs/08_train.ipynb #c045
+# %% ../nbs/08_train.ipynb #c046
 class Log:
     "Appends to `metrics.jsonl` and `timing.jsonl`, first cutting off what lies beyond the run's progress."
     def __init__(self, run: Run): self.run = run
@@ -338,7 +338,7 @@ class Log:
         for f, d in zip(self.files, (at | line, at | dict(seconds=round(seconds, 4), tokens_per_s=round(line["tokens"] / seconds, 1)))):
             f.write(json.dumps(d) + "\n")
 
-# %% ../nbs/08_train.ipynb #c047
+# %% ../nbs/08_train.ipynb #c048
 def fit(
     model, processor,                   # from `models.load` or a tiny one
     data,                               # a `Dataset` from `data.load`, or the path to give it
@@ -361,7 +361,7 @@ def fit(
     save_checkpoint(run)
     return _go(run, data, after_phase, progress)
 
-# %% ../nbs/08_train.ipynb #c048
+# %% ../nbs/08_train.ipynb #c049
 def data_key(rows) -> str:
     "A short digest of a dataset's ids in order: a resumed run must read the same rows."
     return hashlib.sha256("\n".join(rows["id"]).encode()).hexdigest()[:16]
@@ -390,7 +390,7 @@ def _go(run: Run, rows, after_phase=None, progress=True, state=None) -> Run:
         write_text(run.out / "phases.json", json.dumps(run.phases, indent=1))
     return run
 
-# %% ../nbs/08_train.ipynb #c049
+# %% ../nbs/08_train.ipynb #c050
 def record(run: Run, phase: Phase, updates: int) -> dict:
     "What a phase amounted to: seconds, updates, parameters, and the loss by stage over its last tenth."
     never, parts = models.without_gradient(run.model), models.parts(run.model)
@@ -401,7 +401,7 @@ def record(run: Run, phase: Phase, updates: int) -> dict:
     return dict(name=phase.name, seconds=round(run.seconds, 2), updates=updates, trainable=trained, total=sum(p.numel() for p in run.model.parameters()),
                 loss=sum(l["loss"] for l in lines) / len(lines), loss_by_stage={k: mean(k) for k in ("OTHER",) + STAGES if k in stages})
 
-# %% ../nbs/08_train.ipynb #c051
+# %% ../nbs/08_train.ipynb #c052
 def read_recipe(out) -> dict:
     "What `recipe.yaml` of a run says. Raises `RunError` where there is none."
     file = Path(out) / "recipe.yaml"
@@ -428,7 +428,7 @@ def resume(
     state = torch.load(found[-1] / "optimizer.pt", weights_only=True)
     return _go(run, rows, after_phase, progress, state if run.update else None)
 
-# %% ../nbs/08_train.ipynb #c054
+# %% ../nbs/08_train.ipynb #c055
 def plot_losses(
     metrics: list,             # lines of `metrics.jsonl`
     smooth: int = 10,          # updates in the running mean

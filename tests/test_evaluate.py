@@ -13,6 +13,7 @@ from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, REORDERED, CoT, parse, ren
 from llava_cot.data import answer_text, question
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.search import Answer, Greedy
+from llava_cot.tokens import encode
 
 def hand_made(pairs):
     "Answers to five (scene, example) pairs: right, wrong, right for wrong reasons, cut off, without a tag; and their judge."
@@ -110,7 +111,7 @@ def test_order_does_not_matter():
     answers, judge = hand_made(pairs)
     examples = [ex for _, ex in pairs]
     whole = score(examples, answers, judge=judge, blind=answers[:1] + answers[1:]).to_dict()
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=5, deadline=None)
     @given(st.permutations(range(5)))
     def holds(order):
         found = score([examples[i] for i in order], [answers[i] for i in order], judge=judge, blind=[answers[i] for i in order])
@@ -129,7 +130,6 @@ def test_without_a_judge_and_by_another_kind():
 
 
 def test_a_blank_picture_is_zero_after_normalisation():
-    from llava_cot.tokens import encode
     for make in (models.tiny_llava, models.tiny_mllama):
         _, processor = make()
         ex = next(shapes.examples(1))[1]

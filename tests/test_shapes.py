@@ -67,7 +67,7 @@ def test_a_right_answer_for_wrong_reasons_is_found_out():
 
 def test_every_changed_word_is_noticed():
     groups = [list(shapes.RGB)[:4], ["circle", "square", "triangle"], ["top", "bottom"], ["left", "right"], ["yes", "no"], ["above", "below", "same"],
-              list("01234"), ["circles", "squares", "triangles", "equal"], ["Top", "Bottom"]]
+              ["first", "second", "no"], list("01234"), ["circles", "squares", "triangles", "equal"], ["Top", "Bottom"]]
     tried = 0
     for i in range(60):
         scene = shapes.sample_scene(i)
