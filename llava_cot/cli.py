@@ -52,7 +52,7 @@ def examination(source: dict, fmt, schedule, seed: int, progress: bool):
     if source["eval_data"]: held, folder = data.load(source["eval_data"], fmt), source["eval_data"]
     elif source["held_out"]: rows, held = data.split(rows, source["held_out"], seed)
     held = held.select(range(min(len(held), source["eval_n"]))) if held is not None else []
-    return rows, Examiner(held, fmt, schedule[-1].name, judge_for(folder), source["max_new_tokens"], seed, progress)
+    return rows, Examiner(held, fmt, schedule[-1].name, judge_for(folder, fmt), source["max_new_tokens"], seed, progress)
 
 # %% ../nbs/12_cli.ipynb #c011
 def train(
@@ -115,7 +115,7 @@ def _train(source, model, out, schedule, fmt, seed, start, json, **settings) -> 
     say(f"{len(rows):,} rows to train on, {len(examiner.rows):,} to score on; model {model}; run in {out}\n\n{schedule}\n", json=json)
     try: run = training.fit(net, processor, rows, schedule, out, after_phase=examiner, source=dict(source, model=str(model)), fmt=fmt, seed=seed, progress=not json, **settings)
     except KeyboardInterrupt: raise Interrupted(out) from None
-    return _finish(run, examiner, net, processor, start, json)
+    return _finish(run, examiner, start, json)
 
 # %% ../nbs/12_cli.ipynb #c013
 class Interrupted(Exception):
@@ -192,7 +192,7 @@ def eval(
     if out: training.check_folder(out)
     rows = source.load(data, fmt)
     net, processor = open_model(model)
-    report = evaluate(net, processor, rows.select(range(min(n, len(rows)))), fmt=fmt, method=Greedy(max_new_tokens), judge=judge_for(data),
+    report = evaluate(net, processor, rows.select(range(min(n, len(rows)))), fmt=fmt, method=Greedy(max_new_tokens), judge=judge_for(data, fmt),
                       blind=blind, seed=seed, progress=not json)
     result = write_report(training.new_folder(out), report, seconds=time.time() - start) if out else report.to_dict() | {"phases": []}
     say(summary(result), json=json)
@@ -237,7 +237,8 @@ def parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         p = ArgumentParser(description=function.__doc__, exit_on_error=False)
         p.add_argument("--config", action="config", help="YAML file with any of these options")
-        p.add_function_arguments(function, as_group=False, as_positional=False)
+        p.add_argument("--json", action="store_true", help="print the result as JSON, all else to stderr")
+        p.add_function_arguments(function, as_group=False, as_positional=False, skip={"json"})
         commands.add_subcommand(name, p, help=function.__doc__)
     return main
 

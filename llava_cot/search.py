@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteria
 from .models import check_preprocessing
 from .tokens import Collator, encode, end_token
