@@ -7,7 +7,7 @@ __all__ = ['LIGHT', 'POLICIES', 'TRANSFORMS', 'COLOURS', 'SHADES', 'COUNTS', 'PL
            'DOCUMENTS', 'RULES', 'AugmentError', 'Policy', 'Rule', 'Bar', 'gate', 'allowed', 'synonyms', 'crop',
            'contrast', 'saturation', 'brightness', 'generator', 'augment', 'changes', 'preview']
 
-# %% ../nbs/03_augment.ipynb #c002
+# %% ../nbs/03_augment.ipynb #c003
 import hashlib, json, random, re
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance
 
 from .cot import spans
 
-# %% ../nbs/03_augment.ipynb #c008
+# %% ../nbs/03_augment.ipynb #c009
 class AugmentError(ValueError):
     "An augmentation that cannot be done as asked: the message names the field, what was found and what was expected."
 
@@ -41,12 +41,12 @@ class Policy:
         "The policy that changes nothing."
         return cls()
 
-# %% ../nbs/03_augment.ipynb #c009
+# %% ../nbs/03_augment.ipynb #c010
 LIGHT = Policy(crop=0.04, brightness=0.15, contrast=0.15, saturation=0.2, synonyms=0.3)
 POLICIES = {"none": Policy.none(), "light": LIGHT}
 TRANSFORMS = tuple(f.name for f in fields(Policy))
 
-# %% ../nbs/03_augment.ipynb #c013
+# %% ../nbs/03_augment.ipynb #c014
 _w = str.split
 COLOURS = _w("""red orange yellow green blue purple violet pink brown black white grey gray silver gold golden beige tan cyan magenta teal
     turquoise maroon navy crimson scarlet lavender olive khaki cream amber bronze blond blonde brunette reddish greenish bluish yellowish
@@ -65,7 +65,7 @@ READING = _w("""text letter letters written writing handwriting handwritten read
 LANGUAGE = _w("word words spell spelled spelling letter letters synonym antonym rhyme rhymes verb noun adjective sentence phrase text says written")
 DOCUMENTS = ("chartqa", "docvqa", "ai2d", "geoqa+", "geoqa", "infographicvqa", "textvqa")   # sources whose pictures are read to the edge
 
-# %% ../nbs/03_augment.ipynb #c014
+# %% ../nbs/03_augment.ipynb #c015
 @dataclass(frozen=True)
 class Rule:
     "Words that hold a transform to a ceiling, and why."
@@ -87,7 +87,7 @@ RULES = tuple(Rule(t, tuple(words), ceiling, why, where) for t, words, ceiling, 
     ("synonyms", LANGUAGE, 0.0, "asks about words", "question"),
 ])
 
-# %% ../nbs/03_augment.ipynb #c016
+# %% ../nbs/03_augment.ipynb #c017
 def _texts(example):
     "`(role, text)` of every message."
     for m in example["messages"]:
@@ -98,7 +98,7 @@ def _stage_at(text, at):
     "The stage that holds position `at` of an answer, or `answer`."
     return next((s.stage for s in spans(text) if s.start <= at < s.end), "answer")
 
-# %% ../nbs/03_augment.ipynb #c017
+# %% ../nbs/03_augment.ipynb #c018
 @dataclass(frozen=True)
 class Bar:
     "One transform held to a ceiling by one word of an example."
@@ -112,7 +112,7 @@ class Bar:
         found = f"{self.where} {self.why}" + (f" ({self.word!r})" if self.word else "")
         return found + (f": no more than {self.ceiling:g}" if self.ceiling else "")
 
-# %% ../nbs/03_augment.ipynb #c019
+# %% ../nbs/03_augment.ipynb #c020
 @lru_cache(maxsize=64)
 def _finder(words): return re.compile(r"(?<![\w<])(?<!</)(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")(?![\w>])", re.I)
 
@@ -130,7 +130,7 @@ def _objections(example):
     if not example["images"]:
         for t in TRANSFORMS[:4]: yield Bar(t, 0.0, "example", "", "has no picture")
 
-# %% ../nbs/03_augment.ipynb #c020
+# %% ../nbs/03_augment.ipynb #c021
 def gate(
     example: dict,
 ) -> dict: # transform → `Bar`, for the transforms that are held back
@@ -148,7 +148,7 @@ def allowed(
     bars = gate(example)
     return {t: str(bars[t]) if t in bars else None for t in TRANSFORMS}
 
-# %% ../nbs/03_augment.ipynb #c022
+# %% ../nbs/03_augment.ipynb #c023
 @lru_cache(maxsize=1)
 def synonyms() -> dict:
     "Phrase → the phrases that may stand for it, from `assets/synonyms.json`."
@@ -160,7 +160,7 @@ def synonyms() -> dict:
             if others: table[phrase] = others
     return table
 
-# %% ../nbs/03_augment.ipynb #c026
+# %% ../nbs/03_augment.ipynb #c027
 _PROTECTED = [re.compile(p) for p in (
     r'"[^"]*"|“[^”]*”|‘[^’]*’|`[^`]*`|(?<!\w)\'[^\']*\'(?!\w)',                # quotations
     r"<[^<>]*>",                                                              # separators, `<image>`
@@ -178,7 +178,7 @@ def _conclusion(example):
             words |= set(re.findall(r"[\w'-]+", (text[ends[0].inner_start:ends[0].inner_end] if ends else text).lower()))
     return words
 
-# %% ../nbs/03_augment.ipynb #c027
+# %% ../nbs/03_augment.ipynb #c028
 @lru_cache(maxsize=1)
 def _phrases(): return re.compile(r"(?<![\w'’-])(" + "|".join(sorted(map(re.escape, synonyms()), key=len, reverse=True)) + r")(?![\w'’-])", re.I)
 
@@ -198,7 +198,7 @@ def _eligible(example):
     for role, text in _texts(example):
         if role == "user": yield from _replaceable(text, conclusion)
 
-# %% ../nbs/03_augment.ipynb #c029
+# %% ../nbs/03_augment.ipynb #c030
 def _reword(text, p, rng, conclusion):
     "A question with each replaceable phrase exchanged with probability `p`."
     out, at = "", 0
@@ -210,7 +210,7 @@ def _reword(text, p, rng, conclusion):
         out, at = out + (new[0].upper() + new[1:] if m[1][0].isupper() else new), m.end()
     return out + text[at:]
 
-# %% ../nbs/03_augment.ipynb #c036
+# %% ../nbs/03_augment.ipynb #c037
 def crop(
     image: Image.Image,
     strength: float,     # the largest fraction of width and height that is cut away
@@ -230,7 +230,7 @@ def saturation(image, strength, rng):
     "Draw colours toward grey, or away from it."
     return ImageEnhance.Color(image).enhance(_factor(strength, rng))
 
-# %% ../nbs/03_augment.ipynb #c038
+# %% ../nbs/03_augment.ipynb #c039
 def brightness(
     image: Image.Image,
     strength: float,
@@ -242,7 +242,7 @@ def brightness(
     if keep_colours: factor = min(factor, max(1.0, 255 / max(1, *(high for _, high in image.getextrema()))))
     return ImageEnhance.Brightness(image).enhance(factor)
 
-# %% ../nbs/03_augment.ipynb #c041
+# %% ../nbs/03_augment.ipynb #c042
 def generator(
     *what, # numbers and strings: seed, epoch, id, transform, …
 ) -> random.Random:
@@ -259,7 +259,7 @@ def _vary(image, strength, draws, keep_colours):
     if strength["saturation"]: image = saturation(image, strength["saturation"], draws("saturation"))
     return image
 
-# %% ../nbs/03_augment.ipynb #c042
+# %% ../nbs/03_augment.ipynb #c043
 def augment(
     example: dict,   # not touched
     policy: Policy,
@@ -275,7 +275,7 @@ def augment(
     images = [_vary(image, strength, lambda t: draws(t, i), "saturation" in bars) for i, image in enumerate(example["images"])]
     return {**example, "images": images, "messages": _varied_messages(example, strength["synonyms"], draws)}
 
-# %% ../nbs/03_augment.ipynb #c043
+# %% ../nbs/03_augment.ipynb #c044
 def _varied_messages(example, p, draws):
     "Copies of the messages, the users' texts reworded."
     conclusion = _conclusion(example)
@@ -284,7 +284,7 @@ def _varied_messages(example, p, draws):
         return {**c, "text": _reword(c["text"], p, draws("synonyms", *at), conclusion)}
     return [{**m, "content": [item(m["role"], c, i, j) for j, c in enumerate(m["content"])]} for i, m in enumerate(example["messages"])]
 
-# %% ../nbs/03_augment.ipynb #c058
+# %% ../nbs/03_augment.ipynb #c059
 def changes(before: str, after: str) -> list:
     "What was exchanged between two texts: pairs of (old, new)."
     import difflib
@@ -293,7 +293,7 @@ def changes(before: str, after: str) -> list:
 
 def _question(example): return " ".join(text for role, text in _texts(example) if role == "user")
 
-# %% ../nbs/03_augment.ipynb #c059
+# %% ../nbs/03_augment.ipynb #c060
 def preview(
     example: dict,
     policy: Policy = LIGHT,

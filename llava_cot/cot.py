@@ -6,16 +6,16 @@
 __all__ = ['STAGES', 'SEPARATORS', 'LLAVA_COT', 'NO_TAGS', 'DIRECT', 'REORDERED', 'FORMATS', 'Problem', 'CoTError', 'CoTFormat',
            'CoT', 'render', 'Span', 'spans', 'check', 'parse', 'repair', 'to_format']
 
-# %% ../nbs/00_cot.ipynb #c002
+# %% ../nbs/00_cot.ipynb #c003
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# %% ../nbs/00_cot.ipynb #c007
+# %% ../nbs/00_cot.ipynb #c008
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 SEPARATORS = tuple(f"<{end}{stage}>" for stage in STAGES for end in ("", "/"))
 
-# %% ../nbs/00_cot.ipynb #c009
+# %% ../nbs/00_cot.ipynb #c010
 @dataclass(frozen=True)
 class Problem:
     "One thing that is wrong, as a value that can be counted and shown."
@@ -27,7 +27,7 @@ class Problem:
 
     def __str__(self): return self.message
 
-# %% ../nbs/00_cot.ipynb #c010
+# %% ../nbs/00_cot.ipynb #c011
 class CoTError(ValueError):
     "An answer that is not well formed; `problems` holds every `Problem`, the message names the first few."
     def __init__(self, problems: "list[Problem]|str"):
@@ -37,7 +37,7 @@ class CoTError(ValueError):
 
     def __reduce__(self): return CoTError, (self.problems,)   # survives the way back from a worker process
 
-# %% ../nbs/00_cot.ipynb #c012
+# %% ../nbs/00_cot.ipynb #c013
 @dataclass(frozen=True)
 class CoTFormat:
     "Which stages an answer has, in which order, and how they are set apart."
@@ -59,14 +59,14 @@ class CoTFormat:
     def open(self, stage: str) -> str: return f"<{stage}>"
     def close(self, stage: str) -> str: return f"</{stage}>"
 
-# %% ../nbs/00_cot.ipynb #c014
+# %% ../nbs/00_cot.ipynb #c015
 LLAVA_COT = CoTFormat("llava_cot")
 NO_TAGS = CoTFormat("no_tags", tags=False)
 DIRECT = CoTFormat("direct", stages=("CONCLUSION",), tags=False)
 REORDERED = CoTFormat("reordered", stages=("CONCLUSION", "SUMMARY", "CAPTION", "REASONING"))
 FORMATS = {f.name: f for f in (LLAVA_COT, NO_TAGS, DIRECT, REORDERED)}
 
-# %% ../nbs/00_cot.ipynb #c018
+# %% ../nbs/00_cot.ipynb #c019
 class CoT(Mapping):
     "A staged answer: stage → text, stripped. Stages are also attributes: `cot.conclusion`."
     def __init__(self, stages: Mapping|None = None, /, **kw: str):
@@ -86,14 +86,14 @@ class CoT(Mapping):
         raise AttributeError(f"this answer has no {name!r}")
     def __repr__(self): return "CoT(" + ",\n    ".join(f"{s.lower()}={t!r}" for s, t in self.items()) + ")"
 
-# %% ../nbs/00_cot.ipynb #c022
+# %% ../nbs/00_cot.ipynb #c023
 _SEPARATOR = re.compile(f"<(/?)({'|'.join(STAGES)})>")   # [1] "/" where it closes, [2] the stage
 
-# %% ../nbs/00_cot.ipynb #c024
+# %% ../nbs/00_cot.ipynb #c025
 def _mark_blank_lines(text): return re.sub(r"(?<=\n)( *)(?=\n)", r" \1", text)
 def _unmark_blank_lines(text): return re.sub(r"(?<=\n) ( *)(?=\n)", r"\1", text)
 
-# %% ../nbs/00_cot.ipynb #c026
+# %% ../nbs/00_cot.ipynb #c027
 def render(
     cot: Mapping,                    # stage → text; stages the format does not have are left out
     fmt: CoTFormat = LLAVA_COT,
@@ -112,7 +112,7 @@ def render(
         else: parts.append(_mark_blank_lines(text) if len(fmt.stages) > 1 else text)
     return fmt.between.join(parts)
 
-# %% ../nbs/00_cot.ipynb #c033
+# %% ../nbs/00_cot.ipynb #c034
 @dataclass(frozen=True)
 class Span:
     "Where a complete stage stands: `text[start:end]` with its separators, `text[inner_start:inner_end]` its stripped text."
@@ -128,7 +128,7 @@ def _stripped(text, start, end):
     start += len(part) - len(part.lstrip())
     return start, start + len(part.strip())
 
-# %% ../nbs/00_cot.ipynb #c035
+# %% ../nbs/00_cot.ipynb #c036
 def _tagged_spans(text, fmt):
     opened = None
     for m in _SEPARATOR.finditer(text):
@@ -143,7 +143,7 @@ def _paragraphs(text, fmt):
     found = (_stripped(text, a, b) for a, b in zip(edges[::2], edges[1::2]))
     return [(a, b) for a, b in found if a < b]
 
-# %% ../nbs/00_cot.ipynb #c036
+# %% ../nbs/00_cot.ipynb #c037
 def spans(
     text: str,
     fmt: CoTFormat = LLAVA_COT,
@@ -155,14 +155,14 @@ def spans(
     if len(found) < len(fmt.stages) and found and not text[found[-1][1]:].startswith("\n\n"): found.pop()   # the text may go on
     return [Span(stage, a, b, a, b) for stage, (a, b) in zip(fmt.stages, found)]
 
-# %% ../nbs/00_cot.ipynb #c044
+# %% ../nbs/00_cot.ipynb #c045
 def _place(text, i): return f"line {text.count(chr(10), 0, i) + 1}, column {i - text.rfind(chr(10), 0, i)}"
 
 def _quote(text, n=30):
     text = text.strip()
     return repr(text if len(text) <= n else text[:n] + "…")
 
-# %% ../nbs/00_cot.ipynb #c046
+# %% ../nbs/00_cot.ipynb #c047
 def _walk(text, fmt, found):
     "Problems met along the separators `found`, as (kind, stage, start, message)."
     inside, last, opened, closed = None, None, set(), set()
@@ -194,7 +194,7 @@ def _stray(text, last, end):
     start, stop = _stripped(text, last.end() if last else 0, end)
     if start < stop: yield "stray", last and last[2], start, f"stray text {_quote(text[start:stop])} outside the stages"
 
-# %% ../nbs/00_cot.ipynb #c048
+# %% ../nbs/00_cot.ipynb #c049
 _LOOSE = re.compile(f"<[ \t]?(/?)[ \t]?({'|'.join(STAGES)})[ \t]?>", re.IGNORECASE | re.ASCII)
 
 def _missing(text, fmt, found):
@@ -210,7 +210,7 @@ def _missing(text, fmt, found):
             yield "missing", stage, at, f"{fmt.open(stage)} is missing, expected {after}{hint}"
         at, after = ends.get(stage, at), f"after {fmt.close(stage)}"
 
-# %% ../nbs/00_cot.ipynb #c049
+# %% ../nbs/00_cot.ipynb #c050
 def _disorder(text, fmt, found):
     "The first stage that opens before one it should follow, as (kind, stage, start, message)."
     first = {}
@@ -221,7 +221,7 @@ def _disorder(text, fmt, found):
             yield "order", b, first[b].start(), f"<{b}> is out of order after <{a}>, expected {', '.join(fmt.stages)}"
             return
 
-# %% ../nbs/00_cot.ipynb #c051
+# %% ../nbs/00_cot.ipynb #c052
 def _plain(text, fmt, separators):
     "Problems of an answer without separators, as (kind, stage, start, message)."
     for m in separators[:1]:
@@ -233,7 +233,7 @@ def _plain(text, fmt, separators):
         what = f"stray paragraph {_quote(text[slice(*found[n])])} after {fmt.stages[-1]}"
         yield "stray", fmt.stages[-1], found[n][0], f"{what}: {len(found)} found, {n} expected"
 
-# %% ../nbs/00_cot.ipynb #c053
+# %% ../nbs/00_cot.ipynb #c054
 def check(
     text: str,
     fmt: CoTFormat = LLAVA_COT,
@@ -246,7 +246,7 @@ def check(
     found = [Problem(kind, stage, f"{message} ({_place(text, start)})", start) for (kind, stage), (start, message) in first.items()]
     return sorted(found, key=lambda p: p.start)
 
-# %% ../nbs/00_cot.ipynb #c055
+# %% ../nbs/00_cot.ipynb #c056
 def parse(
     text: str,
     fmt: CoTFormat = LLAVA_COT,
@@ -256,7 +256,7 @@ def parse(
     undo = _unmark_blank_lines if not fmt.tags and len(fmt.stages) > 1 else str
     return CoT({s.stage: undo(text[s.inner_start:s.inner_end]) for s in spans(text, fmt)})
 
-# %% ../nbs/00_cot.ipynb #c069
+# %% ../nbs/00_cot.ipynb #c070
 def _mend_lookalikes(text, fmt):
     "Correct case and blanks of separators."
     true, notes = {m[0] for m in _SEPARATOR.finditer(text)}, []
@@ -267,7 +267,7 @@ def _mend_lookalikes(text, fmt):
         return tag
     return _LOOSE.sub(mend, text), notes
 
-# %% ../nbs/00_cot.ipynb #c071
+# %% ../nbs/00_cot.ipynb #c072
 _REPEATED = re.compile(_SEPARATOR.pattern.join(("(", r")(?:\s*\1)+")))
 
 def _mend_doubled(text, fmt):
@@ -286,7 +286,7 @@ def _mend_doubled(text, fmt):
             pos = s.end
     return "".join(keep) + text[pos:], notes
 
-# %% ../nbs/00_cot.ipynb #c073
+# %% ../nbs/00_cot.ipynb #c074
 def _mend_halves(text, fmt):
     "Close a stage before the next one opens; open one whose closing separator stands alone."
     opened = {m[2] for m in _SEPARATOR.finditer(text) if not m[1]}
@@ -307,7 +307,7 @@ def _mend_halves(text, fmt):
         pos = m.end()
     return "".join(out) + text[pos:], notes
 
-# %% ../nbs/00_cot.ipynb #c075
+# %% ../nbs/00_cot.ipynb #c076
 def repair(
     text: str,
     fmt: CoTFormat = LLAVA_COT,
@@ -327,7 +327,7 @@ def repair(
     if (done := render(cot, fmt)) != text and not notes: notes.append(("whitespace", None, f"wrote the whitespace of format {fmt.name!r}"))
     return done, [Problem(*note, fixed=True) for note in dict.fromkeys(notes)]
 
-# %% ../nbs/00_cot.ipynb #c085
+# %% ../nbs/00_cot.ipynb #c086
 def to_format(
     text: str,        # an answer written in `src`
     src: CoTFormat,

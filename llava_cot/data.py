@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'DataError', 'load', 'DataReport', 'check', 'question', 'answer_text', 'split', 'reformat', 'mix']
 
-# %% ../nbs/01_data.ipynb #c002
+# %% ../nbs/01_data.ipynb #c003
 import hashlib, html, io, json, os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from . import cot
 from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, Problem
 
-# %% ../nbs/01_data.ipynb #c008
+# %% ../nbs/01_data.ipynb #c009
 class DataError(ValueError):
     "A dataset that cannot be used as it is; `problems` holds what was found, the message names the first."
     def __init__(self, problems: list[Problem]|str):
@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 def _bad(kind, message): return DataError([Problem(kind, None, message)])
 
-# %% ../nbs/01_data.ipynb #c009
+# %% ../nbs/01_data.ipynb #c010
 def _row(raw: bytes) -> dict:
     "Read one line of the file."
     try: row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").strip().decode("utf-8"))
@@ -45,7 +45,7 @@ def _row(raw: bytes) -> dict:
         except UnicodeEncodeError: raise _bad("json", "a text holds half of a surrogate pair")
     return row
 
-# %% ../nbs/01_data.ipynb #c012
+# %% ../nbs/01_data.ipynb #c013
 def _paths(row: dict) -> list[str]:
     "Image paths of a row, relative and tidy; none, one, or several."
     given = row.get("image") or []
@@ -58,7 +58,7 @@ def _paths(row: dict) -> list[str]:
             raise _bad("escape", f"image {name!r} points outside the dataset's folder, expected a relative path inside it")
     return tidy
 
-# %% ../nbs/01_data.ipynb #c015
+# %% ../nbs/01_data.ipynb #c016
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 def _turns(row: dict) -> list[tuple[str, str]]:
@@ -77,7 +77,7 @@ def _turns(row: dict) -> list[tuple[str, str]]:
     if turns[-1][0] != "assistant": raise _bad("turns", f"the last turn is from {who!r}, expected an answer from 'gpt'")
     return turns
 
-# %% ../nbs/01_data.ipynb #c018
+# %% ../nbs/01_data.ipynb #c019
 def _messages(turns: list[tuple[str, str]], n_images: int) -> list[dict]:
     "Conversational messages with `n_images` image items among the users' content."
     marks = sum(text.count("<image>") for role, text in turns if role == "user")
@@ -96,7 +96,7 @@ def _messages(turns: list[tuple[str, str]], n_images: int) -> list[dict]:
         messages.append({"role": role, "content": content})
     return messages
 
-# %% ../nbs/01_data.ipynb #c021
+# %% ../nbs/01_data.ipynb #c022
 def _example(row: dict, line: int) -> dict:
     "An example whose images are relative paths; an id is made from the line where the row has none."
     paths = _paths(row)
@@ -106,7 +106,7 @@ def _example(row: dict, line: int) -> dict:
 def _id(row):
     return str(row["id"]) if isinstance(row.get("id"), (str, int)) else ""
 
-# %% ../nbs/01_data.ipynb #c024
+# %% ../nbs/01_data.ipynb #c025
 _ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 
 def _unreadable(path: str) -> str|None:
@@ -118,7 +118,7 @@ def _unreadable(path: str) -> str|None:
     except PILImage.UnidentifiedImageError: return "not an image"
     except Exception as e: return str(e).splitlines()[0][:80] if str(e) else type(e).__name__   # Pillow raises what its plugins raise
 
-# %% ../nbs/01_data.ipynb #c027
+# %% ../nbs/01_data.ipynb #c028
 def _layout(path, images=None) -> tuple[Path, list[Path]]:
     "The .jsonl file and the folders its image paths may be relative to."
     path = Path(path)
@@ -132,7 +132,7 @@ def _layout(path, images=None) -> tuple[Path, list[Path]]:
     if images is not None and not Path(images).is_dir(): raise DataError(f"images {images}: no such folder")
     return path, [Path(images)] if images is not None else [path.parent, *sorted(p for p in path.parent.glob("image*") if p.is_dir())]
 
-# %% ../nbs/01_data.ipynb #c030
+# %% ../nbs/01_data.ipynb #c031
 def _answer_problems(messages, fmt):
     "Problems of the answers in a conversation: the last one, and every one that holds a separator."
     answers = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
@@ -141,7 +141,7 @@ def _answer_problems(messages, fmt):
         where = f"answer {i} of {len(answers)}" if len(answers) > 1 else "answer"
         for p in cot.check(text, fmt): yield replace(p, kind=f"stage_{p.kind}", message=f"{where}: {p.message}")
 
-# %% ../nbs/01_data.ipynb #c032
+# %% ../nbs/01_data.ipynb #c033
 def _scan(path, fmt, images, check) -> Iterator[tuple[dict|None, list[Problem]]]:
     "Yield `(example, problems)` for each row; no example where the row itself cannot be read."
     file, bases = _layout(path, images)
@@ -161,7 +161,7 @@ def _scan(path, fmt, images, check) -> Iterator[tuple[dict|None, list[Problem]]]
             known = f" (id {_id(row)[:60]})" if row and _id(row) else ""
             yield example, [replace(p, message=f"{file.name}:{line}{known}: {p.message}") for p in problems]
 
-# %% ../nbs/01_data.ipynb #c033
+# %% ../nbs/01_data.ipynb #c034
 def _look(name, bases, check) -> tuple[str, Problem|None]:
     "The file an image path means, in the first of `bases` that has it, and what is wrong with it."
     paths = [os.path.join(os.path.abspath(base), name) for base in bases]
@@ -180,7 +180,7 @@ def _row_problems(example, line, lines, looked, fmt):
     problems += [looked[name][1] for name in example["images"] if looked[name][1]]
     return problems + (list(_answer_problems(example["messages"], fmt)) if fmt else [])
 
-# %% ../nbs/01_data.ipynb #c035
+# %% ../nbs/01_data.ipynb #c036
 FEATURES = Features({"id": Value("string"), "images": List(Image()),
     "messages": List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}),
     "source": Value("string")})
@@ -205,7 +205,7 @@ def _dataset(examples):
     for e in examples: e["images"] = [{"bytes": None, "path": path} for path in e["images"]]   # how `datasets` stores an image by its path
     return Dataset(pa.Table.from_pylist(examples, schema=FEATURES.arrow_schema), info=DatasetInfo(features=FEATURES))
 
-# %% ../nbs/01_data.ipynb #c046
+# %% ../nbs/01_data.ipynb #c047
 @dataclass
 class DataReport:
     "What `check` found in a dataset."
@@ -228,7 +228,7 @@ class DataReport:
         return {"rows": self.rows, "turns": self.turns, "images": self.images, "sources": dict(self.sources.most_common()),
                 "ok": self.ok, "counts": self.counts, "examples": first}
 
-# %% ../nbs/01_data.ipynb #c047
+# %% ../nbs/01_data.ipynb #c048
 @patch
 def __repr__(self: DataReport):
     "Counts, and the first message of each kind."
@@ -246,7 +246,7 @@ def _repr_html_(self: DataReport):
     head = f"<p><b>{repr(self).splitlines()[0]}</b></p>"
     return head + f"<table><tr><th>found</th><th>kind</th><th>first</th></tr>{rows}</table>" if rows else head
 
-# %% ../nbs/01_data.ipynb #c048
+# %% ../nbs/01_data.ipynb #c049
 def check(
     path: str|os.PathLike,                # as for `load`
     fmt: CoTFormat|None = LLAVA_COT,
@@ -265,7 +265,7 @@ def check(
     report.images = len(seen)
     return report
 
-# %% ../nbs/01_data.ipynb #c055
+# %% ../nbs/01_data.ipynb #c056
 def question(example: dict) -> str:
     "The text of the last user turn."
     return _last(example, "user")
@@ -279,7 +279,7 @@ def _last(example, role):
     if turn is None: raise DataError(f"example {example.get('id')!r} has no turn of the {role}")
     return " ".join(c["text"].strip() for c in turn["content"] if c["type"] == "text") if role == "user" else turn["content"][0]["text"]
 
-# %% ../nbs/01_data.ipynb #c058
+# %% ../nbs/01_data.ipynb #c059
 def _image_key(image: dict) -> str:
     "A hash by which copies of an image are the same; `image` is {path, bytes} as `datasets` stores it."
     with io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb") as f:
@@ -299,7 +299,7 @@ def _row_keys(ds: Dataset) -> list[list[str]]:
     except OSError as e: raise DataError(f"id {row['id']}: image {os.path.basename(e.filename or '')!r} cannot be read: {e.strerror}")
     return keys
 
-# %% ../nbs/01_data.ipynb #c060
+# %% ../nbs/01_data.ipynb #c061
 def _groups(keys: list[list[str]]) -> list[str]:
     "For each row one key, the same for rows that are tied by images they share."
     parent = {}
@@ -316,7 +316,7 @@ def _chance(seed: int, key: str) -> float:
     "A number in [0, 1) that depends on `seed` and `key` only."
     return int(hashlib.sha256(f"{seed} {key}".encode()).hexdigest()[:13], 16) / 16**13
 
-# %% ../nbs/01_data.ipynb #c062
+# %% ../nbs/01_data.ipynb #c063
 def split(
     ds: Dataset,
     fraction: float = 0.1,   # expected share of images held out
@@ -327,14 +327,14 @@ def split(
     out = [_chance(seed, g) < fraction for g in _groups(_row_keys(ds))]
     return ds.select([i for i, o in enumerate(out) if not o]), ds.select([i for i, o in enumerate(out) if o])
 
-# %% ../nbs/01_data.ipynb #c067
+# %% ../nbs/01_data.ipynb #c068
 def _with_column(ds: Dataset, name: str, values: list) -> Dataset:
     "`ds` with the values of one column replaced."
     old = ds.with_format("arrow")[:]
     to = old.schema.field(name)
     return Dataset(old.set_column(old.column_names.index(name), to, pa.array(values, type=to.type)), info=ds.info.copy())
 
-# %% ../nbs/01_data.ipynb #c069
+# %% ../nbs/01_data.ipynb #c070
 def reformat(
     ds: Dataset,
     src: CoTFormat,   # format of the answers in `ds`
@@ -353,7 +353,7 @@ def reformat(
     rows = ds.select_columns(["id", "messages"]).with_format("arrow")[:].to_pylist()
     return _with_column(ds, "messages", [again(**row) for row in rows])
 
-# %% ../nbs/01_data.ipynb #c074
+# %% ../nbs/01_data.ipynb #c075
 def mix(
     datasets: Sequence[Dataset],
     weights: Sequence[float]|None = None,   # how often each row of a set is taken; default once

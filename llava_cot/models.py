@@ -21,11 +21,11 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor
     PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin)
 from transformers.utils import logging
 
-# %% ../nbs/05_models.ipynb #c009
+# %% ../nbs/05_models.ipynb #c010
 class ModelError(ValueError):
     "A model or processor that cannot be used: what was found, what was expected, and what to do, in one line."
 
-# %% ../nbs/05_models.ipynb #c013
+# %% ../nbs/05_models.ipynb #c014
 @dataclass(frozen=True)
 class Family:
     "What differs between families of models; the rest of the package reads this and asks nothing else."
@@ -35,7 +35,7 @@ class Family:
     sees: Callable[[PreTrainedConfig], dict]       # config -> fields its processor's fingerprint must have
     prepare: Callable[[PreTrainedModel], None]     # mends the model after it is built or loaded
 
-# %% ../nbs/05_models.ipynb #c015
+# %% ../nbs/05_models.ipynb #c016
 def _llava_unused(config):
     "Layers behind the one whose features are taken, and the norms and heads that only serve the pooled output."
     wanted = config.vision_feature_layer
@@ -44,7 +44,7 @@ def _llava_unused(config):
     behind = "|".join(str(i) for i in range(last, n)) or "none"
     return rf"model\.vision_tower\.(.*\.)?(post_layernorm|head|layers\.({behind}))\."
 
-# %% ../nbs/05_models.ipynb #c017
+# %% ../nbs/05_models.ipynb #c018
 def _llava_sees(config):
     return {"patch_size": config.vision_config.patch_size,
             "vision_feature_select_strategy": config.vision_feature_select_strategy}
@@ -53,7 +53,7 @@ def _mllama_sees(config):
     side = config.vision_config.image_size
     return {"size": {"height": side, "width": side}, "max_image_tiles": config.vision_config.max_num_tiles}
 
-# %% ../nbs/05_models.ipynb #c019
+# %% ../nbs/05_models.ipynb #c020
 def _blank_rows(language, args, kwargs):
     "Zero the vision states of rows that attend to no image, so that cross-attention adds exactly nothing to them."
     states, seen = kwargs.get("cross_attention_states"), kwargs.get("full_text_row_masked_out_mask")
@@ -63,7 +63,7 @@ def _blank_rows(language, args, kwargs):
 
 def _mllama_prepare(model): model.model.language_model.register_forward_pre_hook(_blank_rows, with_kwargs=True)
 
-# %% ../nbs/05_models.ipynb #c021
+# %% ../nbs/05_models.ipynb #c022
 FAMILIES = {f.model_type: f for f in (
     Family("mllama", {"vision": ("model.vision_model",), "projector": ("model.multi_modal_projector",),
                       "language": ("model.language_model", "lm_head")},
@@ -73,7 +73,7 @@ FAMILIES = {f.model_type: f for f in (
            unused=_llava_unused, sees=_llava_sees, prepare=lambda model: None),
 )}
 
-# %% ../nbs/05_models.ipynb #c022
+# %% ../nbs/05_models.ipynb #c023
 def family(
     model:PreTrainedModel|PreTrainedConfig, # a model, or its config
     where:str="",                           # what to call it in the error
@@ -83,7 +83,7 @@ def family(
     if kind in FAMILIES: return FAMILIES[kind]
     raise ModelError(f"{where + ': ' if where else ''}model_type is {kind!r}; supported are {', '.join(sorted(FAMILIES))}")
 
-# %% ../nbs/05_models.ipynb #c028
+# %% ../nbs/05_models.ipynb #c029
 _PIECES = r" ?</?[A-Za-z]+>| ?\w+| ?[^\w\s]+|\s+"   # a tag with its space, a word with its space, punctuation, whitespace
 
 def train_tokenizer(
@@ -104,7 +104,7 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=bos, eos_token=eos, pad_token=pad,
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
 
-# %% ../nbs/05_models.ipynb #c029
+# %% ../nbs/05_models.ipynb #c030
 TINY_TEXT = """user: What colour is the circle? assistant: How many squares are there? Is there a red triangle?
 
 USER: How many circles? ASSISTANT:
@@ -120,7 +120,7 @@ Is the green square left of the blue triangle? Are there more circles than squar
 
 user user assistant assistant USER: USER: ASSISTANT: ASSISTANT:"""
 
-# %% ../nbs/05_models.ipynb #c035
+# %% ../nbs/05_models.ipynb #c036
 LLAVA_TEMPLATE = """{%- for message in messages -%}
 {{- {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT:\n'}[message['role']] -}}
 {%- for item in message['content'] -%}{{- '<image>\n' if item['type'] == 'image' else item['text'] -}}{%- endfor -%}
@@ -128,7 +128,7 @@ LLAVA_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:\n' -}}{%- endif -%}"""
 
-# %% ../nbs/05_models.ipynb #c037
+# %% ../nbs/05_models.ipynb #c038
 def llava_processor(
     tokenizer:PreTrainedTokenizerFast, # from `train_tokenizer`; holds `<image>`
     image_size:int=48,                 # side of the square that any image is resized to, pixels
@@ -140,7 +140,7 @@ def llava_processor(
     return LlavaProcessor(pixels, tokenizer, patch_size=patch_size, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE)
 
-# %% ../nbs/05_models.ipynb #c041
+# %% ../nbs/05_models.ipynb #c042
 _IMAGE_FIELDS = ("image_mean", "image_std", "size", "crop_size", "rescale_factor", "resample", "do_resize", "do_center_crop",
     "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "pad_size", "max_image_tiles", "image_grid_pinpoints",
     "min_pixels", "max_pixels", "merge_size")
@@ -153,7 +153,7 @@ def _plain(v):
     if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
     return int(v) if isinstance(v, int) and not isinstance(v, bool) else v
 
-# %% ../nbs/05_models.ipynb #c042
+# %% ../nbs/05_models.ipynb #c043
 def fingerprint(
     processor:ProcessorMixin, # of any family
 ) -> dict:
@@ -165,7 +165,7 @@ def fingerprint(
             if (v := getattr(owner, name, None)) is not None: found[name] = _plain(v)
     return found
 
-# %% ../nbs/05_models.ipynb #c044
+# %% ../nbs/05_models.ipynb #c045
 def check_preprocessing(
     expected:Mapping|PreTrainedModel, # a fingerprint, or a model that carries one (`load`, `tiny_…` and `build_…` give it)
     processor:ProcessorMixin,         # what is about to be used
@@ -180,14 +180,14 @@ def check_preprocessing(
             raise ModelError(f"{where + ': ' if where else ''}preprocessing differs in {field}: the processor has "
                 f"{found.get(field)}, the model was trained with {_plain(value)}; use the processor saved with the model")
 
-# %% ../nbs/05_models.ipynb #c046
+# %% ../nbs/05_models.ipynb #c047
 def _carry(model, processor, where=""):
     "Let a model remember the preprocessing it goes with, after checking that they fit."
     check_preprocessing(model, processor, where)
     model.preprocessing = fingerprint(processor)
     return model
 
-# %% ../nbs/05_models.ipynb #c048
+# %% ../nbs/05_models.ipynb #c049
 def _build(config, tokenizer, seed):
     "The model of a config with weights drawn from `seed`; leaves the global random state alone."
     with torch.random.fork_rng(devices=[]):
@@ -198,7 +198,7 @@ def _build(config, tokenizer, seed):
     family(model).prepare(model)
     return model.eval()
 
-# %% ../nbs/05_models.ipynb #c049
+# %% ../nbs/05_models.ipynb #c050
 def build_llava(
     tokenizer:PreTrainedTokenizerFast, # from `train_tokenizer`
     image_size:int=48, patch_size:int=12, # pixels
@@ -219,14 +219,14 @@ def build_llava(
     model, processor = _build(config, tokenizer, seed), llava_processor(tokenizer, image_size, patch_size)
     return _carry(model, processor), processor
 
-# %% ../nbs/05_models.ipynb #c050
+# %% ../nbs/05_models.ipynb #c051
 def tiny_llava(
     seed:int=0, # of the weights
 ) -> tuple:
     "`(model, processor)`: a random LLaVA of 0.1 M parameters, built offline."
     return build_llava(train_tokenizer([TINY_TEXT]), vision_hidden=32, vision_layers=2, hidden=48, layers=2, seed=seed)
 
-# %% ../nbs/05_models.ipynb #c052
+# %% ../nbs/05_models.ipynb #c053
 MLLAMA_TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' -}}
@@ -237,7 +237,7 @@ MLLAMA_TEMPLATE = """{{- bos_token -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
 
-# %% ../nbs/05_models.ipynb #c053
+# %% ../nbs/05_models.ipynb #c054
 def mllama_processor(
     image_size:int=48, # side of a tile, pixels
     tiles:int=2,       # most tiles an image is cut into
@@ -250,7 +250,7 @@ def mllama_processor(
         image_mean=[.5]*3, image_std=[.5]*3)
     return MllamaProcessor(pixels, tokenizer, chat_template=MLLAMA_TEMPLATE)
 
-# %% ../nbs/05_models.ipynb #c054
+# %% ../nbs/05_models.ipynb #c055
 def _mllama_config(tokenizer, image_size, tiles):
     shapes = [[w, h] for w in range(1, tiles + 1) for h in range(1, tiles + 1) if w*h <= tiles]
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4,
@@ -261,7 +261,7 @@ def _mllama_config(tokenizer, image_size, tiles):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1)
 
-# %% ../nbs/05_models.ipynb #c056
+# %% ../nbs/05_models.ipynb #c057
 def tiny_mllama(
     seed:int=0, # of the weights
 ) -> tuple:
@@ -273,7 +273,7 @@ def tiny_mllama(
         if "gate" in name and p.shape == (1,): torch.nn.init.constant_(p, 0.5)
     return _carry(model, processor), processor
 
-# %% ../nbs/05_models.ipynb #c066
+# %% ../nbs/05_models.ipynb #c067
 def parts(
     model:PreTrainedModel, # of a family in `FAMILIES`
 ) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
@@ -286,14 +286,14 @@ def parts(
         found[owner[0]].append((name, p))
     return found
 
-# %% ../nbs/05_models.ipynb #c067
+# %% ../nbs/05_models.ipynb #c068
 def part_modules(
     model:PreTrainedModel, # of a family in `FAMILIES`
 ) -> dict[str, list[torch.nn.Module]]:
     "part -> the modules that make it up, for `.train()`, `.eval()`, FSDP's wrapping."
     return {part: [model.get_submodule(path) for path in paths] for part, paths in family(model).parts.items()}
 
-# %% ../nbs/05_models.ipynb #c072
+# %% ../nbs/05_models.ipynb #c073
 def without_gradient(
     model:PreTrainedModel, # of a family in `FAMILIES`
 ) -> set[str]:
@@ -301,7 +301,7 @@ def without_gradient(
     never = re.compile(family(model).unused(model.config))
     return {name for name, _ in model.named_parameters() if never.match(name)}
 
-# %% ../nbs/05_models.ipynb #c084
+# %% ../nbs/05_models.ipynb #c085
 def save(
     model:PreTrainedModel,    # unwrapped
     processor:ProcessorMixin, # its processor
@@ -323,7 +323,7 @@ def save(
         os.replace(new, folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/05_models.ipynb #c086
+# %% ../nbs/05_models.ipynb #c087
 def _line(e):
     "The first sentence of an exception."
     return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
@@ -337,7 +337,7 @@ def _on_hub(name):
     except ModelError: raise
     except Exception as e: raise ModelError(f"{name}: no such folder here, and the hub does not give it ({_line(e)})") from e
 
-# %% ../nbs/05_models.ipynb #c087
+# %% ../nbs/05_models.ipynb #c088
 def _config(name, local):
     "The config of a folder or hub name; every way this can fail becomes one line."
     if local and not (Path(name)/"config.json").is_file():
@@ -348,7 +348,7 @@ def _config(name, local):
     try: return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e: raise ModelError(f"{name}: its config.json does not describe a {kind} ({_line(e)})") from e
 
-# %% ../nbs/05_models.ipynb #c088
+# %% ../nbs/05_models.ipynb #c089
 def _processor(name, local):
     "The processor, checked against the `fingerprint.json` that `save` left beside it."
     try: processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
@@ -359,7 +359,7 @@ def _processor(name, local):
         check_preprocessing(expected, processor, name)
     return processor
 
-# %% ../nbs/05_models.ipynb #c090
+# %% ../nbs/05_models.ipynb #c091
 def _weights(name, config, dtype):
     "The model of a config, with every weight from the file."
     heard = logging.get_verbosity(); logging.set_verbosity_error()
@@ -371,7 +371,7 @@ def _weights(name, config, dtype):
         raise ModelError(f"{name}: weights are missing, {', '.join(sorted(info['missing_keys'])[:3])}, …; is the file whole?")
     return model
 
-# %% ../nbs/05_models.ipynb #c091
+# %% ../nbs/05_models.ipynb #c092
 def load(
     name_or_path:str|Path,           # a folder, or a name on the hub
     dtype:torch.dtype=torch.float32, # of the weights
@@ -388,7 +388,7 @@ def load(
     _carry(model, processor, name)
     return (model.to(device) if device else model).eval(), processor
 
-# %% ../nbs/05_models.ipynb #c103
+# %% ../nbs/05_models.ipynb #c104
 def tiny_base() -> tuple:
     "`(model, processor)`: the small LLaVA shipped with the package; it can read and look, but its projector is untrained."
     folder = Path(str(files("llava_cot")))/"assets"/"tiny_base"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOMENTS', 'PlanError', 'on_meta', 'PhasePlan', 'Plan', 'plan']
 
-# %% ../nbs/07_plan.ipynb #c002
+# %% ../nbs/07_plan.ipynb #c003
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from . import models
 from .schedule import PARTS, Schedule
 
-# %% ../nbs/07_plan.ipynb #c006
+# %% ../nbs/07_plan.ipynb #c007
 class PlanError(ValueError):
     "A plan that cannot be made: the message says what was found and what was expected."
 
@@ -26,7 +26,7 @@ def on_meta(
     models.family(config)
     with torch.device("meta"): return AutoModelForImageTextToText.from_config(config)
 
-# %% ../nbs/07_plan.ipynb #c011
+# %% ../nbs/07_plan.ipynb #c012
 MOMENTS = {"adamw": 2}   # tensors of the weights' shape that an optimizer keeps
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PhasePlan:
         "Weights, gradients and optimizer state together."
         return self.weights + self.gradients + self.optimizer
 
-# %% ../nbs/07_plan.ipynb #c012
+# %% ../nbs/07_plan.ipynb #c013
 def _phase_plan(phase, parts, never, size, moments):
     "The `PhasePlan` of one phase; `size` gives the bytes of one number of a parameter."
     trained = {part: [p for name, p in named if part in phase.train and name not in never] for part, named in parts.items()}
@@ -53,7 +53,7 @@ def _phase_plan(phase, parts, never, size, moments):
                      weights=sum(p.numel() * size(p) for named in parts.values() for _, p in named),
                      gradients=gradients, optimizer=moments * gradients + 4 * len(params))
 
-# %% ../nbs/07_plan.ipynb #c014
+# %% ../nbs/07_plan.ipynb #c015
 @dataclass(frozen=True)
 class Plan:
     "What a schedule holds on a model, phase by phase."
@@ -71,7 +71,7 @@ class Plan:
     def __len__(self): return len(self.phases)
     def __getitem__(self, i): return self.phases[i]
 
-# %% ../nbs/07_plan.ipynb #c015
+# %% ../nbs/07_plan.ipynb #c016
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def plan(
@@ -95,7 +95,7 @@ def plan(
     return Plan(model.config.model_type, dtype, {part: sum(p.numel() for _, p in named) for part, named in parts.items()},
                 tuple(_phase_plan(phase, parts, never, size, MOMENTS[optimizer]) for phase in schedule))
 
-# %% ../nbs/07_plan.ipynb #c017
+# %% ../nbs/07_plan.ipynb #c018
 def _size(n):
     "Bytes for a person: `19.9 GiB`."
     for unit in ("B", "KiB", "MiB"):
@@ -115,7 +115,7 @@ def _rows(plan):
     return [("phase", *PARTS, "weights", "gradients", "optimizer", "together")] + [
         (p.name, *(cell(p, part) for part in PARTS), *map(_size, (p.weights, p.gradients, p.optimizer, p.bytes))) for p in plan]
 
-# %% ../nbs/07_plan.ipynb #c018
+# %% ../nbs/07_plan.ipynb #c019
 @patch
 def __str__(self: Plan):
     rows = _rows(self); widths = [max(map(len, column)) for column in zip(*rows)]
@@ -134,7 +134,7 @@ def to_dict(self: Plan) -> dict:
     return {"family": self.family, "dtype": self.dtype, "parameters": dict(self.parameters), "bytes": self.bytes, "phases": [
         {"name": p.name, "trainable": dict(p.trainable), "weights": p.weights, "gradients": p.gradients, "optimizer": p.optimizer, "bytes": p.bytes} for p in self]}
 
-# %% ../nbs/07_plan.ipynb #c030
+# %% ../nbs/07_plan.ipynb #c031
 @patch
 def plot(self: Plan,
     limit: float | None = None, # a line at so many bytes: what a GPU has

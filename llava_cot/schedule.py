@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'DECAYS', 'PRESETS', 'ScheduleError', 'Rates', 'Phase', 'Schedule', 'freeze', 'optimizer', 'multiplier',
            'factors', 'scheduler', 'rates']
 
-# %% ../nbs/06_schedule.ipynb #c002
+# %% ../nbs/06_schedule.ipynb #c003
 import difflib, math, os, re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,11 +17,11 @@ from fastcore.basics import patch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-# %% ../nbs/06_schedule.ipynb #c006
+# %% ../nbs/06_schedule.ipynb #c007
 PARTS = ("vision", "projector", "language")
 DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}   # ours -> transformers' name
 
-# %% ../nbs/06_schedule.ipynb #c008
+# %% ../nbs/06_schedule.ipynb #c009
 class ScheduleError(ValueError):
     "A schedule that makes no sense: the message names the phase, the field, what was found and what was expected."
 
@@ -30,7 +30,7 @@ def _nearest(word, known):
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
-# %% ../nbs/06_schedule.ipynb #c010
+# %% ../nbs/06_schedule.ipynb #c011
 class Rates(dict):
     "Part → learning rate, read-only: change a phase with `dataclasses.replace`."
     def __hash__(self): return hash(frozenset(self.items()))
@@ -38,7 +38,7 @@ class Rates(dict):
     def _refuse(self, *args, **kwargs): raise TypeError("a phase is a value: make another with dataclasses.replace")
     __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
 
-# %% ../nbs/06_schedule.ipynb #c012
+# %% ../nbs/06_schedule.ipynb #c013
 @dataclass(frozen=True)
 class Phase:
     "One part of a schedule: what is trained, at which peak rate, for how long. Parts not named are frozen."
@@ -59,7 +59,7 @@ class Phase:
         put("betas", tuple(float(b) for b in self.betas))
         if self.updates is None: put("epochs", 1.0 if self.epochs is None else float(self.epochs))
 
-# %% ../nbs/06_schedule.ipynb #c014
+# %% ../nbs/06_schedule.ipynb #c015
 def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 _RULES = {
@@ -76,7 +76,7 @@ _RULES = {
     "max_grad_norm": (lambda v: v is None or _number(v) and v > 0, "a number above 0, or none for no clipping"),
 }
 
-# %% ../nbs/06_schedule.ipynb #c015
+# %% ../nbs/06_schedule.ipynb #c016
 def _check_phase(
     phase, # the `Phase` being made
 ):
@@ -97,7 +97,7 @@ def _check_phase(
     if not isinstance(phase.decay, str) and phase.updates is not None:
         raise ScheduleError(f"{where}: decay is {phase.decay!r}, a factor after each epoch, but the length is given in updates; expected epochs")
 
-# %% ../nbs/06_schedule.ipynb #c022
+# %% ../nbs/06_schedule.ipynb #c023
 @dataclass(frozen=True)
 class Schedule:
     "Ordered phases. Raises `ScheduleError` when there are none or when two share a name."
@@ -115,7 +115,7 @@ class Schedule:
     def __len__(self): return len(self.phases)
     def __getitem__(self, i): return self.phases[i]
 
-# %% ../nbs/06_schedule.ipynb #c024
+# %% ../nbs/06_schedule.ipynb #c025
 @patch
 def updates(self: Schedule,
     updates_per_epoch: int | None = None, # needed when a phase is given in epochs
@@ -127,7 +127,7 @@ def updates(self: Schedule,
         return max(1, math.ceil(p.epochs * updates_per_epoch - 1e-9))
     return [count(p) for p in self.phases]
 
-# %% ../nbs/06_schedule.ipynb #c026
+# %% ../nbs/06_schedule.ipynb #c027
 def _length(p): return f"{p.updates:,} updates" if p.updates is not None else f"{p.epochs:g} epoch" + "s" * (p.epochs != 1)
 def _decay(p): return p.decay if isinstance(p.decay, str) else f"×{p.decay:g} an epoch"
 
@@ -137,7 +137,7 @@ def _rows(schedule):
     return [("phase", "length", *PARTS, "warmup", "decay")] + [
         (p.name, _length(p), *(rate(p, part) for part in PARTS), f"{p.warmup_ratio:.0%}", _decay(p)) for p in schedule]
 
-# %% ../nbs/06_schedule.ipynb #c027
+# %% ../nbs/06_schedule.ipynb #c028
 @patch
 def __str__(self: Schedule):
     rows = _rows(self); widths = [max(map(len, column)) for column in zip(*rows)]
@@ -149,14 +149,14 @@ def _repr_html_(self: Schedule):
     row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{'<i>frozen</i>' if c == 'frozen' else c}</{tag}>" for c in cells) + "</tr>"
     return f"<table><thead>{row(head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in body)}</tbody></table>"
 
-# %% ../nbs/06_schedule.ipynb #c035
+# %% ../nbs/06_schedule.ipynb #c036
 def _unknown(phase, parts):
     "Raise when the phase trains a part the model lacks."
     for part in phase.train:
         if part not in parts:
             raise ScheduleError(f"phase {phase.name!r}: train names {part!r}, which this model does not have; expected some of {', '.join(parts)}")
 
-# %% ../nbs/06_schedule.ipynb #c036
+# %% ../nbs/06_schedule.ipynb #c037
 def freeze(
     parts: dict,    # part → [(name, Parameter), …], as `models.parts` gives
     modules: dict,  # part → [Module, …], as `models.part_modules` gives
@@ -176,7 +176,7 @@ def freeze(
         if not counts[part]: raise ScheduleError(f"phase {phase.name!r}: train names {part!r}, which has no parameter that can be trained")
     return counts
 
-# %% ../nbs/06_schedule.ipynb #c041
+# %% ../nbs/06_schedule.ipynb #c042
 def optimizer(
     parts: dict,   # part → [(name, Parameter), …]
     phase: Phase,
@@ -192,7 +192,7 @@ def optimizer(
     if not groups: raise ScheduleError(f"phase {phase.name!r}: train leaves nothing to optimize; call freeze with this phase first")
     return torch.optim.AdamW(groups, betas=phase.betas)
 
-# %% ../nbs/06_schedule.ipynb #c047
+# %% ../nbs/06_schedule.ipynb #c048
 def multiplier(
     phase: Phase,
     updates: int, # `N`, how many updates the phase makes
@@ -204,13 +204,13 @@ def multiplier(
     if isinstance(phase.decay, str): return lambda u: curve(u + 1)
     return lambda u: curve(u + 1) * phase.decay ** int(u * phase.epochs / updates + 1e-9)
 
-# %% ../nbs/06_schedule.ipynb #c048
+# %% ../nbs/06_schedule.ipynb #c049
 def factors(phase: Phase, updates: int) -> list:
     "The factor at each of the phase's updates."
     at = multiplier(phase, updates)
     return [at(u) for u in range(updates)]
 
-# %% ../nbs/06_schedule.ipynb #c054
+# %% ../nbs/06_schedule.ipynb #c055
 def scheduler(
     optimizer: torch.optim.Optimizer,
     phase: Phase,
@@ -223,7 +223,7 @@ def rates(phase: Phase, updates: int) -> dict:
     "Part → the rate at each update: the numbers the optimizer will use, known before the run."
     return {part: [lr * f for f in factors(phase, updates)] for part, lr in phase.train.items()}
 
-# %% ../nbs/06_schedule.ipynb #c061
+# %% ../nbs/06_schedule.ipynb #c062
 @patch
 def to_dict(self: Schedule) -> dict:
     "Plain lists, dicts and numbers; `updates` or `epochs`, whichever is in force."
@@ -242,7 +242,7 @@ def to_yaml(self: Schedule,
         tmp = Path(f"{path}.tmp"); tmp.write_text(text, encoding="utf-8"); os.replace(tmp, path)
     return text
 
-# %% ../nbs/06_schedule.ipynb #c064
+# %% ../nbs/06_schedule.ipynb #c065
 def _as_number(v):
     "`1e-3` is text to YAML: the number it looks like, or what came in."
     if not isinstance(v, str): return v
@@ -262,7 +262,7 @@ def _phase(d, i, where):
     if isinstance(d.get("betas"), list): d["betas"] = tuple(map(_as_number, d["betas"]))
     return Phase(**d)
 
-# %% ../nbs/06_schedule.ipynb #c065
+# %% ../nbs/06_schedule.ipynb #c066
 @patch(cls_method=True)
 def from_dict(cls: Schedule,
     d: dict,            # `{"phases": [{"name": …, "train": {…}}, …]}`
@@ -275,7 +275,7 @@ def from_dict(cls: Schedule,
     if not isinstance(d["phases"], (list, tuple)): raise ScheduleError(f"{where}: phases is {d['phases']!r}; expected a list")
     return cls([_phase(p, i, where) for i, p in enumerate(d["phases"])])
 
-# %% ../nbs/06_schedule.ipynb #c066
+# %% ../nbs/06_schedule.ipynb #c067
 @patch(cls_method=True)
 def from_yaml(cls: Schedule,
     source, # YAML text, or the path of a file
@@ -292,7 +292,7 @@ def from_yaml(cls: Schedule,
         raise ScheduleError(f"{where}: not YAML{f' (line {mark.line + 1}: {e.problem})' if mark else ''}; expected phases: [...]") from None
     return cls.from_dict(d, where)
 
-# %% ../nbs/06_schedule.ipynb #c073
+# %% ../nbs/06_schedule.ipynb #c074
 _all = lambda lr: {part: lr for part in PARTS}
 PRESETS = {
     "two_phase": Schedule([Phase("align", train={"projector": 1e-3}),
@@ -302,7 +302,7 @@ PRESETS = {
                       Phase("finetune", train=_all(1.2e-3), updates=400, betas=(0.9, 0.98))]),
 }
 
-# %% ../nbs/06_schedule.ipynb #c076
+# %% ../nbs/06_schedule.ipynb #c077
 @patch(cls_method=True)
 def load(cls: Schedule,
     source, # a `Schedule`, the name of a preset, or the path of a YAML file
@@ -314,7 +314,7 @@ def load(cls: Schedule,
         raise ScheduleError(f"schedule {str(source)!r}: no such preset{_nearest(source, PRESETS)}; expected one of {', '.join(PRESETS)}, or a .yaml file")
     return cls.from_yaml(Path(source))
 
-# %% ../nbs/06_schedule.ipynb #c080
+# %% ../nbs/06_schedule.ipynb #c081
 _STYLE = {"vision": dict(color="#56b4e9", lw=5), "projector": dict(color="#d55e00", lw=2.6), "language": dict(color="black", lw=1.2, ls="--")}
 
 def _draw_rates(ax, schedule, counts, log):
@@ -333,7 +333,7 @@ def _draw_rates(ax, schedule, counts, log):
     lines = dict(zip(*reversed(ax.get_legend_handles_labels())))
     ax.legend([lines[p] for p in PARTS if p in lines], [p for p in PARTS if p in lines], frameon=False, loc="upper right", handlelength=3)
 
-# %% ../nbs/06_schedule.ipynb #c081
+# %% ../nbs/06_schedule.ipynb #c082
 def _draw_lanes(ax, schedule, counts):
     "Lower panel: a lane per part, filled with its peak rate where it learns, hatched where it is frozen."
     start = 0
@@ -349,7 +349,7 @@ def _draw_lanes(ax, schedule, counts):
     for side in ("top", "right", "left"): ax.spines[side].set_visible(False)
     ax.tick_params(axis="y", length=0)
 
-# %% ../nbs/06_schedule.ipynb #c082
+# %% ../nbs/06_schedule.ipynb #c083
 @patch
 def plot(self: Schedule,
     updates_per_epoch: int | None = None, # for phases given in epochs; 100 when left out, and the axis says so

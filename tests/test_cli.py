@@ -33,9 +33,9 @@ def test_train_on_any_folder_and_any_family():
         rows, out = write_rows(tmp / "rows", 24), tmp / "run"
         models.save(*tiny(), tmp / "model")
         (tmp / "schedule.yaml").write_text(SCHEDULE)
-        code = cli.main(["train", "--data", str(rows), "--model", str(tmp / "model"), "--out", str(out), "--schedule", str(tmp / "schedule.yaml"),
-                         "--batch_size", "2", "--accumulate", "2", "--held_out", "0.2", "--max_new_tokens", "8", "--augment", "light"])
-        assert code == 0
+        code, _, error = run("train", "--data", rows, "--model", tmp / "model", "--out", out, "--schedule", tmp / "schedule.yaml", "--batch_size", 2,
+                             "--accumulate", 2, "--held_out", 0.2, "--max_new_tokens", 8, "--augment", "light")
+        assert code == 0, error
         report = json.loads((out / "report.json").read_text())
         assert [p["updates"] for p in report["phases"]] == [3, 4] and 0 <= report["accuracy"] <= 1 and (out / "report.html").stat().st_size > 1000
         model, processor = AutoModelForImageTextToText.from_pretrained(out / "model"), AutoProcessor.from_pretrained(out / "model")
