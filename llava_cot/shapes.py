@@ -284,25 +284,26 @@ def describe(scene: Scene) -> str:
 # %% ../nbs/02_shapes.ipynb #c037
 def reason(scene: Scene, query: Query) -> str:
     "The REASONING stage: goes through all things, each step with its result, then draws what follows; the last step begins with *So*."
-    answer, results = answer_of(scene, query), _marks(query, [t.name for t in scene.things])
+    answer, results = answer_of(scene, query), _marks(query, [(scene.place(t), t.name) for t in scene.things])
     steps = [f"{_said(scene, t)}, {mark}." for t, mark in zip(scene.things, results)]
     last = answer
     if query.kind == "compare": last = f"{_tally(scene, query.args[0])} against {_tally(scene, query.args[1])}, {answer}"
     if query.kind == "relation":
         places = [scene.place(_only(scene, w)) for w in query.args]
-        steps += [f"First {places[0]}, second {places[1]}.", *_axes(scene.level.grid, places)]
+        steps += [f"Thus first is {places[0]}, second is {places[1]}.", *_axes(scene.level.grid, places)]
     return " ".join([*steps, f"So {last}."])
 
 
-def _marks(query: Query, names: list) -> list:
-    "What going through things of these names yields at each: a verdict, with the running count where one is kept."
+def _marks(query: Query, seen: list) -> list:
+    "What going through these (place, name)s yields at each: a verdict, with the running count or the place where one is kept."
     tally, marks = [0] * len(query.args), []
-    for name in names:
+    for place, name in seen:
         hits = [word in (*name.split(), name) for word in query.args]
         tally = [n + h for n, h in zip(tally, hits)]
-        yes = "yes" if hits[0] else "no"
-        marks.append({"count": f"{yes}, {tally[0]}", "exist": yes, "compare": " and ".join(map(str, tally)),
-                      "colour": name.split()[0] if hits[0] else "no", "relation": "first" if hits[0] else "second" if hits[-1] else "no"}[query.kind])
+        yes = ["yes" if h else "no" for h in hits]
+        found = {"count": [f"{yes[0]}, {tally[0]}"], "exist": yes, "compare": [str(n) for n in tally], "colour": [name.split()[0] if hits[0] else "no"],
+                 "relation": [f"first is {place}"] if hits[0] else ["no", f"second is {place}" if hits[-1] else "no"]}[query.kind]
+        marks.append(", ".join(f"{word}? {result}" for word, result in zip(query.args, found)))
     return marks
 
 
@@ -337,8 +338,8 @@ def ask(
 _THING = r"(?P<place>[A-Z][a-z]+(?: [a-z]+)+): (?P<name>[a-z]+ [a-z]+)"
 _SENTENCES = {
     "thing": re.compile(_THING),
-    "step": re.compile(_THING + r", (?P<mark>[a-z0-9 ,]+)"),
-    "places": re.compile(r"First (?P<a>[a-z]+(?: [a-z]+)+), second (?P<b>[a-z]+(?: [a-z]+)+)"),
+    "step": re.compile(_THING + r", (?P<mark>[a-z0-9 ,?]+)"),
+    "places": re.compile(r"Thus first is (?P<a>[a-z]+(?: [a-z]+)+), second is (?P<b>[a-z]+(?: [a-z]+)+)"),
     "axis": re.compile(r"(?P<axis>Rows|Columns): (?P<a>[a-z ]+) against (?P<b>[a-z ]+), (?P<result>above|below|left|right|same)"),
     "so": re.compile(r"So (?:(?P<n>\d+) against (?P<m>\d+), )?(?P<answer>[a-z0-9 ]+)"),
 }
@@ -375,7 +376,7 @@ def _check_scan(scene: Scene, query: Query, steps: list, said: dict) -> tuple[di
         seen[place] = name
         if truth.get(place) != name: problem("false", f"{s!r}: the scene has {truth.get(place, 'nothing')} {place}")
         if said.get(place) != name: problem("unsupported", f"{s!r}: the caption says {said.get(place, 'nothing')} {place}")
-        if m["mark"] != (mark := _marks(query, list(seen.values()))[-1]): problem("false", f"{s!r}: says {m['mark']!r}, with what came before it is {mark!r}")
+        if m["mark"] != (mark := _marks(query, list(seen.items()))[-1]): problem("false", f"{s!r}: says {m['mark']!r}, with what came before it is {mark!r}")
     for place in truth.keys() - seen.keys(): problem("incomplete", f"the {truth[place]} {place} is not considered")
     return seen, problems
 

@@ -61,7 +61,7 @@ def test_a_right_answer_for_wrong_reasons_is_found_out():
     q = "How many circles are there?"
     text = render(shapes.solve(scene, shapes.read_question(q)))
     assert shapes.verify(text, scene, q) == []
-    wrong = text.replace("Top left: red circle, yes, 1.", "Top left: red circle, no, 0.").replace("Bottom right: blue square, no, 1.", "Bottom right: blue square, yes, 1.")
+    wrong = text.replace("red circle, circle? yes, 1.", "red circle, circle? no, 0.").replace("blue square, circle? no, 1.", "blue square, circle? yes, 1.")
     assert {p.kind for p in shapes.verify(wrong, scene, q)} == {"false"} and parse(wrong)["CONCLUSION"] == "1"
 
 
