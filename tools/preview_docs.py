@@ -36,8 +36,10 @@ SHOWN = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 # The sidebar
 
 def sidebar(nbs: Path) -> list:
-    "Entries of the sidebar as quarto writes them: front page, numbered notebooks in groups, then a section for each folder"
-    files = sorted(p.relative_to(nbs) for p in nbglob(nbs, as_path=True))
+    "Entries of the sidebar as quarto writes them: front page, numbered notebooks in groups, then a section for each folder, in the front page's order"
+    tour = (nbs / "index.ipynb").read_text(encoding="utf-8") if (nbs / "index.ipynb").exists() else ""
+    place = lambda p: (tour.find(f"({p.as_posix()})") % (len(tour) + 1), p)     # not on the tour: -1, so last
+    files = sorted((p.relative_to(nbs) for p in nbglob(nbs, as_path=True)), key=place)
     sections, res = {}, [p.as_posix() for p in files if p.name == "index.ipynb" and len(p.parts) == 1]
     for p in files:
         if p.as_posix() in res: continue
