@@ -299,7 +299,7 @@ PRESETS = {
                            Phase("finetune", train={"vision": 2e-6, "projector": 1e-5, "language": 1e-5})]),
     "llava_cot": Schedule([Phase("train", train=_all(1e-5), epochs=3, warmup_ratio=0.0, decay=0.85, max_grad_norm=None)]),
     "demo": Schedule([Phase("align", train={"projector": 6e-3}, updates=200, betas=(0.9, 0.98)),
-                      Phase("finetune", train=_all(1.5e-3), updates=260, betas=(0.9, 0.98))]),
+                      Phase("finetune", train=_all(1.5e-3), updates=180, betas=(0.9, 0.98))]),
 }
 
 # %% ../nbs/06_schedule.ipynb #c077
