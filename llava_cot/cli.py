@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'COMMANDS', 'open_model', 'say', 'Examiner', 'examination', 'train', 'CliError', 'Interrupted', 'summary',
-           'demo', 'eval', 'ask', 'parser', 'own_errors', 'main']
+           'demo', 'eval', 'ask', 'check', 'open_processor', 'parser', 'own_errors', 'main']
 
 # %% ../nbs/12_cli.ipynb #c003
 import json as json_module
@@ -225,8 +225,43 @@ def ask(
     else: print("\n".join(f"{s:11}{t}" for s, t in stages.items()) or "\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
 
+# %% ../nbs/12_cli.ipynb #k002
+def check(
+    path: str,                        # folder or file of a dataset, in any layout, or a name on the hub
+    model: str | None = None,         # count tokens of each stage, and tiles, as this model would: folder or hub name, or tiny_base, …
+    against: str | None = None,       # evaluation set: rows that share a picture with it are errors
+    out: str | None = None,           # folder for report.json and report.html
+    write_clean: str | None = None,   # new folder for the rows without errors, and dropped.jsonl
+    images: str | None = None,        # folder or zip of the images, if not beside the rows
+    fmt: str = "llava_cot",           # format of the answers; none: any text
+    workers: int | None = None,       # processes; one per core
+    json: bool = False,               # print the report as JSON, all else to stderr
+) -> dict:
+    "Examine a dataset: every row, answer and picture; exits with 1 where it finds errors."
+    from llava_cot import data
+    if write_clean and Path(write_clean).exists() and (not Path(write_clean).is_dir() or any(Path(write_clean).iterdir())):
+        raise CliError(f"write_clean {write_clean}: not empty, expected a new folder for the cleaned set")
+    report = data.check(path, None if fmt == "none" else _format(fmt), images, model and open_processor(model), against, workers, progress=not json)
+    if out: report.write(out)
+    say(report, json=json)
+    if out: say(f"\nreport  {Path(out) / 'report.html'}", json=json)
+    if write_clean:
+        kept, dropped = report.write_clean(write_clean)
+        say(f"\n{kept:,} rows kept in {write_clean}, {dropped:,} dropped: {Path(write_clean) / 'dropped.jsonl'} says why", json=json)
+    if json: print(json_module.dumps(report.to_dict()))
+    if not report.ok: raise SystemExit(1)
+    return report.to_dict()
+
+
+def open_processor(model: str):
+    "The processor of a model, without its weights."
+    if model in TINY: return open_model(model)[1]
+    from transformers import AutoProcessor
+    try: return AutoProcessor.from_pretrained(model)
+    except Exception as e: raise CliError(f"model {model}: no processor of it can be opened ({' '.join(str(e).split())[:120]})") from None   # transformers raises what its parts raise
+
 # %% ../nbs/12_cli.ipynb #c020
-COMMANDS = dict(demo=demo, train=train, eval=eval, ask=ask)
+COMMANDS = dict(demo=demo, train=train, eval=eval, ask=ask, check=check)
 
 
 def parser() -> ArgumentParser:
@@ -238,7 +273,7 @@ def parser() -> ArgumentParser:
         p = ArgumentParser(description=function.__doc__, exit_on_error=False)
         p.add_argument("--config", action="config", help="YAML file with any of these options")
         p.add_argument("--json", action="store_true", help="print the result as JSON, all else to stderr")
-        p.add_function_arguments(function, as_group=False, as_positional=False, skip={"json"})
+        p.add_function_arguments(function, as_group=False, as_positional=function is check, skip={"json"})
         commands.add_subcommand(name, p, help=function.__doc__)
     return main
 

@@ -7,10 +7,10 @@ __all__ = ['ZIP_LIMITS', 'FEATURES', 'WARNINGS', 'NEAR_BITS', 'NEAR_LEVELS', 'Da
            'DataReport', 'conclusion_form', 'check', 'question', 'answer_text', 'split', 'reformat', 'mix']
 
 # %% ../nbs/01_data.ipynb #d002
-import base64, hashlib, html, io, itertools, json, multiprocessing, os, re, shutil, struct, tempfile, time, zipfile, zlib
+import base64, hashlib, html, io, itertools, json, math, multiprocessing, os, re, shutil, struct, tempfile, time, zipfile, zlib
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -775,7 +775,7 @@ def add(self: DataReport, row: _Seen, found: Iterable[tuple[str, str]]):
     "Count a row, and file its problems as errors or warnings."
     self.rows += 1
     place = self.source.where(row.number, row.known)
-    problems = [*row.problems, *(Problem(kind, None, message) for kind, message in found)]
+    problems = [*(Problem(kind, None, message) for kind, message in found), *row.problems]
     for p in problems:
         (self.warnings if p.kind in WARNINGS else self.problems).append(Found(p.kind, p.stage, f"{place}: {p.message}", p.start, row=row.number))
     if row.id is None: return
@@ -1012,7 +1012,8 @@ def _last(example, role):
 # %% ../nbs/01_data.ipynb #c059
 def _image_key(image: dict) -> str:
     "A hash by which copies of an image are the same; `image` is {path, bytes} as `datasets` stores it."
-    with io.BytesIO(image["bytes"]) if image["bytes"] is not None else open(image["path"], "rb") as f:
+    raw = image["bytes"] if image["bytes"] is not None else _read(image["path"]) if "://" in image["path"] else None
+    with io.BytesIO(raw) if raw is not None else open(image["path"], "rb") as f:
         head, size = f.read(4096), f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 4096))
         return hashlib.sha256(b"%d " % size + head + f.read()).hexdigest()
@@ -1052,7 +1053,7 @@ def split(
     fraction: float = 0.1,   # expected share of images held out
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:   # (train, held out), each in the order of `ds`
-    "Split by image: no image is on both sides, and a row's side does not change when others are added. A small set may leave a side empty."
+    "Split by image: no image is on both sides. Added rows change no old row's side, unless one ties images together. A small set may leave a side empty."
     if not 0 <= fraction <= 1: raise DataError(f"fraction is {fraction}, expected a number from 0 to 1")
     out = [_chance(seed, g) < fraction for g in _groups(_row_keys(ds))]
     return ds.select([i for i, o in enumerate(out) if not o]), ds.select([i for i, o in enumerate(out) if o])
@@ -1083,22 +1084,24 @@ def reformat(
     rows = ds.select_columns(["id", "messages"]).with_format("arrow")[:].to_pylist()
     return _with_column(ds, "messages", [again(**row) for row in rows])
 
-# %% ../nbs/01_data.ipynb #c075
+# %% ../nbs/01_data.ipynb #d110
 def mix(
     datasets: Sequence[Dataset],
-    weights: Sequence[float]|None = None,   # how often each row of a set is taken; default once
+    weights: Sequence[float]|Mapping[str, float]|None = None,   # how often each row of a set, or of a source by its name, is taken; default once
     seed: int = 0,
 ) -> Dataset:
-    "One dataset after the other, each taken as often as its weight says. The order is that of the sets: training shuffles anyway."
-    weights = [1.0] * len(datasets) if weights is None else list(weights)
-    if not datasets or len(weights) != len(datasets) or min(weights) < 0 or max(weights) == 0:
+    "One dataset after the other, each row taken as often as its weight says. The order is that of the sets: training shuffles anyway."
+    named = isinstance(weights, Mapping)
+    given = list(weights.values()) if named else [1.0] * len(datasets) if weights is None else list(weights)
+    if not datasets or not given or (len(given) != len(datasets) and not named) or not all(0 <= w < math.inf for w in given) or max(given) == 0:
         raise DataError(f"mix needs datasets and as many weights, not below 0, not all 0; got {len(datasets)} and {weights}")
+    if named and (unknown := set(weights) - {s for ds in datasets for s in ds.unique("source")}): raise DataError(f"mix: no row has the source {min(unknown)!r}")
     parts = []
-    for n, (ds, weight) in enumerate(zip(datasets, weights)):
+    for n, ds in enumerate(datasets):
         if ds.features != datasets[0].features:
             raise DataError(f"dataset {n + 1} has columns {ds.column_names}, the first has {datasets[0].column_names}")
-        whole, rest = divmod(weight, 1)
-        times = [int(whole) + (_chance(seed, f"{n} {id}") < rest) for id in ds["id"]]
+        each = [weights.get(s, 1.0) for s in ds["source"]] if named else [given[n]] * len(ds)
+        times = [int(w) + (_chance(seed, f"{n} {id}") < w % 1) for w, id in zip(each, ds["id"])]
         parts.append(ds.select([i for lap in range(max(times, default=0)) for i, t in enumerate(times) if lap < t]))
     mixed, seen, ids = concatenate_datasets(parts), Counter(), []
     for id in mixed["id"]:
