@@ -8,6 +8,7 @@ __all__ = ['TINY', 'COMMANDS', 'open_model', 'say', 'Examiner', 'examination', '
 
 # %% ../nbs/12_cli.ipynb #c003
 import json as json_module
+import re
 import sys
 import time
 from pathlib import Path
@@ -289,16 +290,18 @@ def main(args: list | None = None) -> int:
     "The `llava-cot` command; returns the exit code: 0, 2 for bad input, 130 when interrupted."
     from argparse import ArgumentError
     oops = lambda text, code=2: (print("llava-cot: " + " ".join(str(text).split()), file=sys.stderr), code)[1]
+    args = [re.sub(r"^--[a-z-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in (sys.argv[1:] if args is None else args)]   # --write-clean is --write_clean
     try: config = parser().parse_args(args)
     except (ArgumentError, TypeError, ValueError) as e: return oops(f"error: {e}")
     if not config.command: parser().print_help(); return 0
     options = {k: v for k, v in config[config.command].as_dict().items() if k != "config"}
     _quiet()
-    errors = own_errors()
     try: COMMANDS[config.command](**options)
-    except errors as e: return oops(f"error: {e}")
     except Interrupted as e: return oops(f"stopped and saved; go on with: llava-cot train --resume {e}", 130)
     except KeyboardInterrupt: return oops("stopped", 130)
+    except Exception as e:
+        if not isinstance(e, own_errors()): raise                # asked only now: the list imports every module, torch included
+        return oops(f"error: {e}")
     return 0
 
 

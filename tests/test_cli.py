@@ -36,7 +36,7 @@ def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
         (bad / "train.jsonl").write_text("\n".join([*rows[:7], rows[7][:50]]) + "\n")
         code, out, error = run("check", good)
         assert code == 0 and "8 rows" in out and "nothing wrong" in out, error
-        code, out, error = run("check", bad, "--model", "tiny_llava", "--json", "--out", tmp / "out", "--write_clean", tmp / "clean")
+        code, out, error = run("check", bad, "--model", "tiny_llava", "--json", "--out", tmp / "out", "--write-clean", tmp / "clean")
         found = json.loads(out)
         assert code == 1 and found["counts"] == {"json": 1} and found["lengths"]["REASONING"]["rows"] == 7 and found["tiles"] == {"1": 7}, error
         assert json.loads((tmp / "out/report.json").read_text())["counts"] == found["counts"] and "<table" in (tmp / "out/report.html").read_text()
