@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TINY', 'COMMANDS', 'open_model', 'say', 'Examiner', 'examination', 'train', 'CliError', 'Interrupted', 'summary',
-           'demo', 'eval', 'ask', 'parser', 'own_errors', 'main']
+           'demo', 'eval', 'ask', 'check', 'open_processor', 'parser', 'own_errors', 'main']
 
 # %% ../nbs/12_cli.ipynb #c003
 import json as json_module
+import re
 import sys
 import time
 from pathlib import Path
@@ -225,8 +226,43 @@ def ask(
     else: print("\n".join(f"{s:11}{t}" for s, t in stages.items()) or "\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
 
+# %% ../nbs/12_cli.ipynb #k002
+def check(
+    path: str,                        # folder or file of a dataset, in any layout, or a name on the hub
+    model: str | None = None,         # count tokens of each stage, and tiles, as this model would: folder or hub name, or tiny_base, …
+    against: str | None = None,       # evaluation set: rows that share a picture with it are errors
+    out: str | None = None,           # folder for report.json and report.html
+    write_clean: str | None = None,   # new folder for the rows without errors, and dropped.jsonl
+    images: str | None = None,        # folder or zip of the images, if not beside the rows
+    fmt: str = "llava_cot",           # format of the answers; none: any text
+    workers: int | None = None,       # processes; one per core
+    json: bool = False,               # print the report as JSON, all else to stderr
+) -> dict:
+    "Examine a dataset: every row, answer and picture; exits with 1 where it finds errors."
+    from llava_cot import data
+    if write_clean and Path(write_clean).exists() and (not Path(write_clean).is_dir() or any(Path(write_clean).iterdir())):
+        raise CliError(f"write_clean {write_clean}: not empty, expected a new folder for the cleaned set")
+    report = data.check(path, None if fmt == "none" else _format(fmt), images, model and open_processor(model), against, workers, progress=not json)
+    if out: report.write(out)
+    say(report, json=json)
+    if out: say(f"\nreport  {Path(out) / 'report.html'}", json=json)
+    if write_clean:
+        kept, dropped = report.write_clean(write_clean)
+        say(f"\n{kept:,} rows kept in {write_clean}, {dropped:,} dropped: {Path(write_clean) / 'dropped.jsonl'} says why", json=json)
+    if json: print(json_module.dumps(report.to_dict()))
+    if not report.ok: raise SystemExit(1)
+    return report.to_dict()
+
+
+def open_processor(model: str):
+    "The processor of a model, without its weights."
+    if model in TINY: return open_model(model)[1]
+    from transformers import AutoProcessor
+    try: return AutoProcessor.from_pretrained(model)
+    except Exception as e: raise CliError(f"model {model}: no processor of it can be opened ({' '.join(str(e).split())[:120]})") from None   # transformers raises what its parts raise
+
 # %% ../nbs/12_cli.ipynb #c020
-COMMANDS = dict(demo=demo, train=train, eval=eval, ask=ask)
+COMMANDS = dict(demo=demo, train=train, eval=eval, ask=ask, check=check)
 
 
 def parser() -> ArgumentParser:
@@ -238,7 +274,7 @@ def parser() -> ArgumentParser:
         p = ArgumentParser(description=function.__doc__, exit_on_error=False)
         p.add_argument("--config", action="config", help="YAML file with any of these options")
         p.add_argument("--json", action="store_true", help="print the result as JSON, all else to stderr")
-        p.add_function_arguments(function, as_group=False, as_positional=False, skip={"json"})
+        p.add_function_arguments(function, as_group=False, as_positional=function is check, skip={"json"})
         commands.add_subcommand(name, p, help=function.__doc__)
     return main
 
@@ -254,16 +290,18 @@ def main(args: list | None = None) -> int:
     "The `llava-cot` command; returns the exit code: 0, 2 for bad input, 130 when interrupted."
     from argparse import ArgumentError
     oops = lambda text, code=2: (print("llava-cot: " + " ".join(str(text).split()), file=sys.stderr), code)[1]
+    args = [re.sub(r"^--[a-z-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in (sys.argv[1:] if args is None else args)]   # --write-clean is --write_clean
     try: config = parser().parse_args(args)
     except (ArgumentError, TypeError, ValueError) as e: return oops(f"error: {e}")
     if not config.command: parser().print_help(); return 0
     options = {k: v for k, v in config[config.command].as_dict().items() if k != "config"}
     _quiet()
-    errors = own_errors()
     try: COMMANDS[config.command](**options)
-    except errors as e: return oops(f"error: {e}")
     except Interrupted as e: return oops(f"stopped and saved; go on with: llava-cot train --resume {e}", 130)
     except KeyboardInterrupt: return oops("stopped", 130)
+    except Exception as e:
+        if not isinstance(e, own_errors()): raise                # asked only now: the list imports every module, torch included
+        return oops(f"error: {e}")
     return 0
 
 

@@ -28,6 +28,29 @@ def write_rows(folder, rows):
     return folder
 
 
+def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        good, bad = write_rows(tmp / "good", 8), write_rows(tmp / "bad", 8)
+        rows = (bad / "train.jsonl").read_text().splitlines()
+        (bad / "train.jsonl").write_text("\n".join([*rows[:7], rows[7][:50]]) + "\n")
+        code, out, error = run("check", good)
+        assert code == 0 and "8 rows" in out and "nothing wrong" in out, error
+        code, out, error = run("check", bad, "--model", "tiny_llava", "--json", "--out", tmp / "out", "--write-clean", tmp / "clean")
+        found = json.loads(out)
+        assert code == 1 and found["counts"] == {"json": 1} and found["lengths"]["REASONING"]["rows"] == 7 and found["tiles"] == {"1": 7}, error
+        assert json.loads((tmp / "out/report.json").read_text())["counts"] == found["counts"] and "<table" in (tmp / "out/report.html").read_text()
+
+        assert len(data.load(tmp / "clean")) == 7 and json.loads((tmp / "clean/dropped.jsonl").read_text())["reasons"][0]["kind"] == "json"
+        for words, expected in ((["check", tmp / "nowhere"], "nowhere"), (["check", good, "--against", tmp / "no"], "no such"), (["check", good, "--model", tmp], "no processor"),
+                                (["check", good, "--write_clean", tmp / "bad"], "not empty"), (["check", good, "--fmt", "x"], "fmt"), (["check"], "path")):
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err): code = cli.main([str(w) for w in words])
+            assert code == 2 and err.getvalue().count("\n") == 1 and expected in err.getvalue(), err.getvalue()
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as e: cli.main(["check", str(bad), "--against", str(good)])
+        assert e.value.code == 1
+
+
 def test_train_on_any_folder_and_any_family():
     def trains(tmp, tiny):
         rows, out = write_rows(tmp / "rows", 24), tmp / "run"

@@ -2,11 +2,13 @@
 import pytest
 from llava_cot.data import *
 
-import json, tempfile, time
+import io, json, multiprocessing, os, pickle, shutil, struct, sys, tempfile, threading, time, zipfile
 from pathlib import Path
-import pytest
+import datasets, numpy as np, psutil, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image as PILImage, ImageDraw
+from torch.utils.data import DataLoader
+from llava_cot import data, models
 from llava_cot.cot import CoT, DIRECT, LLAVA_COT, NO_TAGS, SEPARATORS, Problem, parse, render
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
@@ -38,6 +40,211 @@ def write(folder, rows=ROWS):
     (folder/"train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
+def zip_up(folder, parts=3, name="image.zip", inside=""):
+    "Put the pictures of a folder into a zip, cut it into parts (0: leave it whole), and remove them."
+    folder, packed = Path(folder), io.BytesIO()
+    pictures = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg"))
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+        for p in pictures: z.write(p, inside + str(p.relative_to(folder)))
+    for p in pictures: p.unlink()
+    return cut(folder, packed.getvalue(), parts, name)
+
+def cut(folder, raw, parts, name="image.zip"):
+    "Write bytes as a file, or as files like those that `split -b` makes."
+    size = -(-len(raw) // max(parts, 1))
+    for i in range(max(parts, 1)): (Path(folder)/(f"{name}.part-a{chr(97 + i)}" if parts else name)).write_bytes(raw[i * size:(i + 1) * size])
+    return Path(folder)
+
+def same(a, b):
+    "Are two datasets equal, pictures and all?"
+    pixels = lambda ex: [(i.size, i.convert("RGB").tobytes()) for i in ex["images"]]
+    return a.column_names == b.column_names and a.features == b.features and len(a) == len(b) and \
+        all(x["id"] == y["id"] and x["messages"] == y["messages"] and x["source"] == y["source"] and pixels(x) == pixels(y) for x, y in zip(a, b))
+
+def sizes(rows): return [(r["id"], [i.size for i in r["images"]]) for r in rows]
+
+SIZES = [(320, 240), (256, 256), (448, 336), (224, 224), (640, 480)]
+
+def scene(seed, size=(320, 240)):
+    "A picture that no other seed gives: smooth random colours."
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, PILImage.Resampling.BICUBIC)
+
+def encoded(image, kind="JPEG", quality=85):
+    image.save(out := io.BytesIO(), kind, **({"quality": quality} if kind == "JPEG" else {}))
+    return out.getvalue()
+
+def encoded_scenes(given, portion):
+    return [(i, encoded(scene(i, SIZES[i % 5]), "PNG" if i % 10 == 3 else "JPEG")) for i in portion]
+
+WORDS = "a the picture shows left of right large small red blue chart bar line because so then we count compare see between under above value".split()
+
+def talk(i, conclusion):
+    "A staged answer of LLaVA-CoT's size, about 300 words, other words for each row."
+    draw = np.random.default_rng(i).choice(WORDS, 300)
+    text = lambda a, b: f"Row {i}: " + " ".join(draw[a:b]) + "."
+    return dict(summary=text(0, 30), caption=text(30, 120), reasoning=text(120, 300), conclusion=conclusion)
+
+def spoil(kind, r, answer, images, good, theirs):
+    "Plant one fault in row `r`; `good` is an earlier row's number, `theirs` an evaluation picture's. Gives the row, or its raw line."
+    mine, says = r["image"], r["conversations"][1]
+    tag = lambda s: f"<{s}> {answer[s.lower()]} </{s}>"
+    stages = dict(stage_missing=("SUMMARY", "REASONING", "CONCLUSION"), stage_order=("SUMMARY", "REASONING", "CAPTION", "CONCLUSION"), stage_doubled=("SUMMARY", "CAPTION", "REASONING", "REASONING", "CONCLUSION"))
+    if kind in stages: says["value"] = "\n\n".join(map(tag, stages[kind]))
+    elif kind == "stage_unclosed": says["value"] = says["value"].replace("</CAPTION>", "")
+    elif kind == "stage_empty": says["value"] = says["value"].replace(answer["summary"], "")
+    elif kind == "stage_stray": says["value"] += " Hope this helps!"
+    elif kind == "json": return json.dumps(r)[:400]
+    elif kind == "missing_image": images.pop(mine)
+    elif kind == "unreadable_image": images[mine] = images[mine][:len(images[mine]) // 2]
+    elif kind == "duplicate_id": r["id"] = f"id-{good}"
+    elif kind == "duplicate_image": images[mine] = encoded_scenes(None, [good])[0][1]
+    elif kind == "near_duplicate_image": images[mine] = encoded(scene(good, (160, 120)), "JPEG", 70)
+    elif kind == "duplicate_question": r.update(image=name_of(good)), r["conversations"][0].update(value=question_of(good)), images.pop(mine)
+    elif kind == "placeholder": r["conversations"][0]["value"] += " <image> <image>"
+    elif kind == "escape": r["image"] = "../../secret.jpg"
+    elif kind == "turns": r["conversations"].pop()
+    elif kind == "empty_turn": r["conversations"][0]["value"] = " "
+    elif kind == "shared_image": images[mine] = encoded(scene(10**9 + theirs))
+    elif kind == "near_shared_image": images[mine] = encoded(scene(10**9 + theirs, (200, 150)), "JPEG", 60)
+    return r
+
+KINDS = ("json missing_image unreadable_image duplicate_id duplicate_image near_duplicate_image duplicate_question stage_missing stage_order stage_doubled stage_unclosed "
+         "stage_empty stage_stray placeholder escape turns empty_turn shared_image near_shared_image").split()
+name_of = lambda i: f"{('coco', 'chartqa', 'geoqa')[i % 3]}/train/{i}.{'png' if i % 10 == 3 else 'jpg'}"
+question_of = lambda i: f"What do you see in picture {i}?"
+
+def plant(folder, n, parts, each=2, seed=0):
+    "Write `n` rows with `each` faults of every kind, and folder/eval; returns {(kind, line)}."
+    rng, folder = np.random.default_rng(seed), Path(folder)
+    sick = rng.choice(np.arange(n // 2, n), each * len(KINDS), replace=False)
+    sick = {int(i): kind for i, kind in zip(sick, KINDS * each)}
+    images, planted, used, evaluation = {}, set(), set(), len(sick)
+    (folder/"eval/img").mkdir(parents=True)
+    for k in range(evaluation): (folder/f"eval/img/{k}.jpg").write_bytes(encoded(scene(10**9 + k)))
+    (folder/"eval/train.jsonl").write_text("".join(json.dumps(row(f"e{k}", f"img/{k}.jpg", question_of(k), staged("x"))) + "\n" for k in range(evaluation)))
+    second = {i for i in range(1, n) if i % 10 == 9 and i not in sick and i - 1 not in sick}     # a second question about the picture before
+    wanted = [i for i in range(n) if i not in second]
+    with open(folder/"train.jsonl", "w") as f, zipfile.ZipFile(folder/"whole.zip", "w") as z:
+        drawn = (d for part in data._spread(encoded_scenes, (wanted[i:i + 200] for i in range(0, len(wanted), 200)), None) for d in part)
+        for i in range(n):
+            if i not in second: images[name_of(i)] = next(drawn)[1]
+            answer = talk(i, ("B", "42", "yes", "a red ball")[i % 4])
+            r = row(f"id-{i}", name_of(i - (i in second)), ("<image>\n" if i % 2 else "") + question_of(i), render(CoT(answer)))
+            if i in sick:
+                good = next(g for g in iter(lambda: int(rng.integers(n // 2)), None) if g not in second and g + 1 not in second and g not in used)
+                used.add(good)
+                r = spoil(sick[i], r, answer, images, good, len(used) - 1)
+                planted.add((sick[i], i + 1))
+            f.write((r if isinstance(r, str) else json.dumps(r)) + "\n")
+            for name in list(images): z.writestr(name, images.pop(name), zipfile.ZIP_DEFLATED if i % 8 == 0 else zipfile.ZIP_STORED)
+    raw_size, whole = -(-(folder/"whole.zip").stat().st_size // parts), folder/"whole.zip"
+    with open(whole, "rb") as f:
+        for k in range(parts): (folder/f"image.zip.part-a{chr(97 + k)}").write_bytes(f.read(raw_size))
+    whole.unlink()
+    return planted
+
+def watched(words, folder):
+    "Run a Python command line and watch its tree: (output, seconds, peak GB of memory, the same with shared pages counted once, bytes written)."
+    temp = Path(folder)/"temp"
+    temp.mkdir(exist_ok=True)
+    env = os.environ | {"TMPDIR": str(temp), "HF_HOME": str(temp), "OMP_NUM_THREADS": "1"}
+    started, rss, pss, written, out = time.time(), 0, 0, {}, tempfile.TemporaryFile()
+    p = psutil.Popen([sys.executable, *map(str, words)], stdout=out, env=env)
+    while p.poll() is None:
+        sizes = []
+        for q in [p, *p.children(recursive=True)]:
+            try:
+                m = q.memory_full_info()
+                sizes.append((m.rss, m.pss))
+                written[q.pid] = q.io_counters().write_bytes
+            except psutil.Error: continue                      # it has just ended
+        rss, pss = max(rss, sum(s[0] for s in sizes)), max(pss, sum(s[1] for s in sizes))
+        time.sleep(0.3)
+    seconds = time.time() - started
+    out.seek(0)
+    return out.read().decode(), seconds, rss / 1e9, pss / 1e9, sum(written.values())
+
+FIRST_BATCH = """
+import sys, time; t = time.time()
+from torch.utils.data import DataLoader
+from llava_cot import data
+start = time.time(); ds = data.load(sys.argv[1])
+batch = next(iter(DataLoader(ds, batch_size=32, num_workers=2, collate_fn=list)))
+print(len(ds), len(batch), all(r["images"][0].size for r in batch), start - t, time.time() - start)
+"""
+
+
+def test_parts_read_like_the_joined_file():
+    with tempfile.TemporaryDirectory() as d:
+        @settings(max_examples=100, deadline=None)
+        @given(st.lists(st.binary(max_size=9), min_size=1, max_size=5), st.lists(st.tuples(st.integers(0, 50), st.integers(-1, 50)), max_size=6))
+        def prop(pieces, reads):
+            paths = [Path(d)/f"p{i}" for i in range(len(pieces))]
+            for p, piece in zip(paths, pieces): p.write_bytes(piece)
+            joined = io.BytesIO(b"".join(pieces))
+            with data.Parts(paths) as parts:
+                for at, n in reads:
+                    assert parts.seek(at) == joined.seek(at) and parts.read(n) == joined.read(n) and parts.tell() == joined.tell()
+                    assert parts.pread(max(n, 0), at) == joined.getvalue()[at:at + max(n, 0)]
+                assert parts.seek(0, os.SEEK_END) == len(joined.getvalue())
+        prop()
+
+
+def test_a_zip_is_not_trusted():
+    def archive(*members, lie=None, patch=None):
+        raw = io.BytesIO()
+        with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, content in members: z.writestr(name, content)
+            for m in z.infolist() if lie else (): lie(m)
+        raw = raw.getvalue()
+        return patch(raw) if patch else raw
+    def opened(raw, parts=0):
+        with tempfile.TemporaryDirectory() as d:
+            data._opened.cache_clear()
+            found = data._members(data._archives(cut(d, raw, parts))[0])
+            return {name: data._member(url) for name, url in found.items()}
+    assert opened(archive(("images/a.png", b"one"), ("b/é !?*:.png", b"two"))) == {"images/a.png": b"one", "a.png": b"one", "b/é !?*:.png": b"two"}
+    long = [(f"m{i}.png", os.urandom(50)) for i in range(40)]
+    assert opened(archive(*long), 7) == dict(long)
+    def says(word, raw, parts=0):
+        with pytest.raises(DataError, match=word) as e: opened(raw, parts)
+        assert "\n" not in str(e.value)
+    for name in ("../x.png", "/etc/x.png", "a/../../x.png"): says("outside", archive((name, b"x")))
+    says("ZIP_LIMITS\\['ratio'\\]", archive(("x.png", bytes(2**21))))
+    says("ZIP_LIMITS\\['bytes'\\]", archive(("x.png", b"x"), lie=lambda m: setattr(m, "file_size", 2**29)))
+    says("more bytes than the 9", archive(("x.png", b"x" * 99), lie=lambda m: setattr(m, "file_size", 9)))
+    says("fewer bytes than the 999", archive(("x.png", b"x" * 99), lie=lambda m: setattr(m, "file_size", 999)))
+    says("overlap", archive(("x.png", b"x"), lie=lambda m: setattr(m, "compress_size", 10_000)))
+    says("encrypted", archive(("x.png", b"x"), lie=lambda m: setattr(m, "flag_bits", 1)))
+    says("method 12", archive(("x.png", b"x"), lie=lambda m: setattr(m, "compress_type", 12)))
+    says("damaged", archive(("x.png", b"x"), lie=lambda m: setattr(m, "CRC", 5)))
+    says("cannot be unpacked|checksum|bytes than", archive(("x.png", os.urandom(99) + b"x" * 99), patch=lambda raw: raw[:45] + b"\xff" * 9 + raw[54:]))
+    for n in (0, 3): says("directory", archive(*long)[:-30], n)
+    limits = dict(data.ZIP_LIMITS)
+    try:
+        data.ZIP_LIMITS["members"] = 39
+        says("ZIP_LIMITS\\['members'\\]", archive(*long))
+    finally: data.ZIP_LIMITS.update(limits)
+
+
+def test_missing_and_misordered_parts_are_named():
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w") as z:
+        for i in range(60): z.writestr(f"m{i}.png", os.urandom(900))
+    with tempfile.TemporaryDirectory() as d:
+        def says(word, change):
+            for p in Path(d).iterdir(): p.unlink()
+            cut(d, raw.getvalue(), 5)
+            change(*(Path(d)/f"image.zip.part-a{x}" for x in "abcde"))
+            with pytest.raises(DataError, match=word): data._members(data._archives(Path(d))[0])
+        for k, x in enumerate("abcd"): says(f"image.zip.part-a{x} is missing", lambda *p: p[k].unlink())
+        says("after image.zip.part-ad missing", lambda *p: p[4].unlink())
+        for i in range(4):
+            for j in range(i):
+                def swap(*p): a, b = p[i].read_bytes(), p[j].read_bytes(); p[i].write_bytes(b), p[j].write_bytes(a)
+                says(f"image.zip.part-a{'abcd'[j]}: .*misordered", swap)
+        for change in (lambda raw: raw[:-7], lambda raw: raw + b"x"): says("part-ab has .* bytes where others have", lambda *p: p[1].write_bytes(change(p[1].read_bytes())))
+
 
 def test_load_keeps_order_turns_and_text():
     with tempfile.TemporaryDirectory() as d:
@@ -65,6 +272,137 @@ def test_one_image_stands_where_the_row_says():
     assert _load(row("x", "drawn/red.png", "<image>\n a\n\nb", staged("r")))["messages"][0]["content"][1]["text"] == " a\n\nb"
 
 
+def test_a_zip_is_read_in_place():
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, tempfile.TemporaryDirectory() as c, tempfile.TemporaryDirectory() as e:
+        plain, parts, one, under = load(write(a)), load(zip_up(write(b), 3)), load(zip_up(write(c), 0)), load(zip_up(write(e), 2, "images.zip", "images/"))
+        assert same(plain, parts) and same(plain, one) and same(plain, under)
+        assert sorted(os.listdir(b)) == ["drawn", "image.zip.part-aa", "image.zip.part-ab", "image.zip.part-ac", "photo", "train.jsonl"] and not os.listdir(Path(b)/"photo")
+        again = data.concatenate_datasets([parts.shuffle(seed=1).select([3, 1, 0]), plain])
+        assert list(again["id"])[3:] == list(plain["id"]) and sizes(again) == sizes(again)
+        assert len(pickle.dumps(parts)) < 20_000
+        loader = lambda **kw: [r for batch in DataLoader(parts, batch_size=2, collate_fn=sizes, **kw) for r in batch]
+        assert loader() == loader(num_workers=2) == loader(num_workers=1, multiprocessing_context="spawn") == sizes(plain)
+        picture(Path(b)/"photo/blue.jpg", "#00ff00")                             # a file goes before the zip
+        assert load(b)[1]["images"][0].getpixel((0, 0)) != load(b)[1]["images"][0].getpixel((40, 40)) and load(b)[1]["images"][0].getpixel((40, 32))[1] > 200
+        (Path(c)/"elsewhere").mkdir()
+        shutil.move(Path(c)/"image.zip", Path(c)/"elsewhere/my.zip")
+        assert same(plain, load(c, images=Path(c)/"elsewhere/my.zip"))
+        with pytest.raises(DataError, match="photo/gone.jpg.* in image.zip.part-aa"): load(write(b, [row("x", "photo/gone.jpg", "q", staged("r"))]))
+        with pytest.raises(DataError, match="no such folder, zip"): load(b, images=Path(b)/"nothing")
+        (Path(e)/"images.zip.part-ab").unlink()
+        with pytest.raises(DataError, match="images.zip.part-aa: no readable zip directory"): load(e)
+        with pytest.raises(DataError, match="not at its place|fewer bytes|cannot be unpacked"): data._opened.cache_clear(), under[1]
+
+
+def test_an_image_in_a_zip_is_checked():
+    with tempfile.TemporaryDirectory() as d:
+        write(d)
+        whole = (Path(d)/"photo/blue.jpg").read_bytes()
+        for name, raw in (("photo/half.jpg", whole[:len(whole) // 2]), ("photo/text.jpg", b"no image")): (Path(d)/name).write_bytes(raw)
+        zip_up(d)
+        for name in ("half", "text"):
+            write(d, [row("b", f"photo/{name}.jpg", "q", staged("r"))])
+            with pytest.raises(DataError, match=r"train.jsonl:1 \(id b\): image 'photo/.*cannot be read") as e: load(d)
+            assert e.value.problems[0].kind == "unreadable_image"
+            load(d, check=False)
+
+
+def test_every_layout_gives_the_same_rows():
+    with tempfile.TemporaryDirectory() as d:
+        d, cache = Path(d), datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = d/"cache"
+        try:
+            plain = load(write(d/"rows"))
+            parts = load(zip_up(write(d/"parts")))
+            (d/"rows/train.json").write_text(json.dumps(ROWS, indent=1))
+            assert same(plain, load(d/"rows/train.json"))
+            plain.save_to_disk(d/"saved"), parts.save_to_disk(d/"saved_parts"), datasets.DatasetDict(train=plain, test=plain.select([0])).save_to_disk(d/"splits")
+            for name, ds in (("a.parquet", plain), ("dir/train-0.parquet", plain), ("dir/test-0.parquet", plain.select([0])), ("b.parquet", parts)):
+                (d/name).parent.mkdir(exist_ok=True)
+                ds.to_parquet(d/name)
+            for name in ("saved", "saved_parts", "splits", "a.parquet", "b.parquet", "dir"): assert same(plain, load(d/name)), name
+            assert same(plain, load(next((d/"saved").glob("*.arrow"))))
+            with pytest.raises(DataError, match="no split 'train', found a, b"): datasets.DatasetDict(a=plain, b=plain).save_to_disk(d/"ab"), load(d/"ab")
+            with pytest.raises(DataError, match="no/such: no such folder, nor does the hub"):
+                datasets.config.HF_HUB_OFFLINE = True
+                load("no/such")
+        finally: datasets.config.HF_DATASETS_CACHE = cache; datasets.config.HF_HUB_OFFLINE = False
+
+
+def test_foreign_tables_are_read():
+    image = PILImage.new("RGB", (20, 10), "red")
+    talk = lambda q, a=staged("r"): [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    def table(d, rows, images=datasets.Image()):
+        shutil.rmtree(d, ignore_errors=True)
+        datasets.Dataset.from_list(rows).cast_column("images", images).save_to_disk(d)
+        return d
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)/"t"
+        ds = load(table(d, [{"messages": talk("<image>\nq"), "images": image}, {"messages": talk("w"), "images": None}]))
+        assert ds.features == data.FEATURES and list(ds["id"]) == ["row-0", "row-1"] and [len(r["images"]) for r in ds] == [1, 0]
+        assert ds[0]["messages"][0]["content"] == [{"type": "image", "text": None}, {"type": "text", "text": "q"}] and ds[0]["images"][0].size == (20, 10)
+        items = [{"role": "user", "content": [{"type": "text", "text": "\nleft"}, {"type": "image", "text": None}]}, {"role": "assistant", "content": [{"type": "text", "text": staged("r")}]}]
+        many = datasets.List(datasets.Image())
+        ds = load(table(d, [{"id": 5, "messages": items, "images": [image], "source": "mine"}], many))
+        assert ds[0]["messages"] == items and ds[0]["id"] == "5" and ds[0]["source"] == "mine"
+        for word, bad in (("turns", items[:1]), ("2 image item", [{"role": "user", "content": items[0]["content"] * 2}, items[1]]), ("empty", [{"role": "user", "content": []}, items[1]]),
+                          ("expected 'human'", [items[1]]), ("just so", [items[0], {"role": "assistant", "content": [{"type": "text", "text": "just so"}]}])):
+            with pytest.raises(DataError, match=word if word != "turns" else "last turn") as e: load(table(d, [{"id": "g", "messages": items, "images": [image]}, {"id": "b", "messages": bad, "images": [image]}], many))
+            assert str(e.value).startswith("t[1] (id b): ")
+        with pytest.raises(DataError, match="no column 'messages', found images"): load(table(d, [{"images": image}]))
+        lost = datasets.Dataset.from_list([{"messages": talk("q"), "images": {"path": "gone.png", "bytes": None}}]).cast_column("images", datasets.Image())
+        assert data._looked((data._Table(lost, "t"), LLAVA_COT, True), range(1))[2][0].kind == "missing_image"
+        with pytest.raises(DataError, match="cannot be read: not an image"): load(table(d, [{"messages": talk("q"), "images": {"path": None, "bytes": b"x"}}]))
+        datasets.Dataset.from_dict({"messages": [talk("q")], "images": ["a.png"]}).save_to_disk(d.with_name("s"))
+        with pytest.raises(DataError, match="expected an Image"): load(d.with_name("s"))
+
+
+def test_a_json_list_is_cut_into_rows():
+    rows = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3), max_leaves=8)
+    with tempfile.TemporaryDirectory() as d:
+        file = Path(d)/"train.json"
+        def cut_rows(text): file.write_text(text, encoding="utf-8"); return list(data._list_rows(file))
+        @settings(max_examples=200, deadline=None)
+        @given(st.lists(rows, max_size=4), st.sampled_from([None, 1]), st.integers(0, 100), st.sampled_from(["", "x", "]", ",", " "]))
+        def prop(values, indent, at, junk):
+            text = json.dumps(values, indent=indent)
+            found = cut_rows(text + "\n")
+            assert [i for i, _ in found] == list(range(len(values))) and [json.loads(raw) for _, raw in found] == values
+            broken = text[:at] + junk + text[at:]
+            try: value, whole = json.loads(broken), True
+            except ValueError: whole = False
+            try: found = cut_rows(broken)
+            except DataError as e: assert not whole or not isinstance(value, list)
+            else:
+                def reads(raw):
+                    try: return json.loads(raw), True
+                    except ValueError: return None, False
+                good = [reads(raw)[1] for _, raw in found]
+                assert all(good[:-1]) and [i for i, _ in found] == list(range(len(found)))
+                assert good == [True] * len(good) if whole else not all(good), (broken, found)
+        prop()
+        file.write_text(json.dumps([ROWS[3], ROWS[3]]))
+        with pytest.raises(DataError, match=r"train.json\[1\] \(id a4\): id 'a4' is that of row 0 too"): load(file)
+        for text, word in (("{}", "expected a JSON list"), ("[]", "no rows"), ("[1]", r"train.json\[0\]: expected a JSON object"), (json.dumps([ROWS[3]])[:-1], r"train.json\[1\]: not JSON")):
+            file.write_text(text)
+            with pytest.raises(DataError, match=word): load(file)
+
+
+def test_workers_change_nothing():
+    with tempfile.TemporaryDirectory() as d:
+        rows = [{**r, "id": f"{r['id']}-{i}"} for i in range(600) for r in ROWS]
+        ds = load(write(d, rows), workers=0)
+        assert ds[:]["messages"] == load(d, workers=2)[:]["messages"] and list(ds["id"]) == list(load(d)["id"]) == [r["id"] for r in rows]
+        for at, bad in ((1999, "{"), (2399, rows[7]), (5, row("b", "gone.png", "q", staged("r")))):
+            write(d, rows[:at] + [bad] + rows[at + 1:])
+            messages = set()
+            for n in (0, 2):
+                with pytest.raises(DataError) as e: load(d, workers=n)
+                messages.add(str(e.value))
+            assert len(messages) == 1 and f"train.jsonl:{at + 1}" in messages.pop()
+        with pytest.raises(DataError, match="workers is -1"): load(d, workers=-1)
+
+
 def test_load_refuses_with_line_and_id():
     noend = staged("red").split("\n\n<CONCLUSION>")[0]
     cases = {"json": json.dumps(ROWS[1])[:50], "fields": {"id": "b"}, "missing_image": row("b", "gone.png", "q", staged("r")),
@@ -87,15 +425,140 @@ def test_load_refuses_with_line_and_id():
             with pytest.raises(DataError): load(path)
 
 
+def test_near_finds_all_pairs():
+    rng = np.random.default_rng(0)
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32), st.integers(0, 60))
+    def prop(seed, n):
+        rng = np.random.default_rng(seed)
+        bits = rng.integers(0, 2**63, n, dtype=np.uint64)
+        for i in range(1, n):
+            if rng.random() < 0.6:
+                bits[i] = bits[rng.integers(i)]
+                for k in rng.integers(0, 64, rng.integers(0, 8)): bits[i] ^= np.uint64(1) << np.uint64(k)
+        colours = rng.integers(0, 2, (n, 1)).astype(np.uint8) * np.full((1, 192), 100, np.uint8)
+        slow = {}
+        for j in range(n):
+            for i in range(j):
+                if int(bits[i] ^ bits[j]).bit_count() <= data.NEAR_BITS and colours[i][0] == colours[j][0]: slow.setdefault(j, i)
+        assert data._near(bits, colours) == slow
+    prop()
+    same_everywhere = data._near(np.zeros(3000, np.uint64), np.zeros((3000, 192), np.uint8))
+    assert same_everywhere == {i: 0 for i in range(1, 3000)}
+
+
+def test_pictures_are_told_apart():
+    def kept(image, kind="PNG", **kw): image.save(out := io.BytesIO(), kind, **kw); return data._picture(out.getvalue())
+    def near(a, b):
+        bits, colours = np.array([a.bits, b.bits], np.uint64), np.frombuffer(a.colours + b.colours, np.uint8).reshape(2, -1)
+        return bool(data._near(bits, colours))
+    def scene(seed, size=(320, 240)): return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(size, PILImage.Resampling.BICUBIC)
+    for seed in range(20):
+        image, p = scene(seed), kept(scene(seed))
+        for other in (kept(image, "JPEG", quality=50), kept(image.resize((160, 120))), kept(image.resize((640, 480)), "JPEG"), kept(image, "WEBP")): assert near(p, other) and p.digest != other.digest
+        assert not near(p, kept(scene(seed + 100))) and not near(p, kept(image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)))
+        assert not near(p, kept(PILImage.merge("RGB", image.split()[::-1])))
+    for mode in ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I", "I;16", "F"):
+        image = PILImage.new("I;16", (40, 30), 300) if mode == "I;16" else scene(1, (40, 30)).convert("L" if mode in "IF" else "RGB").convert(mode)
+        assert isinstance(kept(image, "TIFF" if mode != "PA" else "PNG") if mode != "PA" else kept(image.convert("P"), transparency=b"\0\x80"), data._Picture), mode
+    assert data._picture(b"no image") == "not an image" and isinstance(data._picture(b""), str)
+
+
 def test_check_counts_everything():
     with tempfile.TemporaryDirectory() as d:
         r = check(write(d))
         assert r.ok and (r.rows, r.turns, r.images, r.sources["drawn"]) == (4, 5, 2, 2) and "nothing wrong" in repr(r)
+        assert r.placements == {"implied": 1, "start": 1, "end": 1, "no image": 1} and r.conclusions == {"text": 2, "yes/no": 2} and r.formats == {"PNG": 1, "JPEG": 1} and r.sizes == {(96, 64): 2}
         r = check(write(d, [*ROWS, "{", row("a1", "gone.png", "q", "text")]))
         assert r.rows == 6 and {"json": 1, "duplicate_id": 1, "missing_image": 1, "stage_missing": 4, "stage_stray": 1} == r.counts
-        assert json.loads(json.dumps(r.to_dict()))["counts"] == r.counts and "<table>" in r._repr_html_()
+        assert json.loads(json.dumps(r.to_dict()))["counts"] == r.counts and "<table>" in r._repr_html_() and {p.row for p in r.problems} == {5, 6}
         assert check(write(d, [])).counts == {"no_rows": 1}
         with pytest.raises(DataError): check(Path(d)/"nowhere")
+
+
+def test_conclusions_have_a_form():
+    for form, texts in {"option": "A;b;(C);D.;Option B;answer (e)", "yes/no": "yes;No.;TRUE", "number": "7;-3;1,200.5;42%;$5;3 cm;1/2;1e-5;90°;12 km²", "text": "a dog;none;two;7 dogs and;AB;12 apples;"}.items():
+        for t in texts.split(";"): assert data.conclusion_form(t) == form, t
+
+
+def test_check_finds_all_that_was_planted_and_nothing_else():
+    with tempfile.TemporaryDirectory() as d:
+        planted = plant(d, 400, 3)
+        for workers in (0, 2):
+            r = check(d, against=Path(d)/"eval", workers=workers)
+            assert {(p.kind, p.row) for p in r.problems + r.warnings} == planted and len(r.problems) + len(r.warnings) == len(planted) == 38
+            assert {p.kind for p in r.warnings} == set(data.WARNINGS) and r.rows == 400 and not r.ok
+            assert all(str(p).startswith(f"train.jsonl:{p.row}") and "\n" not in str(p) for p in r.problems + r.warnings)
+        alone = check(d)
+        assert {(p.kind, p.row) for p in alone.problems + alone.warnings} == {p for p in planted if "shared" not in p[0]}
+        with pytest.raises(DataError, match=f"train.jsonl:{min(line for kind, line in planted if kind not in data.WARNINGS and 'shared' not in kind)} "): load(d)
+        assert sorted(p.name for p in Path(d).iterdir()) == ["eval", "image.zip.part-aa", "image.zip.part-ab", "image.zip.part-ac", "train.jsonl"]
+
+
+def test_a_cleaned_set_is_clean():
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        planted = plant(d/"bad", 400, 3)
+        wrong = {line for kind, line in planted if kind not in data.WARNINGS}
+        lines = (d/"bad/train.jsonl").read_bytes().splitlines()
+        r = check(d/"bad", against=d/"bad/eval")
+        assert r.write_clean(d/"clean") == (400 - len(wrong), len(wrong)) and not (d/".clean.half").exists()
+        assert (d/"clean/train.jsonl").read_bytes().splitlines() == [raw for n, raw in enumerate(lines, 1) if n not in wrong]
+        dropped = [json.loads(line) for line in (d/"clean/dropped.jsonl").read_text().splitlines()]
+        assert [(x["content"], [y["kind"] for y in x["reasons"]]) for x in dropped] == [(lines[n - 1].decode(), [k for k, m in planted if m == n]) for n in sorted(wrong)]
+        again = check(d/"clean", against=d/"bad/eval")
+        assert again.ok and {p.kind for p in again.warnings} <= set(data.WARNINGS) and len(load(d/"clean")) == 400 - len(wrong)
+        assert (d/"clean/image.zip.part-ab").stat().st_ino == (d/"bad/image.zip.part-ab").stat().st_ino
+        with pytest.raises(DataError, match="clean: not empty"): r.write_clean(d/"clean")
+        with pytest.raises(DataError, match="no row is without"): check(write(d/"none", ["{"])).write_clean(d/"new")
+        assert not (d/"new").exists()
+
+
+def test_every_layout_is_examined_and_cleaned():
+    with tempfile.TemporaryDirectory() as d:
+        d, cache = Path(d), datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = d/"cache"
+        rows = [*ROWS, row("a5", "copies/red.png", "Where?", staged("left")), row("a6", "drawn/red.png", "what colour  is it?", staged("red")), row("a1", None, "q", "text")]
+        expected, warned = {"stage_missing": 4, "stage_stray": 1, "duplicate_id": 1}, {"duplicate_image": 1, "duplicate_question": 1}
+        def full(name):
+            write(d/name, rows)
+            picture(d/name/"copies/red.png", "#cc2222")
+            return d/name
+        try:
+            good = load(full("good"), fmt=None, check=False)
+            good.save_to_disk(d/"saved"), datasets.load_from_disk(d/"saved").to_parquet(d/"p.parquet")
+            full("listed"), (d/"listed/train.jsonl").unlink(), (d/"listed/train.json").write_text(json.dumps(rows))
+            for name in ("good", "listed", "saved", "p.parquet", "zip"):
+                if name == "zip": zip_up(full("zip"), 2)
+                r = check(d/name)
+                table = name in ("saved", "p.parquet")
+                assert r.counts == expected and r.warned == ({"duplicate_question": 1} if table else warned), (name, r)
+                assert r.rows == 7 and r.turns == 8 and r.formats == ({"PNG": 4, "JPEG": 1} if table else {"PNG": 2, "JPEG": 1})
+                out = d/f"clean_{name}"
+                assert r.write_clean(out) == (6, 1) and check(out).ok and len(check(out).warnings) == len(r.warnings)
+                assert same(load(out), good.select(range(6))) and json.loads((out/"dropped.jsonl").read_text())["reasons"][0]["kind"] == "duplicate_id"
+        finally: datasets.config.HF_DATASETS_CACHE = cache
+
+
+def test_the_report_writes_itself():
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        write(d, [*ROWS, row("<b>", "drawn/red.png", "q", "<script>")])
+        for make in (models.tiny_llava, models.tiny_mllama):
+            processor = make()[1]
+            r = check(d, processor=processor)
+            r.write(d/"out")
+            found, page = json.loads((d/"out/report.json").read_text()), (d/"out/report.html").read_text()
+            assert found == json.loads(json.dumps(r.to_dict(20))) and found["counts"]["stage_missing"] == 4 and found["rows_with_errors"] == 1
+            assert "data:image/png;base64" in page and "<script>" not in page and "http" not in page and sorted(p.name for p in (d/"out").iterdir()) == ["report.html", "report.json"]
+            answers = [r["conversations"][-1]["value"] for r in ROWS] + ["<script>"]
+            ids = lambda t: len(processor.tokenizer(t, add_special_tokens=False)["input_ids"])
+            assert sorted(r.lengths["answer"]) == sorted(map(ids, answers)) and len(r.lengths["SUMMARY"]) == 4
+            assert sorted(r.lengths["CAPTION"]) == sorted(ids(f"<CAPTION> {parse(a).caption} </CAPTION>") for a in answers[:4])
+            assert sum(r.tiles.values()) == 2 and found["lengths"]["question"]["rows"] == 5
+            sizes = [data._tiles(processor, s) for s in ((20, 20), (4000, 4000), (100, 400))]
+            assert sizes == [1, 1, 1] if make is models.tiny_llava else sizes[0] == 1 and max(sizes) > 1, sizes
+        with pytest.raises(DataError, match="give check a processor"): check(d).plot()
 
 
 def test_any_file_gives_a_dataset_or_a_DataError():
@@ -134,6 +597,48 @@ def test_split_is_by_image_and_stable():
         with pytest.raises(DataError, match="fraction"): split(load(write(d, rows[:2])), 3)
 
 
+def test_split_is_the_same_for_every_layout():
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        for i in range(30): picture(d/f"a/p/{i}.png", (5 * i, 0, 0))
+        write(d/"a", [row(f"r{i}-{k}", f"p/{i}.png", "q", staged("r")) for k in range(2) for i in range(30)])
+        shutil.copytree(d/"a", d/"b")
+        plain, zipped = load(d/"a"), load(zip_up(d/"b"))
+        plain.to_parquet(d/"t.parquet")
+        stored = datasets.Dataset.from_parquet(str(d/"t.parquet"), cache_dir=str(d/"cache"))
+        sides = [[list(side["id"]) for side in split(ds, 0.4, seed=3)] for ds in (plain, zipped, stored)]
+        assert sides[0] == sides[1] == sides[2] and all(sides[0])
+        half = data.concatenate_datasets([plain.select(range(30)), zipped.select(range(30, 60))])
+        assert [list(side["id"]) for side in split(half, 0.4, seed=3)] == sides[0]
+
+
+def test_split_and_mix_are_stable_when_rows_are_added():
+    def rows_of(spec):
+        images = [[{"bytes": b"%d" % i, "path": None} for i in ids] for _, ids, _ in spec]
+        table = {"id": [name for name, _, _ in spec], "images": images, "messages": [[]] * len(spec), "source": [s for _, _, s in spec]}
+        return datasets.Dataset(data.pa.table(table, schema=data.FEATURES.arrow_schema), info=datasets.DatasetInfo(features=data.FEATURES))
+    spec = lambda images: st.lists(st.tuples(st.integers(0, 99).map(str), images, st.sampled_from("xyz")), min_size=1, max_size=12, unique_by=lambda r: r[0])
+    @settings(max_examples=40, deadline=None)
+    @given(spec(st.lists(st.integers(0, 9), max_size=1)), st.integers(0, 9), st.floats(0, 1), st.data())
+    def stable(rows, seed, fraction, draw):
+        kept = [r for r in rows if draw.draw(st.booleans())] or rows[:1]
+        some = draw.draw(st.permutations(kept))
+        side = {i: k for k, ds in enumerate(split(rows_of(rows), fraction, seed)) for i in ds["id"]}
+        assert all(side[i] == k for k, ds in enumerate(split(rows_of(some), fraction, seed)) for i in ds["id"]) and len(side) == len(rows)
+        weights = {s: draw.draw(st.floats(0, 3)) for s in "xyz"}
+        taken = lambda ds: data.Counter(i.split("#")[0] for i in mix([ds], {s: w for s, w in weights.items() if s in ds["source"]}, seed)["id"])
+        if any(weights[s] for _, _, s in some):
+            all_of, some_of = taken(rows_of(rows)), taken(rows_of(some))
+            assert all(all_of[i] == some_of[i] and abs(all_of[i] - weights[s]) < 1 for i, _, s in some)
+    @settings(max_examples=40, deadline=None)
+    @given(spec(st.lists(st.integers(0, 9), max_size=3)), st.integers(0, 9), st.floats(0, 1))
+    def apart(rows, seed, fraction):
+        a, b = split(rows_of(rows), fraction, seed)
+        shown = lambda ds: {i["bytes"] for r in ds.with_format("arrow")[:].to_pylist() for i in r["images"]}
+        assert not shown(a) & shown(b) and sorted([*a["id"], *b["id"]]) == sorted(r[0] for r in rows)
+    stable(), apart()
+
+
 def test_reformat_changes_answers_only():
     with tempfile.TemporaryDirectory() as d:
         ds = load(write(d))
@@ -155,9 +660,32 @@ def test_mix_weighs_and_keeps_ids_unique():
         fewer = [i for i in mix([many.select(range(200))], [0.25])["id"]]
         assert fewer == [i for i in mix([many], [0.25])["id"] if int(i[1:]) < 200]
         assert list(mix([few, few])["id"])[4:] == ["a1#2", "a2#2", "a3#2", "a4#2"] and len(mix([few], [2.5])) in (8, 9, 10, 11, 12)
-        for bad in (([], None), ([few], [1, 2]), ([few], [-1]), ([few], [0])):
+        for bad in (([], None), ([few], [1, 2]), ([few], [-1]), ([few], [0]), ([few], [float("nan")]), ([few], {}), ([few], {"nowhere": 1})):
             with pytest.raises(DataError): mix(*bad)
         with pytest.raises(DataError): mix([few, few.remove_columns("source")])
+
+
+@pytest.mark.slow
+def test_llava_cot_100k_in_sixteen_parts():
+    with tempfile.TemporaryDirectory() as d:
+        d, began = Path(d), time.time()
+        planted = plant(d/"set", 100_000, 16, each=3)
+        files, size = sorted(p.name for p in (d/"set").iterdir()), sum(p.stat().st_size for p in (d/"set").iterdir())
+        assert sum(".part-" in f for f in files) == 16 and "image.zip" not in files
+        print(f"{size / 1e9:.2f} GB in 16 parts, drawn in {time.time() - began:.0f} s")
+        code = "import sys; from llava_cot.cli import main; sys.exit(main())"
+        text, seconds, rss, pss, written = watched(["-c", code, "check", d/"set", "--against", d/"set/eval", "--json", "--workers", 2], d)
+        found = json.loads(text)
+        print(f"checked in {seconds:.1f} s, peak {rss:.2f} GB ({pss:.2f} GB with shared pages once), {written:,} bytes written")
+        assert found["rows"] == 100_000 and found["counts"] | found["warnings"] == {k: 3 for k in KINDS} and seconds <= 90 and rss <= 1.5
+        assert written < 10_000_000 and files == sorted(p.name for p in (d/"set").iterdir())
+        r = check(d/"set", against=d/"set/eval", progress=False)
+        assert {(p.kind, p.row) for p in r.problems + r.warnings} == planted
+        r.write_clean(d/"clean")
+        text, seconds, rss, pss, written = watched(["-c", FIRST_BATCH, d/"clean"], d)
+        rows, batch, decoded, imports, first = text.split()
+        print(f"{rows} rows loaded and checked, first batch of {batch} decoded after {float(first):.1f} s (imports {float(imports):.1f} s); peak {rss:.2f} GB, {written:,} bytes written")
+        assert int(rows) == r.rows - len({p.row for p in r.problems}) and decoded == "True" and float(first) <= 10 and written < 10_000_000
 
 
 @pytest.mark.slow
