@@ -8,7 +8,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, MllamaConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, LlavaNextConfig, MllamaConfig, Qwen2_5_VLConfig
 from llava_cot.tokens import Collator, encode
 
 def picture(colour="red", size=(48, 48)):
@@ -22,10 +22,12 @@ def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </S
     return {"id": "disc", "images": list(images), "source": "", "messages": [{"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
+TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+
 
 def test_family_of_config_and_unknown():
-    assert family(LlavaConfig()).model_type == "llava" and family(MllamaConfig()).model_type == "mllama"
-    with pytest.raises(ModelError, match="'llama'.*llava, mllama"): family(LlamaConfig())
+    for config in (LlavaConfig(), LlavaNextConfig(), MllamaConfig(), Qwen2_5_VLConfig()): assert family(config).model_type == config.model_type
+    with pytest.raises(ModelError, match="'llama'; supported are llava, llava_next, mllama, qwen2_5_vl"): family(LlamaConfig())
 
 
 def test_any_unicode_survives_the_tokenizer():
@@ -46,7 +48,7 @@ def test_tags_are_one_token():
 
 def test_tiny_models_are_made_of_their_seed():
     before = torch.random.get_rng_state()
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         (a, _), (b, _), (c, _) = tiny(), tiny(), tiny(seed=1)
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
         assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
@@ -55,7 +57,7 @@ def test_tiny_models_are_made_of_their_seed():
 
 
 def test_pictures_change_what_the_models_say():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         inputs = [Collator(processor)([encode(example([picture(c)]), processor, prompt_only=True)]) for c in ("red", "white")]
         a, b = (model(**x).logits[:, -1] for x in inputs)
@@ -72,7 +74,7 @@ def test_a_row_without_image_computes_what_it_does_alone():
 
 
 def test_generation_in_a_mixed_batch_is_generation_alone():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         rows = [encode(example(images), processor, prompt_only=True) for images in ([picture()], [], [picture("green")])]
         say = lambda rows: model.generate(**(b := Collator(processor, "left")(rows)), max_new_tokens=6, min_new_tokens=6)[:, b["input_ids"].shape[1]:]
@@ -82,19 +84,20 @@ def test_generation_in_a_mixed_batch_is_generation_alone():
 def test_parts_cover_every_parameter_once():
     tied = build_llava(train_tokenizer([TINY_TEXT]), tie=True)[0]
     assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
-    for model in (tiny_llava()[0], tiny_mllama()[0], tied):
+    for model in (*(tiny()[0] for tiny in TINY), tied):
         named = [pair for pairs in parts(model).values() for pair in pairs]
-        assert list(parts(model)) == ["vision", "projector", "language"]
+        assert list(parts(model)) == ["vision", "projector", "language"] and all(parts(model).values())
         assert sorted(n for n, _ in named) == sorted(n for n, _ in model.named_parameters())
         assert len({id(p) for _, p in named}) == len(named) == len(list(model.parameters()))
         for part, modules in part_modules(model).items():
-            assert {id(p) for m in modules for p in m.parameters()} == {id(p) for _, p in parts(model)[part]}
+            bare = {id(getattr(model.model, "image_newline", None))}             # a parameter that no module of its part holds
+            assert {id(p) for m in modules for p in m.parameters()} == {id(p) for _, p in parts(model)[part]} - bare
 
 
 def test_without_gradient_is_what_backward_leaves_out():
     tokenizer = train_tokenizer([TINY_TEXT])
     built = [build_llava(tokenizer, vision_layers=3, vision_feature_layer=layer) for layer in (-1, -2, 1, [-3, -2])]
-    for model, processor in (*built, tiny_mllama()):
+    for model, processor in (*built, *(tiny() for tiny in TINY)):
         batch = Collator(processor)([encode(example(), processor)])
         batch.pop("stage_ids"); model(**batch).loss.backward()
         assert {n for n, p in model.named_parameters() if p.grad is None} == without_gradient(model)
@@ -103,8 +106,10 @@ def test_without_gradient_is_what_backward_leaves_out():
 
 def test_every_field_of_the_fingerprint_is_compared():
     changes = dict(image_mean=[.4]*3, image_std=[.2]*3, rescale_factor=1/128, resample=0, do_resize=False, do_normalize=False, do_convert_rgb=False,
-        size={"height": 24, "width": 24})
-    for tiny, more in ((tiny_llava, {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}), (tiny_mllama, {"max_image_tiles": 4})):
+        size={"height": 20, "width": 20})
+    small = {"height": 12, "width": 12}
+    for tiny, more in ((tiny_llava, {"do_center_crop": True, "crop_size": small}), (tiny_mllama, {"max_image_tiles": 4}),
+                       (tiny_llava_next, {"crop_size": small, "image_grid_pinpoints": [[24, 24]]}), (tiny_qwen2_5_vl, {"patch_size": 14, "merge_size": 4, "temporal_patch_size": 1})):
         model, processor = tiny()
         check_preprocessing(model, processor)
         for field, value in (changes | more).items():
@@ -114,12 +119,12 @@ def test_every_field_of_the_fingerprint_is_compared():
 
 
 def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         row = Collator(processor)([encode(example(), processor)])
         with tempfile.TemporaryDirectory() as d:
             save(model, processor, f"{d}/m")
-            plain = AutoModelForImageTextToText.from_pretrained(f"{d}/m"), AutoProcessor.from_pretrained(f"{d}/m")
+            plain = AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m")
             for other, reader in (load(f"{d}/m"), plain):
                 again = Collator(reader)([encode(example(), reader)])
                 assert all(torch.equal(row[k], again[k]) for k in row)
