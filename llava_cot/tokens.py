@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['STAGE_NAMES', 'TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'PADS', 'PER_EXAMPLE', 'TokensError', 'TooLong', 'encode',
-           'MaskView', 'show_mask', 'end_token', 'Collator']
+           'MaskView', 'show_mask', 'seen', 'show_row', 'show_page', 'step_rows', 'end_token', 'Collator']
 
 # %% ../nbs/04_tokens.ipynb #c003
-import copy, html, re
+import base64, copy, html, io, re
 from bisect import bisect_right
 from itertools import groupby
 from typing import NamedTuple
+import ipywidgets as widgets
 import torch
 from fastcore.basics import patch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import BatchEncoding
 from .cot import LLAVA_COT, STAGES, CoTFormat, spans
 
@@ -357,6 +359,79 @@ def show_mask(
     legend = " ".join(_span(f" {name} {counts[name]} ", f"background:{c};color:#222") for name, c in zip(STAGE_NAMES, COLOURS))
     legend = _span(f"{names[0]} {counts[names[0]]} ", "color:#999") + legend
     return MaskView(f'<div style="font-size:90%">{legend}</div><pre style="white-space:pre-wrap;line-height:1.5">{"".join(body)}</pre>', counts)
+
+# %% ../nbs/04_tokens.ipynb #c052b
+def _unpatch(patches, grid, pixels):
+    "Qwen's patches, (rows · columns, channels · frames · p · p) with each 2 × 2 together, as one tile: (1, 3, H, W)."
+    m, p, (_, rows, columns) = pixels.merge_size, pixels.patch_size, grid.tolist()
+    x = patches.view(rows//m, columns//m, m, m, 3, -1, p, p)[..., 0, :, :]
+    return x.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows*p, columns*p)
+
+def seen(
+    encoded:dict, # from `encode`
+    processor,    # the same
+) -> list:        # for each picture, a list of `PIL.Image`: its tiles, padding and all
+    "What the vision tower sees, the normalisation undone."
+    pixels, x = processor.image_processor, encoded.get("pixel_values")
+    if x is None: return []
+    if x.ndim == 2: pictures = [_unpatch(part, grid, pixels) for part, grid in zip(x.split(encoded["image_grid_thw"].prod(1).tolist()), encoded["image_grid_thw"])]
+    else: pictures = [p.reshape(-1, *x.shape[-3:]) for p in (x[0] if x.ndim == 6 else x)]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pixels.image_mean, pixels.image_std))
+    rgb = lambda tile: Image.fromarray(((tile*std + mean).clamp(0, 1)*255).round().byte().permute(1, 2, 0).numpy())
+    return [[rgb(tile) for tile in picture] for picture in pictures]
+
+# %% ../nbs/04_tokens.ipynb #c052d
+def _img(picture, side, title):
+    "An `<img>` that holds its own data, the longer side of the picture at most `side` pixels."
+    small = picture.convert("RGB"); small.thumbnail((side, side))
+    file = io.BytesIO(); small.save(file, "PNG")
+    height = min(side, max(48, small.height))
+    return f'<img alt="{title}" title="{title}" style="height:{height}px;image-rendering:pixelated" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+def show_row(
+    example:dict,              # `{"id", "images", "messages", "source"}`
+    processor,                 # of the model
+    fmt:CoTFormat=LLAVA_COT,   # how the answers are staged
+    **options,                 # of `encode`: `max_length`, `too_long`, `control_tokens`
+) -> MaskView:
+    "One example: its pictures, what the vision tower sees of them, and the mask; or why it cannot become tokens."
+    frame = lambda what, body: f'<figure style="display:inline-block;margin:.3em 1em .3em 0;vertical-align:top">{body}<figcaption style="color:#666">{what}</figcaption></figure>'
+    head = f'<h3>{html.escape(str(example.get("id", "example")))}</h3>'
+    shown = "".join(frame("{} × {}".format(*p.size), _img(p, 240, "picture")) for p in example.get("images") or ())
+    try: row = encode(example, processor, fmt, **options)
+    except TokensError as e: return MaskView(f'<section>{head}{shown}<p style="color:#b00"><b>refused:</b> {html.escape(str(e))}</p></section>', {})
+    if row is None: return MaskView(f'<section>{head}{shown}<p style="color:#b00"><b>dropped:</b> longer than max_length</p></section>', {})
+    tiles = "".join(frame(f"as seen, {len(ts)} tile{'s'*(len(ts) > 1)} of {ts[0].width} × {ts[0].height}", " ".join(_img(t, 160, "tile") for t in ts)) for ts in seen(row, processor))
+    mask = show_mask(row, processor)
+    return MaskView(f'<section>{head}{shown}{tiles}<p>{len(row["input_ids"])} tokens, {int((row["labels"] != -100).sum())} learned</p>{mask.html}</section>', mask.counts)
+
+# %% ../nbs/04_tokens.ipynb #c052f
+def show_page(
+    rows,                      # a `Dataset`, or any sequence of examples
+    processor,                 # of the model
+    fmt:CoTFormat=LLAVA_COT,   # how the answers are staged
+    title:str="preview",       # of the page
+    **options,                 # of `encode`
+) -> str:                      # HTML that needs no other file
+    "A page of rows as `show_row` draws them."
+    body = "<hr>".join(show_row(rows[i], processor, fmt, **options).html for i in range(len(rows)))
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
+            f'</head><body style="font-family:sans-serif;max-width:60em;margin:1em auto;padding:0 1em"><h1>{html.escape(title)}</h1>{body}</body></html>')
+
+def step_rows(
+    rows,                      # a `Dataset`, or any sequence of examples
+    processor,                 # of the model
+    fmt:CoTFormat=LLAVA_COT,   # how the answers are staged
+    **options,                 # of `encode`
+) -> widgets.VBox:
+    "A widget that steps through rows, each as `show_row` draws it."
+    if not len(rows): raise TokensError("rows is empty; expected at least one to step through")
+    at = widgets.IntSlider(0, 0, len(rows) - 1, description="row", continuous_update=False)
+    back, on, view = widgets.Button(description="◀"), widgets.Button(description="▶"), widgets.HTML()
+    def show(_=None): view.value = show_row(rows[at.value], processor, fmt, **options).html
+    def move(by): at.value += by                       # the slider keeps it in range
+    back.on_click(lambda _: move(-1)); on.on_click(lambda _: move(1)); at.observe(show, "value"); show()
+    return widgets.VBox([widgets.HBox([back, on, at]), view])
 
 # %% ../nbs/04_tokens.ipynb #c061
 def end_token(

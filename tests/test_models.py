@@ -5,11 +5,14 @@ import copy, tempfile
 from contextlib import chdir
 from pathlib import Path
 import pytest, torch
+from torch.nn.functional import cross_entropy
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, LlavaNextConfig, MllamaConfig, Qwen2_5_VLConfig
-from llava_cot.tokens import Collator, encode
+from llava_cot.cot import SEPARATORS, render
+from llava_cot.search import Greedy, answer
+from llava_cot.tokens import Collator, encode, end_token, seen
 
 def picture(colour="red", size=(48, 48)):
     "A disc and a square on grey."
@@ -23,6 +26,15 @@ def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </S
             {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+
+def bare(tiny):
+    "A tiny model, and its separators made of many pieces, as in a real tokenizer, for its vocabulary never saw them whole."
+    model, processor = tiny()
+    return model, processor, [t.replace("<", "<x") for t in SEPARATORS]
+
+def loss_of(model, batch):
+    logits = model(**{k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
 def test_family_of_config_and_unknown():
@@ -104,6 +116,20 @@ def test_without_gradient_is_what_backward_leaves_out():
         assert all(p.grad.any() for p in model.parameters() if p.grad is not None and p.shape != ())
 
 
+def test_what_is_seen_is_the_picture():
+    for tiny in TINY:
+        model, processor = tiny()
+        for size in ((48, 48), (96, 54), (30, 80)):
+            flat = Image.new("RGB", size, (200, 40, 90))
+            tiles = seen(encode(example([flat, flat]), processor), processor)
+            assert len(tiles) == 2 and all((200, 40, 90) in tile.get_flattened_data() for tile in tiles[0][:1])
+        halves = Image.new("RGB", (48, 48), "red"); halves.paste((0, 0, 255), (24, 0, 48, 48))
+        first = seen(encode(example([halves]), processor), processor)[0][0]
+        w, h = first.size
+        assert first.getpixel((1, h//2)) == (255, 0, 0) and first.getpixel((w - 2, h//2)) == (0, 0, 255) and first.getpixel((1, h - 2)) == (255, 0, 0)
+    assert seen(encode(example([]), processor), processor) == []
+
+
 def test_every_field_of_the_fingerprint_is_compared():
     changes = dict(image_mean=[.4]*3, image_std=[.2]*3, rescale_factor=1/128, resample=0, do_resize=False, do_normalize=False, do_convert_rgb=False,
         size={"height": 20, "width": 20})
@@ -116,6 +142,47 @@ def test_every_field_of_the_fingerprint_is_compared():
             wrong = copy.deepcopy(processor); setattr(wrong.image_processor, field, value)
             with pytest.raises(ModelError, match=f"eval: preprocessing differs in {field}: "): check_preprocessing(model, wrong, "eval")
             with pytest.raises(ModelError, match=field): check_preprocessing(fingerprint(processor), wrong)
+
+
+def test_separators_become_tokens_and_survive_saving():
+    for tiny in TINY:
+        model, processor, marks = bare(tiny)
+        tok, image = processor.tokenizer, processor.image_token_id
+        pieces = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
+        embed, head = (m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
+        plain = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+        before = model(**plain).logits
+        assert all(len(p) > 1 for p in pieces) and add_separators(model, processor, marks) == marks
+        assert add_separators(model, processor, marks) == []                                       # once is enough
+        assert torch.allclose(model(**plain).logits[..., :len(head)], before)                      # nothing else has changed
+        assert processor.image_token_id == image == model.config.image_token_id < model.get_input_embeddings().num_embeddings
+        for t, ids in zip(marks, pieces):
+            assert tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(i := tok.convert_tokens_to_ids(t)) == 1 and i != image
+            for weight, old in ((model.get_input_embeddings().weight, embed), (model.get_output_embeddings().weight, head)): assert torch.allclose(weight[i], old[ids].mean(0))
+        row = Collator(processor)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), processor), encode(example([]), processor)])
+        assert tok.decode(row["labels"][0][row["labels"][0] != -100]) == f"{marks[0]} I count é. {marks[1]}{tok.eos_token}"
+        inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
+        with tempfile.TemporaryDirectory() as d:
+            save(model, processor, f"{d}/m")
+            for other, reader in (load(f"{d}/m"), (AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m"))):
+                again = Collator(reader)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), reader), encode(example([]), reader)])
+                assert all(torch.equal(row[k], again[k]) for k in row)
+                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+
+
+def test_a_model_learns_its_separators_and_stops():
+    for tiny in (tiny_llava, tiny_mllama):
+        model, processor, marks = bare(tiny)
+        add_separators(model, processor, marks)
+        text = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
+        ex = example(answer=text)
+        batch, optimizer = Collator(processor)([encode(ex, processor)]), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(200):
+            loss = loss_of(model, batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
+            if loss < 0.02: break
+        got = answer(model, processor, [ex], Greedy(40), progress=False)[0]
+        assert loss < 0.02 and got.text == text and got.finished, (loss, got)
 
 
 def test_a_saved_model_is_the_same_model_also_for_plain_transformers():

@@ -163,6 +163,24 @@ def test_show_mask_counts_and_escapes():
         assert "pad × 3" in show_mask({"input_ids": torch.zeros(3, dtype=int), "attention_mask": torch.zeros(3, dtype=int)}, processor).html
 
 
+def test_rows_are_shown_with_their_pictures_and_refusals():
+    for tiny in TINY:
+        processor = tiny()[1]
+        rows = [example(images=[picture(), picture("green")], name="<two>"), example(images=[]), example("How <|image|> <image> <|image_pad|>?", ANSWER, name="bad")]
+        page = show_page(rows, processor, title="a & b")
+        tiles = sum(len(t) for t in seen(encode(rows[0], processor), processor))
+        assert page.count("data:image/png;base64,") == 2 + tiles + 1 and "http" not in page
+        assert "&lt;two&gt;" in page and "<two>" not in page and "a &amp; b" in page and page.count("<b>refused:</b>") == 1 and "bad: the user" in page
+        assert show_row(rows[0], processor).counts == show_mask(encode(rows[0], processor), processor).counts
+        assert "dropped:" in show_row(rows[0], processor, max_length=20, too_long="drop").html
+        box = step_rows(rows, processor)
+        (back, on, at), view = box.children[0].children, box.children[1]
+        first = view.value; on.click(); second = view.value; on.click(); on.click()
+        assert at.value == 2 and "refused" in view.value and "&lt;two&gt;" in first and "circles" in second
+        at.value = 1; assert view.value == second; back.click(); back.click(); assert view.value == first
+    with pytest.raises(TokensError, match="rows is empty"): step_rows([], processor)
+
+
 def test_learned_is_exactly_the_answers_and_their_end_tokens():
     every(learned_is_the_answers)
 
