@@ -6,8 +6,8 @@
 __all__ = ['FAMILIES', 'TINY_TEXT', 'LLAVA_TEMPLATE', 'MLLAMA_TEMPLATE', 'QWEN_TEMPLATE', 'ModelError', 'Family',
            'Qwen2_5_VLProcessor', 'family', 'train_tokenizer', 'llava_processor', 'fingerprint', 'check_preprocessing',
            'build_llava', 'tiny_llava', 'mllama_processor', 'tiny_mllama', 'llava_next_processor', 'tiny_llava_next',
-           'qwen_processor', 'tiny_qwen2_5_vl', 'parts', 'part_modules', 'without_gradient', 'add_separators', 'save',
-           'load', 'tiny_base']
+           'qwen_processor', 'tiny_qwen2_5_vl', 'parts', 'part_modules', 'without_gradient', 'save', 'load',
+           'add_separators', 'tiny_base']
 
 # %% ../nbs/05_models.ipynb #c003
 import json, os, re, shutil, tempfile
@@ -397,38 +397,6 @@ def without_gradient(
     never = re.compile(family(model).unused(model.config))
     return {name for name, _ in model.named_parameters() if never.match(name)}
 
-# %% ../nbs/05_models.ipynb #c083b
-def _grow(module, rows):
-    "An embedding or output layer with more rows, the new ones the mean of the old."
-    old = module.weight.data
-    weight = torch.cat([old, old.float().mean(0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)])
-    module.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
-    setattr(module, "num_embeddings" if isinstance(module, torch.nn.Embedding) else "out_features", rows)
-
-def add_separators(
-    model:PreTrainedModel,           # changed in place
-    processor:ProcessorMixin,        # its tokenizer, too
-    separators:Iterable=SEPARATORS,  # which texts become one token each
-) -> list[str]:                      # those that were not one before
-    "Give each separator a token, its rows in embedding and output layer the mean of its pieces'; the ids of all others stay."
-    tok, embed, head = processor.tokenizer, model.get_input_embeddings(), model.get_output_embeddings()
-    pieces = {t: tok(t, add_special_tokens=False)["input_ids"] for t in separators}
-    tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
-    new = {tok.convert_tokens_to_ids(t): ids for t, ids in pieces.items() if ids != [tok.convert_tokens_to_ids(t)]}
-    if not new: return []
-    tied, rows, ahead = head.weight is embed.weight, head.out_features, embed.num_embeddings - head.out_features
-    wanted = max(rows, max(new) + 1)
-    _grow(embed, wanted + ahead)
-    if tied: head.weight, head.out_features = embed.weight, wanted
-    else: _grow(head, wanted)
-    for m in model.modules():
-        if getattr(m, "vocab_size", None) == rows: m.vocab_size = wanted
-    model.config.get_text_config().vocab_size = wanted
-    with torch.no_grad():
-        for weight in (embed.weight,) if tied else (embed.weight, head.weight):
-            for i, ids in new.items(): weight[i] = weight[ids].float().mean(0).to(weight.dtype)
-    return [tok.convert_ids_to_tokens(i) for i in new]
-
 # %% ../nbs/05_models.ipynb #c085
 def save(
     model:PreTrainedModel,    # unwrapped
@@ -515,6 +483,38 @@ def load(
     family(model).prepare(model)
     _carry(model, processor, name)
     return (model.to(device) if device else model).eval(), processor
+
+# %% ../nbs/05_models.ipynb #c083b
+def _grow(module, rows):
+    "An embedding or output layer with more rows, the new ones the mean of the old."
+    old = module.weight.data
+    weight = torch.cat([old, old.float().mean(0, keepdim=True).to(old.dtype).expand(rows - len(old), -1)])
+    module.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    setattr(module, "num_embeddings" if isinstance(module, torch.nn.Embedding) else "out_features", rows)
+
+def add_separators(
+    model:PreTrainedModel,           # changed in place
+    processor:ProcessorMixin,        # its tokenizer, too
+    separators:Iterable=SEPARATORS,  # which texts become one token each
+) -> list[str]:                      # those that were not one before
+    "Give each separator a token, its rows in embedding and output layer the mean of its pieces'; the ids of all others stay."
+    tok, embed, head = processor.tokenizer, model.get_input_embeddings(), model.get_output_embeddings()
+    pieces = {t: tok(t, add_special_tokens=False)["input_ids"] for t in separators}
+    tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in pieces])
+    new = {tok.convert_tokens_to_ids(t): ids for t, ids in pieces.items() if ids != [tok.convert_tokens_to_ids(t)]}
+    if not new: return []
+    tied, rows, ahead = head.weight is embed.weight, head.out_features, embed.num_embeddings - head.out_features
+    wanted = max(rows, max(new) + 1)
+    _grow(embed, wanted + ahead)
+    if tied: head.weight, head.out_features = embed.weight, wanted
+    else: _grow(head, wanted)
+    for m in model.modules():
+        if getattr(m, "vocab_size", None) == rows: m.vocab_size = wanted
+    model.config.get_text_config().vocab_size = wanted
+    with torch.no_grad():
+        for weight in (embed.weight,) if tied else (embed.weight, head.weight):
+            for i, ids in new.items(): weight[i] = weight[ids].float().mean(0).to(weight.dtype)
+    return [tok.convert_ids_to_tokens(i) for i in new]
 
 # %% ../nbs/05_models.ipynb #c104
 def tiny_base() -> tuple:

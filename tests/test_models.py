@@ -79,10 +79,10 @@ def test_pictures_change_what_the_models_say():
 def test_a_row_without_image_computes_what_it_does_alone():
     model, processor = tiny_mllama()
     batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
-    seen = batch["attention_mask"][1] == 1
+    there = batch["attention_mask"][1] == 1
     labels, stages = batch.pop("labels"), batch.pop("stage_ids")
     alone = model(input_ids=batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:]).logits[0]
-    assert (model(**batch).logits[1] - alone)[seen].abs().max() < 1e-5
+    assert (model(**batch).logits[1] - alone)[there].abs().max() < 1e-5
 
 
 def test_generation_in_a_mixed_batch_is_generation_alone():
@@ -144,47 +144,6 @@ def test_every_field_of_the_fingerprint_is_compared():
             with pytest.raises(ModelError, match=field): check_preprocessing(fingerprint(processor), wrong)
 
 
-def test_separators_become_tokens_and_survive_saving():
-    for tiny in TINY:
-        model, processor, marks = bare(tiny)
-        tok, image = processor.tokenizer, processor.image_token_id
-        pieces = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
-        embed, head = (m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-        batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
-        plain = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
-        before = model(**plain).logits
-        assert all(len(p) > 1 for p in pieces) and add_separators(model, processor, marks) == marks
-        assert add_separators(model, processor, marks) == []                                       # once is enough
-        assert torch.allclose(model(**plain).logits[..., :len(head)], before)                      # nothing else has changed
-        assert processor.image_token_id == image == model.config.image_token_id < model.get_input_embeddings().num_embeddings
-        for t, ids in zip(marks, pieces):
-            assert tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(i := tok.convert_tokens_to_ids(t)) == 1 and i != image
-            for weight, old in ((model.get_input_embeddings().weight, embed), (model.get_output_embeddings().weight, head)): assert torch.allclose(weight[i], old[ids].mean(0))
-        row = Collator(processor)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), processor), encode(example([]), processor)])
-        assert tok.decode(row["labels"][0][row["labels"][0] != -100]) == f"{marks[0]} I count é. {marks[1]}{tok.eos_token}"
-        inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
-        with tempfile.TemporaryDirectory() as d:
-            save(model, processor, f"{d}/m")
-            for other, reader in (load(f"{d}/m"), (AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m"))):
-                again = Collator(reader)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), reader), encode(example([]), reader)])
-                assert all(torch.equal(row[k], again[k]) for k in row)
-                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
-
-
-def test_a_model_learns_its_separators_and_stops():
-    for tiny in (tiny_llava, tiny_mllama):
-        model, processor, marks = bare(tiny)
-        add_separators(model, processor, marks)
-        text = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
-        ex = example(answer=text)
-        batch, optimizer = Collator(processor)([encode(ex, processor)]), torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(200):
-            loss = loss_of(model, batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
-            if loss < 0.02: break
-        got = answer(model, processor, [ex], Greedy(40), progress=False)[0]
-        assert loss < 0.02 and got.text == text and got.finished, (loss, got)
-
-
 def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
     for tiny in TINY:
         model, processor = tiny()
@@ -239,3 +198,44 @@ def test_weights_are_never_made_up():
         weights = load_file("m/model.safetensors")
         weights.pop(next(k for k in weights if "linear_1.weight" in k)); save_file(weights, "m/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match="weights are missing, .*linear_1"): load("m")
+
+
+def test_separators_become_tokens_and_survive_saving():
+    for tiny in TINY:
+        model, processor, marks = bare(tiny)
+        tok, image = processor.tokenizer, processor.image_token_id
+        pieces = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
+        embed, head = (m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
+        plain = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+        before = model(**plain).logits
+        assert all(len(p) > 1 for p in pieces) and add_separators(model, processor, marks) == marks
+        assert add_separators(model, processor, marks) == []                                       # once is enough
+        assert torch.allclose(model(**plain).logits[..., :len(head)], before)                      # nothing else has changed
+        assert processor.image_token_id == image == model.config.image_token_id < model.get_input_embeddings().num_embeddings
+        for t, ids in zip(marks, pieces):
+            assert tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(i := tok.convert_tokens_to_ids(t)) == 1 and i != image
+            for weight, old in ((model.get_input_embeddings().weight, embed), (model.get_output_embeddings().weight, head)): assert torch.allclose(weight[i], old[ids].mean(0))
+        row = Collator(processor)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), processor)])
+        assert tok.decode(row["labels"][0][row["labels"][0] != -100]) == f"{marks[0]} I count é. {marks[1]}{tok.eos_token}"
+        inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
+        with tempfile.TemporaryDirectory() as d:
+            save(model, processor, f"{d}/m")
+            for other, reader in (load(f"{d}/m"), (AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m"))):
+                again = Collator(reader)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), reader)])
+                assert all(torch.equal(row[k], again[k]) for k in row)
+                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+
+
+def test_a_model_learns_its_separators_and_stops():
+    for tiny in (tiny_llava, tiny_mllama):
+        model, processor, marks = bare(tiny)
+        add_separators(model, processor, marks)
+        text = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
+        ex = example(answer=text)
+        batch, optimizer = Collator(processor)([encode(ex, processor)]), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(200):
+            loss = loss_of(model, batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
+            if loss < 0.02: break
+        got = answer(model, processor, [ex], Greedy(40), progress=False)[0]
+        assert loss < 0.02 and got.text == text and got.finished, (loss, got)

@@ -290,10 +290,10 @@ def test_padding_is_masked_by_position():
         for side in ("right", "left"):
             batch = Collator(processor, side)(rows)
             for row, *got in zip(rows, *(batch[k] for k in ("attention_mask", "input_ids", "labels", "stage_ids"))):
-                seen, n = got[0] == 1, len(row["input_ids"])
-                assert seen.sum() == n and (seen[:n] if side == "right" else seen[-n:]).all()
-                for name, x in zip(("input_ids", "labels", "stage_ids"), got[1:]): assert torch.equal(x[seen], row[name])
-                assert (got[2][~seen] == -100).all() and (got[3][~seen] == 0).all()
+                there, n = got[0] == 1, len(row["input_ids"])
+                assert there.sum() == n and (there[:n] if side == "right" else there[-n:]).all()
+                for name, x in zip(("input_ids", "labels", "stage_ids"), got[1:]): assert torch.equal(x[there], row[name])
+                assert (got[2][~there] == -100).all() and (got[3][~there] == 0).all()
                 assert got[2][got[2] != -100][-1] == processor.tokenizer.eos_token_id
 
 
