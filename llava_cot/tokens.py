@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGE_NAMES', 'TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'PADS', 'PER_EXAMPLE', 'TokensError', 'TooLong', 'encode',
-           'MaskView', 'show_mask', 'seen', 'show_row', 'show_page', 'step_rows', 'end_token', 'Collator']
+           'MaskView', 'show_mask', 'seen', 'show_row', 'show_page', 'step_rows', 'end_token', 'Collator',
+           'image_tokens', 'lengths']
 
 # %% ../nbs/04_tokens.ipynb #c003
-import base64, copy, html, io, re
+import base64, copy, html, io, os, re
 from bisect import bisect_right
 from itertools import groupby
 from typing import NamedTuple
 import ipywidgets as widgets
 import torch
+from datasets import Image as Stored, List
 from fastcore.basics import patch
 from jinja2 import TemplateError
 from PIL import Image
@@ -501,3 +503,59 @@ def __call__(self:Collator,
     for name, x in {k: x for r in rows for k, x in r.items() if k not in PADS}.items():
         batch[name] = self._line(rows, name, 0, T) if x.ndim == 1 else self._images(rows, name, T)
     return batch
+
+# %% ../nbs/04_tokens.ipynb #c093b
+def image_tokens(
+    processor,    # of the model
+    size:tuple,   # (width, height) of a picture
+) -> int:
+    "How many tokens a picture of this size becomes."
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count: return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0])
+    out = processor(text=[processor.image_token], images=[Image.new("RGB", size)], add_special_tokens=False)
+    return sum(i == processor.image_token_id for i in out["input_ids"][0])
+
+def _size(rows, i, k, raw):
+    "(width, height) of the k-th picture of row i, from its file's head if it has one."
+    if raw is None or (raw["bytes"] is None and not os.path.isfile(raw["path"])): return rows[i]["images"][k].size
+    source = raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
+    with Image.open(source) as picture: return picture.size
+
+# %% ../nbs/04_tokens.ipynb #c093c
+def _columns(rows):
+    "Batches of (messages, images): of a `Dataset` in bulk, pictures as they are stored; of a list one by one."
+    if not isinstance(getattr(getattr(rows, "features", {}).get("images"), "feature", None), Stored):
+        for r in rows: yield [r["messages"]], [[None]*len(r.get("images") or ())]
+        return
+    stored = rows.select_columns(["messages", "images"]).cast_column("images", List(Stored(decode=False)))
+    for batch in stored.iter(1000): yield batch["messages"], batch["images"]
+
+def _overhead(processor):
+    "Tokens that the template adds to a conversation of one question and answer, and to each further pair; without a picture, and with."
+    def extra(pairs, images):
+        content = lambda first: [{"type": "image"}]*(first and images) + [{"type": "text", "text": "a"}]
+        messages = [{"role": r, "content": content(not i and r == "user")} for i in range(pairs) for r in ("user", "assistant")]
+        text, turns, specials = _layout(processor, messages, False, "lengths")
+        return len(_tokenise(processor.tokenizer, text, turns, specials, "lengths")[0]) - 2*pairs - images
+    return {images: (extra(1, images), extra(2, images) - extra(1, images)) for images in (0, 1)}
+
+# %% ../nbs/04_tokens.ipynb #c093d
+def lengths(
+    rows,       # a `Dataset`, or a list of examples
+    processor,  # of the model
+) -> list[int]:
+    "About how many tokens each row has, without opening its pictures: off by a few where a text melts into the template."
+    overhead, read, known, found = _overhead(processor), processor.tokenizer.backend_tokenizer.encode_batch_fast, {}, []
+    varies = len({image_tokens(processor, size) for size in ((64, 64), (640, 480), (300, 900))}) > 1
+    for messages, images in _columns(rows):
+        texts = [["".join(c["text"] or "" for c in m["content"]) if not isinstance(m["content"], str) else m["content"] for m in conversation] for conversation in messages]
+        counts = iter([len(e) for e in read([t for row in texts for t in row], add_special_tokens=False)])
+        for row, pictures in zip(texts, images):
+            n, i = sum(next(counts) for _ in row), len(found)
+            for k, raw in enumerate(pictures):
+                size = _size(rows, i, k, raw) if varies else (640, 480)
+                if size not in known: known[size] = image_tokens(processor, size)
+                n += known[size]
+            first, more = overhead[min(len(pictures), 1)]
+            found.append(n + first + more*max(0, len(row)//2 - 1))
+    return found

@@ -360,3 +360,18 @@ def test_examples_with_several_images():
         loss, n = summed_loss(model, Collator(processor)(rows))
         alone = sum(summed_loss(model, Collator(processor)([r]))[0] for r in rows)
         assert abs(loss - alone)/n < 1e-5
+
+
+def test_lengths_are_those_of_encode_nearly():
+    for tiny in TINY:
+        processor = tiny()[1]
+        for template in (processor.chat_template, *((QWEN_25,) if tiny is tiny_qwen2_5_vl else ())):
+            processor.chat_template = template
+            def check(ex):
+                if ex["messages"][0]["role"] == "system": del ex["messages"][0]
+                try: n = len(encode(ex, processor)["input_ids"])
+                except TokensError: return                                       # spells a control token
+                per_turn = 3                                                     # blanks that are stripped, and pieces that melt together
+                blanks = sum(len(c["text"]) - len(c["text"].strip()) for m in ex["messages"] for c in m["content"] if c["type"] == "text")
+                assert abs(lengths([ex], processor)[0] - n) <= per_turn*len(ex["messages"]) + 4*blanks + 3*len(ex["images"])
+            settings(max_examples=40, deadline=None, database=None)(given(conversations())(check))()
