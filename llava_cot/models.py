@@ -6,8 +6,8 @@
 __all__ = ['FAMILIES', 'TINY_TEXT', 'LLAVA_TEMPLATE', 'MLLAMA_TEMPLATE', 'QWEN_TEMPLATE', 'ModelError', 'Family',
            'Qwen2_5_VLProcessor', 'family', 'train_tokenizer', 'llava_processor', 'fingerprint', 'check_preprocessing',
            'build_llava', 'tiny_llava', 'mllama_processor', 'tiny_mllama', 'llava_next_processor', 'tiny_llava_next',
-           'qwen_processor', 'tiny_qwen2_5_vl', 'parts', 'part_modules', 'without_gradient', 'save', 'load',
-           'add_separators', 'tiny_base']
+           'qwen_processor', 'tiny_qwen2_5_vl', 'parts', 'part_modules', 'without_gradient', 'save', 'load_processor',
+           'load', 'add_separators', 'tiny_base']
 
 # %% ../nbs/05_models.ipynb #c003
 import json, os, re, shutil, tempfile
@@ -467,6 +467,18 @@ def _weights(name, config, dtype):
         raise ModelError(f"{name}: weights are missing, {', '.join(sorted(info['missing_keys'])[:3])}, …; is the file whole?")
     return model
 
+# %% ../nbs/05_models.ipynb #c092a
+def load_processor(
+    name_or_path:str|Path, # a folder, or a name on the hub
+) -> ProcessorMixin:
+    "The processor alone, without the weights; what is wrong with it is a `ModelError`, as in `load`."
+    name = str(name_or_path)
+    if not (local := Path(name).is_dir()): _on_hub(name)
+    config = _config(name, local)
+    processor = _processor(name, local, config.model_type)
+    check_preprocessing(family(config).sees(config), processor, name)
+    return processor
+
 # %% ../nbs/05_models.ipynb #c092
 def load(
     name_or_path:str|Path,           # a folder, or a name on the hub
@@ -474,12 +486,8 @@ def load(
     device:str|None=None,            # where to put the model; `None`: the CPU
 ) -> tuple:
     "`(model, processor)` of any model of `FAMILIES`, in eval mode; whatever is wrong with it is a `ModelError` of one line."
-    name = str(name_or_path)
-    if not (local := Path(name).is_dir()): _on_hub(name)
-    config = _config(name, local)
-    processor = _processor(name, local, config.model_type)
-    check_preprocessing(family(config).sees(config), processor, name)
-    model = _weights(name, config, dtype)
+    name, processor = str(name_or_path), load_processor(name_or_path)
+    model = _weights(name, _config(name, Path(name).is_dir()), dtype)
     family(model).prepare(model)
     _carry(model, processor, name)
     return (model.to(device) if device else model).eval(), processor

@@ -156,6 +156,7 @@ def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
                 assert all(torch.equal(row[k], again[k]) for k in row)
                 inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
                 assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+            assert fingerprint(load_processor(f"{d}/m")) == fingerprint(processor)
             assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
