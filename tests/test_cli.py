@@ -27,6 +27,12 @@ def write_rows(folder, rows):
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder
 
+def here(*words):
+    "`run`, in this process: seconds faster."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = cli.main([str(w) for w in words])
+    return code, out.getvalue(), err.getvalue()
+
 
 def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
     with tempfile.TemporaryDirectory() as tmp:
@@ -68,6 +74,41 @@ def test_train_on_any_folder_and_any_family():
         assert model.generate(**inputs, max_new_tokens=5, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     for tiny in (models.tiny_llava, models.tiny_mllama):
         with tempfile.TemporaryDirectory() as tmp: trains(Path(tmp), tiny)
+
+
+def test_preview_shows_rows_of_ones_own_data():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        data_ = write_rows(tmp / "rows", 12)
+        lines = (data_ / "train.jsonl").read_text().splitlines()
+        lines[2] = lines[2].replace("What is it, time 0?", "What is <|eot_id|>?")
+        (data_ / "train.jsonl").write_text("\n".join(lines))
+        models.save(*models.tiny_mllama(), tmp / "model"); (tmp / "model/model.safetensors").unlink()       # the weights are not read
+        code, out, error = here("preview", "--data", data_, "--model", tmp / "model", "--rows", "0:5", "--out", tmp / "new/page.html", "--json")
+        assert code == 0, error
+        assert json.loads(out) == dict(out=str(tmp / "new/page.html"), rows=[f"row-{i}" for i in range(5)])
+        page = (tmp / "new/page.html").read_text()
+        assert page.count("<section>") == 5 and page.count("<b>refused:</b>") == 1 and "row-2: the user" in page and "src=\"data:image" in page and "src=\"h" not in page
+        for words in (["--rows", "99"], ["--rows", "1:b"], ["--rows", "5:5"], ["--out", tmp], ["--too_long", "cut"]):
+            code, out, error = here("preview", "--data", data_, "--model", "tiny_llava", "--out", tmp / "p.html", *words)
+            assert code == 2 and error.count("\n") == 1 and words[0][2:] in error and not (tmp / "p.html").exists(), error
+        code, out, error = here("preview", "--data", data_, "--model", "tiny_qwen2_5_vl", "--rows", "2,-1", "--control_tokens", "escape", "--out", tmp / "p.html")
+        assert code == 0 and "2 of 12 rows" in out and "refused" not in (tmp / "p.html").read_text()
+
+
+def test_train_takes_every_option_of_the_loss_and_the_batches():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        data_ = write_rows(tmp / "rows", 24)
+        (tmp / "schedule.yaml").write_text(SCHEDULE)
+        (tmp / "config.yaml").write_text("stage_weights: {CONCLUSION: 2.0, OTHER: 0.5}\ngroup_by_length: true\n")
+        code, out, error = here("train", "--data", data_, "--model", "tiny_llava", "--out", tmp / "run", "--schedule", tmp / "schedule.yaml", "--batch_size", 2, "--held_out", 0,
+                               "--config", tmp / "config.yaml", "--separator_tokens", "true", "--max_length", 150, "--too_long", "drop", "--control_tokens", "escape")
+        assert code == 0, error
+        recipe = (tmp / "run/recipe.yaml").read_text()
+        assert all(w in recipe for w in ("CONCLUSION: 2.0", "too_long: drop", "control_tokens: escape", "separator_tokens: true", "group_by_length: true"))
+        dropped = json.loads((tmp / "run/dropped.json").read_text())["ids"]
+        assert dropped and all(int(name.split("-")[1]) % 3 == 2 for name in dropped) and f"{len(dropped)} rows are longer" in out        # those of three turns
 
 
 def test_wrong_input_is_one_line_and_writes_nothing():

@@ -5,11 +5,14 @@ import copy, tempfile
 from contextlib import chdir
 from pathlib import Path
 import pytest, torch
+from torch.nn.functional import cross_entropy
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, MllamaConfig
-from llava_cot.tokens import Collator, encode
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlavaConfig, LlavaNextConfig, MllamaConfig, Qwen2_5_VLConfig
+from llava_cot.cot import SEPARATORS, render
+from llava_cot.search import Greedy, answer
+from llava_cot.tokens import Collator, encode, end_token, seen
 
 def picture(colour="red", size=(48, 48)):
     "A disc and a square on grey."
@@ -22,10 +25,21 @@ def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </S
     return {"id": "disc", "images": list(images), "source": "", "messages": [{"role": "user", "content": content},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
 
+TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+
+def bare(tiny):
+    "A tiny model, and its separators made of many pieces, as in a real tokenizer, for its vocabulary never saw them whole."
+    model, processor = tiny()
+    return model, processor, [t.replace("<", "<x") for t in SEPARATORS]
+
+def loss_of(model, batch):
+    logits = model(**{k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
 
 def test_family_of_config_and_unknown():
-    assert family(LlavaConfig()).model_type == "llava" and family(MllamaConfig()).model_type == "mllama"
-    with pytest.raises(ModelError, match="'llama'.*llava, mllama"): family(LlamaConfig())
+    for config in (LlavaConfig(), LlavaNextConfig(), MllamaConfig(), Qwen2_5_VLConfig()): assert family(config).model_type == config.model_type
+    with pytest.raises(ModelError, match="'llama'; supported are llava, llava_next, mllama, qwen2_5_vl"): family(LlamaConfig())
 
 
 def test_any_unicode_survives_the_tokenizer():
@@ -46,7 +60,7 @@ def test_tags_are_one_token():
 
 def test_tiny_models_are_made_of_their_seed():
     before = torch.random.get_rng_state()
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         (a, _), (b, _), (c, _) = tiny(), tiny(), tiny(seed=1)
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
         assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
@@ -55,7 +69,7 @@ def test_tiny_models_are_made_of_their_seed():
 
 
 def test_pictures_change_what_the_models_say():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         inputs = [Collator(processor)([encode(example([picture(c)]), processor, prompt_only=True)]) for c in ("red", "white")]
         a, b = (model(**x).logits[:, -1] for x in inputs)
@@ -65,14 +79,14 @@ def test_pictures_change_what_the_models_say():
 def test_a_row_without_image_computes_what_it_does_alone():
     model, processor = tiny_mllama()
     batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
-    seen = batch["attention_mask"][1] == 1
+    there = batch["attention_mask"][1] == 1
     labels, stages = batch.pop("labels"), batch.pop("stage_ids")
     alone = model(input_ids=batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:]).logits[0]
-    assert (model(**batch).logits[1] - alone)[seen].abs().max() < 1e-5
+    assert (model(**batch).logits[1] - alone)[there].abs().max() < 1e-5
 
 
 def test_generation_in_a_mixed_batch_is_generation_alone():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         rows = [encode(example(images), processor, prompt_only=True) for images in ([picture()], [], [picture("green")])]
         say = lambda rows: model.generate(**(b := Collator(processor, "left")(rows)), max_new_tokens=6, min_new_tokens=6)[:, b["input_ids"].shape[1]:]
@@ -82,29 +96,46 @@ def test_generation_in_a_mixed_batch_is_generation_alone():
 def test_parts_cover_every_parameter_once():
     tied = build_llava(train_tokenizer([TINY_TEXT]), tie=True)[0]
     assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
-    for model in (tiny_llava()[0], tiny_mllama()[0], tied):
+    for model in (*(tiny()[0] for tiny in TINY), tied):
         named = [pair for pairs in parts(model).values() for pair in pairs]
-        assert list(parts(model)) == ["vision", "projector", "language"]
+        assert list(parts(model)) == ["vision", "projector", "language"] and all(parts(model).values())
         assert sorted(n for n, _ in named) == sorted(n for n, _ in model.named_parameters())
         assert len({id(p) for _, p in named}) == len(named) == len(list(model.parameters()))
         for part, modules in part_modules(model).items():
-            assert {id(p) for m in modules for p in m.parameters()} == {id(p) for _, p in parts(model)[part]}
+            bare = {id(getattr(model.model, "image_newline", None))}             # a parameter that no module of its part holds
+            assert {id(p) for m in modules for p in m.parameters()} == {id(p) for _, p in parts(model)[part]} - bare
 
 
 def test_without_gradient_is_what_backward_leaves_out():
     tokenizer = train_tokenizer([TINY_TEXT])
     built = [build_llava(tokenizer, vision_layers=3, vision_feature_layer=layer) for layer in (-1, -2, 1, [-3, -2])]
-    for model, processor in (*built, tiny_mllama()):
+    for model, processor in (*built, *(tiny() for tiny in TINY)):
         batch = Collator(processor)([encode(example(), processor)])
         batch.pop("stage_ids"); model(**batch).loss.backward()
         assert {n for n, p in model.named_parameters() if p.grad is None} == without_gradient(model)
         assert all(p.grad.any() for p in model.parameters() if p.grad is not None and p.shape != ())
 
 
+def test_what_is_seen_is_the_picture():
+    for tiny in TINY:
+        model, processor = tiny()
+        for size in ((48, 48), (96, 54), (30, 80)):
+            flat = Image.new("RGB", size, (200, 40, 90))
+            tiles = seen(encode(example([flat, flat]), processor), processor)
+            assert len(tiles) == 2 and all((200, 40, 90) in tile.get_flattened_data() for tile in tiles[0][:1])
+        halves = Image.new("RGB", (48, 48), "red"); halves.paste((0, 0, 255), (24, 0, 48, 48))
+        first = seen(encode(example([halves]), processor), processor)[0][0]
+        w, h = first.size
+        assert first.getpixel((1, h//2)) == (255, 0, 0) and first.getpixel((w - 2, h//2)) == (0, 0, 255) and first.getpixel((1, h - 2)) == (255, 0, 0)
+    assert seen(encode(example([]), processor), processor) == []
+
+
 def test_every_field_of_the_fingerprint_is_compared():
     changes = dict(image_mean=[.4]*3, image_std=[.2]*3, rescale_factor=1/128, resample=0, do_resize=False, do_normalize=False, do_convert_rgb=False,
-        size={"height": 24, "width": 24})
-    for tiny, more in ((tiny_llava, {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}}), (tiny_mllama, {"max_image_tiles": 4})):
+        size={"height": 20, "width": 20})
+    small = {"height": 12, "width": 12}
+    for tiny, more in ((tiny_llava, {"do_center_crop": True, "crop_size": small}), (tiny_mllama, {"max_image_tiles": 4}),
+                       (tiny_llava_next, {"crop_size": small, "image_grid_pinpoints": [[24, 24]]}), (tiny_qwen2_5_vl, {"patch_size": 14, "merge_size": 4, "temporal_patch_size": 1})):
         model, processor = tiny()
         check_preprocessing(model, processor)
         for field, value in (changes | more).items():
@@ -114,17 +145,18 @@ def test_every_field_of_the_fingerprint_is_compared():
 
 
 def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
-    for tiny in (tiny_llava, tiny_mllama):
+    for tiny in TINY:
         model, processor = tiny()
         row = Collator(processor)([encode(example(), processor)])
         with tempfile.TemporaryDirectory() as d:
             save(model, processor, f"{d}/m")
-            plain = AutoModelForImageTextToText.from_pretrained(f"{d}/m"), AutoProcessor.from_pretrained(f"{d}/m")
+            plain = AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m")
             for other, reader in (load(f"{d}/m"), plain):
                 again = Collator(reader)([encode(example(), reader)])
                 assert all(torch.equal(row[k], again[k]) for k in row)
                 inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
                 assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+            assert fingerprint(load_processor(f"{d}/m")) == fingerprint(processor)
             assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
@@ -167,3 +199,44 @@ def test_weights_are_never_made_up():
         weights = load_file("m/model.safetensors")
         weights.pop(next(k for k in weights if "linear_1.weight" in k)); save_file(weights, "m/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match="weights are missing, .*linear_1"): load("m")
+
+
+def test_separators_become_tokens_and_survive_saving():
+    for tiny in TINY:
+        model, processor, marks = bare(tiny)
+        tok, image = processor.tokenizer, processor.image_token_id
+        pieces = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
+        embed, head = (m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
+        plain = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+        before = model(**plain).logits
+        assert all(len(p) > 1 for p in pieces) and add_separators(model, processor, marks) == marks
+        assert add_separators(model, processor, marks) == []                                       # once is enough
+        assert torch.allclose(model(**plain).logits[..., :len(head)], before)                      # nothing else has changed
+        assert processor.image_token_id == image == model.config.image_token_id < model.get_input_embeddings().num_embeddings
+        for t, ids in zip(marks, pieces):
+            assert tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(i := tok.convert_tokens_to_ids(t)) == 1 and i != image
+            for weight, old in ((model.get_input_embeddings().weight, embed), (model.get_output_embeddings().weight, head)): assert torch.allclose(weight[i], old[ids].mean(0))
+        row = Collator(processor)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), processor)])
+        assert tok.decode(row["labels"][0][row["labels"][0] != -100]) == f"{marks[0]} I count é. {marks[1]}{tok.eos_token}"
+        inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
+        with tempfile.TemporaryDirectory() as d:
+            save(model, processor, f"{d}/m")
+            for other, reader in (load(f"{d}/m"), (AutoModelForImageTextToText.from_pretrained(f"{d}/m"), family(model).processor.from_pretrained(f"{d}/m"))):
+                again = Collator(reader)([encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), reader)])
+                assert all(torch.equal(row[k], again[k]) for k in row)
+                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+
+
+def test_a_model_learns_its_separators_and_stops():
+    for tiny in (tiny_llava, tiny_mllama):
+        model, processor, marks = bare(tiny)
+        add_separators(model, processor, marks)
+        text = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
+        ex = example(answer=text)
+        batch, optimizer = Collator(processor)([encode(ex, processor)]), torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(200):
+            loss = loss_of(model, batch); loss.backward(); optimizer.step(); optimizer.zero_grad()
+            if loss < 0.02: break
+        got = answer(model, processor, [ex], Greedy(40), progress=False)[0]
+        assert loss < 0.02 and got.text == text and got.finished, (loss, got)
