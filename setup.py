@@ -25,6 +25,7 @@ setup(
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
+        "fsspec.specs": ["llava-zip=llava_cot.data:ZipImages"],  # images in a zip open wherever `datasets` meets their path
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
 )

@@ -624,6 +624,7 @@ class _Seen:
 
 def _hash(*parts) -> bytes: return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
+# %% ../nbs/01_data.ipynb #d065
 def _survey(given, portion) -> list[_Seen]:
     "In a worker: look at the rows of a portion, but not at their images."
     source, fmt, count = given
@@ -649,7 +650,7 @@ def _count_tokens(rows: list[_Seen], tokenizer):
     counts = iter([len(ids) if text else -1 for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])])
     for s in rows: s.lengths = [next(counts) for _ in s.lengths]
 
-# %% ../nbs/01_data.ipynb #d066
+# %% ../nbs/01_data.ipynb #d067
 NEAR_BITS, NEAR_LEVELS = 4, 6    # near duplicates differ in at most so many bits of 64, and on average so many of 255 levels of colour
 
 @dataclass
@@ -683,7 +684,7 @@ def _pictures(source, images) -> list[_Picture|str]:
         except (DataError, OSError) as e: return _short(e)
     return [one(i) for i in images]
 
-# %% ../nbs/01_data.ipynb #d070
+# %% ../nbs/01_data.ipynb #d071
 def _near(bits: np.ndarray, colours: np.ndarray) -> dict[int, int]:
     "Index → the first index before it whose picture is nearly the same. `bits` (N) uint64, `colours` (N, 192)."
     first, N = np.arange(len(bits)), len(bits)
@@ -701,7 +702,7 @@ def _near(bits: np.ndarray, colours: np.ndarray) -> dict[int, int]:
             apart += 1
     return {int(b): int(first[b]) for b in np.flatnonzero(first < np.arange(N))}
 
-# %% ../nbs/01_data.ipynb #d074
+# %% ../nbs/01_data.ipynb #d075
 def _bar(results: Iterator[list], total, what: str, show: bool) -> Iterator:
     "The items of lists as they come, behind a progress bar that appears when it takes more than two seconds."
     with tqdm(total=total, desc=what, unit=what.split()[-1][:-1], disable=not show, delay=2) as bar:
@@ -726,7 +727,7 @@ def _gallery(source, rows: list[_Seen], workers, show: bool, what: str) -> _Gall
     portions = (images[i:i + 64] for i in range(0, len(images), 64))
     return _Gallery(where, dict(zip(images, _bar(_spread(_pictures, portions, source, workers), len(images), what, show))))
 
-# %% ../nbs/01_data.ipynb #d075
+# %% ../nbs/01_data.ipynb #d076
 def _nearest(pictures: list[_Picture]) -> dict[int, int]:
     return _near(np.array([p.bits for p in pictures], np.uint64), np.frombuffer(b"".join(p.colours for p in pictures), np.uint8).reshape(-1, 192))
 
@@ -751,7 +752,7 @@ def _shared(gallery: _Gallery, other: _Gallery) -> dict:
     hit = {d: ("near", i) for d, i in near.items()} | {d: ("exact", theirs[d]) for d in ours if d in theirs}
     return {i: hit[d] for i in gallery.good() if (d := gallery.seen[i].digest) in hit}
 
-# %% ../nbs/01_data.ipynb #d077
+# %% ../nbs/01_data.ipynb #d078
 def _image_findings(row: _Seen, gallery: _Gallery, duplicates: dict, shared: dict, other: _Gallery|None, source) -> Iterator[tuple[str, str]]:
     "`(kind, message)` for the images of a row."
     place = source.where(row.number, row.known)
@@ -769,7 +770,7 @@ def _image_findings(row: _Seen, gallery: _Gallery, duplicates: dict, shared: dic
             what = "holds the same bytes as" if how == "exact" else "looks like"
             yield f"{'near_' * (how == 'near')}duplicate_image", f"image {shown} {what} that of {gallery.where[earlier]}"
 
-# %% ../nbs/01_data.ipynb #d078
+# %% ../nbs/01_data.ipynb #d079
 @patch
 def add(self: DataReport, row: _Seen, found: Iterable[tuple[str, str]]):
     "Count a row, and file its problems as errors or warnings."
@@ -792,7 +793,7 @@ def _row_findings(row: _Seen, gallery: _Gallery, seen: dict, source) -> Iterator
     again = {first for q in row.questions if (first := seen["asked"].setdefault(_hash(q, show), row.number)) != row.number}
     for first in sorted(again): yield "duplicate_question", f"asks what {source.where(first)} asks too, about the same image"
 
-# %% ../nbs/01_data.ipynb #d079
+# %% ../nbs/01_data.ipynb #d080
 def check(
     path: str|os.PathLike,                # as for `load`
     fmt: CoTFormat|None = LLAVA_COT,
@@ -821,7 +822,7 @@ def check(
     report.seconds = time.time() - started
     return report
 
-# %% ../nbs/01_data.ipynb #d081
+# %% ../nbs/01_data.ipynb #d082
 @patch
 def measure(self: DataReport, rows: list[_Seen], gallery: _Gallery, processor):
     "Count formats, sizes, tiles and lengths."
@@ -840,7 +841,7 @@ def _tiles(processor, size: tuple[int, int]) -> int:
     if "image_grid_thw" in out: return int(np.prod(np.asarray(out["image_grid_thw"])))
     return int(np.prod(out["pixel_values"].shape[:-3]))
 
-# %% ../nbs/01_data.ipynb #d083
+# %% ../nbs/01_data.ipynb #d084
 @patch
 def to_dict(self: DataReport, examples: int = 3) -> dict:
     "For JSON: the counts, and the first few messages of each kind."
@@ -862,7 +863,7 @@ def size_classes(self: DataReport) -> dict[str, int]:
     names = [f"up to {edges[0]} px", *(f"{a + 1} to {b} px" for a, b in zip(edges, edges[1:])), f"above {edges[-1]} px"]
     return {names[k]: out[k] for k in sorted(out)}
 
-# %% ../nbs/01_data.ipynb #d084
+# %% ../nbs/01_data.ipynb #d085
 @patch
 def __repr__(self: DataReport):
     "Counts, and the first message of each kind; then what else there is to know."
@@ -877,7 +878,7 @@ def __repr__(self: DataReport):
 
 _TITLES = {"sources": "sources", "placements": "<image>", "conclusions": "conclusions", "formats": "formats", "sizes": "image sizes", "tiles": "tiles"}
 
-# %% ../nbs/01_data.ipynb #d085
+# %% ../nbs/01_data.ipynb #d086
 def _html_table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     cells = lambda row: "".join(f"<td>{c:,}</td>" if isinstance(c, int) else f"<td style='text-align:left'>{html.escape(str(c))}</td>" for c in row)
     return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{''.join(f'<tr>{cells(r)}</tr>' for r in rows)}</table>"
@@ -895,7 +896,7 @@ def _repr_html_(self: DataReport, examples: int = 1) -> str:
         out.append(f'<img alt="tokens by stage" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">')
     return "\n".join(out)
 
-# %% ../nbs/01_data.ipynb #d086
+# %% ../nbs/01_data.ipynb #d087
 @patch
 def plot(self: DataReport) -> Figure:
     "Tokens of the question, of each stage and of the whole answer."
@@ -919,7 +920,7 @@ def plot(self: DataReport) -> Figure:
     ax.grid(axis="x", color="0.9"), ax.set_axisbelow(True)
     return fig
 
-# %% ../nbs/01_data.ipynb #d087
+# %% ../nbs/01_data.ipynb #d088
 _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}}
 table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;overflow-wrap:anywhere}}th{{text-align:left;background:#f4f4f4}}</style></head><body>
 <h1>{title}</h1>{body}</body></html>
@@ -939,7 +940,7 @@ def _put(file: Path, text: str):
     (half := file.with_name(f".{file.name}.half")).write_text(text, encoding="utf-8", errors="replace")
     half.replace(file)
 
-# %% ../nbs/01_data.ipynb #d089
+# %% ../nbs/01_data.ipynb #d090
 @patch
 def write_clean(self: DataReport, out: str|os.PathLike) -> tuple[int, int]:   # rows kept, rows dropped
     "Write the rows that have no error to a new folder, in the same layout, and the others to `dropped.jsonl` with the reasons. Raises `DataError` where `out` holds files."
@@ -964,7 +965,7 @@ def _link(file: str, to: Path):
 
 def _dropped(place: str, reasons: list, row) -> str: return json.dumps({"row": place, "reasons": reasons, "content": row}, ensure_ascii=False) + "\n"
 
-# %% ../nbs/01_data.ipynb #d090
+# %% ../nbs/01_data.ipynb #d091
 @patch
 def write(self: _Lines, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
     "The rows of a file that are not `bad`, byte for byte, and what they show."
@@ -1084,7 +1085,7 @@ def reformat(
     rows = ds.select_columns(["id", "messages"]).with_format("arrow")[:].to_pylist()
     return _with_column(ds, "messages", [again(**row) for row in rows])
 
-# %% ../nbs/01_data.ipynb #d110
+# %% ../nbs/01_data.ipynb #d116
 def mix(
     datasets: Sequence[Dataset],
     weights: Sequence[float]|Mapping[str, float]|None = None,   # how often each row of a set, or of a source by its name, is taken; default once

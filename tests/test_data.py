@@ -2,7 +2,7 @@
 import pytest
 from llava_cot.data import *
 
-import io, json, multiprocessing, os, pickle, shutil, struct, sys, tempfile, threading, time, zipfile
+import io, json, os, pickle, random, shutil, sys, tempfile, time, zipfile
 from pathlib import Path
 import datasets, numpy as np, psutil, pytest
 from hypothesis import given, settings, strategies as st
@@ -142,6 +142,32 @@ def plant(folder, n, parts, each=2, seed=0):
         for k in range(parts): (folder/f"image.zip.part-a{chr(97 + k)}").write_bytes(f.read(raw_size))
     whole.unlink()
     return planted
+
+def wounded(rng, raw):
+    "A line with one to six wounds, which never holds a line end."
+    bits = [b"{", b"}", b'"', b"\\", b"\\u", b"\\ud800", b"<image>", b"</CAPTION>", b"null", b"[", b"]", b",", b":", b"..", b"/", b"\xff", b"\0", b"human", b"gpt", b"1e999", b"NaN"]
+    for _ in range(rng.randint(1, 6)):
+        a, b = sorted((rng.randint(0, len(raw)), rng.randint(0, len(raw))))
+        raw = rng.choice([raw[:a] + raw[b:], raw[:a] + rng.choice(bits) + raw[a:], raw[:b] + raw[a:][:500], raw[:a], raw.replace(rng.choice(bits), rng.choice(bits), 1), raw[:a] + rng.randbytes(3) + raw[a:]])
+    return raw.replace(b"\n", b" ").replace(b"\r", b" ")
+
+def fuzz(folder, n, seed):
+    "Throw `n` lines at the reader and at `check`; gives how many were read, how many refused, and the longest time one took."
+    rng, good = random.Random(seed), [json.dumps(r).encode() for r in ROWS]
+    lines = [wounded(rng, rng.choice(good)) if rng.random() < 0.7 else rng.randbytes(rng.randint(1, 80)).replace(b"\n", b" ") for _ in range(n)]
+    lines = [raw for raw in lines if raw.strip()]
+    source, read, slowest = data._source(write(folder)), 0, 0
+    for i, raw in enumerate(lines, 1):
+        t = time.process_time()
+        [(_, _, example, problems, _)] = source.examples([(i, raw)])
+        assert (example is None) == bool(problems) and all("\n" not in str(data.DataError([p])) for p in problems)
+        read, slowest = read + (example is not None), max(slowest, time.process_time() - t)
+    (Path(folder)/"train.jsonl").write_bytes(b"\n".join(lines))
+    report = check(folder, progress=False)
+    assert report.rows == len(lines) and sum(report.sources.values()) == read
+    try: load(folder)
+    except DataError as e: assert "\n" not in str(e)
+    return {"read": read, "refused": len(lines) - read, "slowest": slowest}
 
 def watched(words, folder):
     "Run a Python command line and watch its tree: (output, seconds, peak GB of memory, the same with shared pages counted once, bytes written)."
@@ -577,6 +603,19 @@ def test_any_file_gives_a_dataset_or_a_DataError():
             except DataError as e: assert "\n" not in str(e)
             check(d)
         prop()
+
+
+def test_any_line_is_an_example_or_a_DataError():
+    with tempfile.TemporaryDirectory() as d:
+        found = fuzz(d, 3000, seed=1)
+        assert found["read"] > 100 and found["refused"] > 100 and found["slowest"] < 2
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_lines_are_examples_or_DataErrors():
+    with tempfile.TemporaryDirectory() as d:
+        found = fuzz(d, 100_500, seed=2)
+        assert found["read"] + found["refused"] >= 100_000 and found["slowest"] < 2
 
 
 def test_split_is_by_image_and_stable():
