@@ -203,13 +203,15 @@ def _escaped(processor, text, turns, specials):
     return "".join(pieces), shadow
 
 # %% ../nbs/04_tokens.ipynb #c036
-def _supervise(ids, offsets, text, turns, fmt):
+def _supervise(ids, offsets, text, turns, fmt, name):
     "`labels` and `stage_ids` of the tokens, from the characters that the turns are known to occupy."
     labels, stages = [-100]*len(ids), [0]*len(ids)
     ends = [b for _, b in offsets]
     for t in turns:
         if t.role != "assistant": continue
         first, last = bisect_right(ends, t.first), bisect_right(ends, t.after - 1)   # the tokens over text[t.first:t.after]
+        if (a := offsets[first][0]) < t.first:
+            raise TokensError(f"{name}: the tokenizer melts the template into the answer, in the token {text[a:offsets[first][1]]!r}; end the template's invitation in a control token or a line break")
         labels[first:last + 1] = ids[first:last + 1]
         staged = [(s.start + t.start, s.end + t.start, STAGES.index(s.stage) + 1) for s in spans(text[t.start:t.stop], fmt)]
         for i in range(first, last + 1):
@@ -247,7 +249,8 @@ class TooLong(TokensError):
 
 TOO_LONG, CONTROL_TOKENS = ("refuse", "drop", "shorten"), ("refuse", "escape")   # the policies, the default first
 
-_SENTENCE = re.compile(r"(?<!\b\d)[.!?…][\"'”’)\]]*(?=\s)|[。！？]|(?<=\S)(?=\n)")   # not after the number of a list
+_NUMBER = r"(?<!\A\d)(?<!\n\d)(?<!\n\d\d)(?<![.!?)]\s\d)(?<![.!?)]\s\d\d)"      # not behind the number of a list: "1. First, …"
+_SENTENCE = re.compile(_NUMBER + r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|(?<=\S)(?=\n)")
 
 def _shorter(messages, fmt):
     "The conversation without the last sentence of its longest REASONING; None where each is down to one."
@@ -265,11 +268,11 @@ def _shorter(messages, fmt):
 
 # %% ../nbs/04_tokens.ipynb #c040
 def _read(messages, processor, fmt, prompt_only, control_tokens, name):
-    "Text to give to a processor, and that processor; ids, labels and stages of the text's tokens."
+    "Text to give to a processor, and that processor; ids, labels and stages of the text's tokens (of a prompt, only ids)."
     text, turns, specials = _layout(processor, messages, prompt_only, name)
     marked, reader = (text, processor) if control_tokens == "refuse" else _escaped(processor, text, turns, specials)
     ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name)
-    return (marked, reader), ids, _supervise(ids, offsets, text, turns, fmt)
+    return (marked, reader), ids, (None, None) if prompt_only else _supervise(ids, offsets, text, turns, fmt, name)
 
 def _fit(messages, ids, excess, read, fmt):
     "The longest conversation that `_shorter` gives with `excess` tokens less, as `read`; None if there is none."

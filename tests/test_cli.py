@@ -3,6 +3,7 @@ from llava_cot.cli import *
 
 import contextlib, io, json, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
+import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from llava_cot import cli, data, models, shapes

@@ -3,7 +3,7 @@ from llava_cot.search import *
 
 import pytest, torch
 from llava_cot import models, shapes, tokens
-from llava_cot.models import ModelError, tiny_llava, tiny_mllama
+from llava_cot.models import ModelError, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
 def memorise(model, processor, examples, updates=150, lr=5e-3):
     "Train on the same few examples until they are known by heart; returns the last loss."
@@ -70,7 +70,7 @@ def test_a_cut_answer_says_so():
 
 
 def test_neighbours_do_not_matter():
-    for make in (tiny_llava, tiny_mllama):
+    for make in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
         model, processor = make(seed=1)
         model.double()
         alone = answer(model, processor, mixture(), Greedy(24), batch_size=1, progress=False)

@@ -2,11 +2,13 @@
 import pytest
 from llava_cot.tokens import *
 
-import copy, math, pickle
+import copy, json, math, pickle
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageDraw
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
+from transformers import LlamaTokenizer
 from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, STAGES, parse, render, spans
 from llava_cot.models import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl, train_tokenizer, TINY_TEXT
 
@@ -31,6 +33,7 @@ CONTROL = ["<s>", "</s>", "<image>", "<|eot_id|>", "<|image|>", "<|im_end|>", "<
            "<|im_end|>\n<|im_start|>assistant\nhm", "</s>ASSISTANT:\nhm", "a<image>b <image>", "<<|eot_id|>|eot_id|>"]
 words = st.text(max_size=30) | st.sampled_from(["<SUMMARY>", "</CONCLUSION> <CONCLUSION>", "USER: hm", "\ue0000\ue001", "\ue0020\ue002", "a < b", "  \n é→🎈", *CONTROL])
 staged = st.builds(lambda *t: render(dict(zip(STAGES, t))), *[st.text("abc é🎈.\n", min_size=1).filter(str.strip) | st.sampled_from(CONTROL) for _ in STAGES])
+PATIENT = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])       # a busy machine is no failure
 COLOURS = ("red", "green", "white")
 
 @st.composite
@@ -46,7 +49,7 @@ def every(check, n=40, **kw):
     "Run a check on many conversations, for every family."
     for tiny in TINY:
         model, processor = tiny()
-        settings(max_examples=n, deadline=None, database=None)(given(conversations(**kw))(lambda ex: check(ex, model, processor)))()
+        settings(max_examples=n, **PATIENT)(given(conversations(**kw))(lambda ex: check(ex, model, processor)))()
 
 def answers(ex): return [m["content"][0]["text"].strip() for m in ex["messages"] if m["role"] == "assistant"]
 def spell(ex, processor, **kw): return encode(ex, processor, control_tokens="escape", **kw)
@@ -113,6 +116,18 @@ def with_template(tiny, template):
     processor = tiny()[1]; processor.chat_template = template
     return processor
 
+def llama_tokenizer(text=TINY_TEXT.replace("\n", " ")):
+    "transformers' LlamaTokenizer on a small vocabulary; as in the real one, no token holds a line break and a letter."
+    learned = Tokenizer(models.BPE(unk_token="<unk>"))
+    learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    learned.train_from_iterator([text], trainers.BpeTrainer(vocab_size=700, special_tokens=first, show_progress=False))
+    bpe = json.loads(learned.to_str())["model"]
+    tok = LlamaTokenizer(vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], add_bos_token=True)
+    tok.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("<image>", "<pad>")], special_tokens=True)
+    tok.pad_token = "<pad>"
+    return tok
+
 def _runs(row):
     "The ids of each run of learned tokens."
     found, open_ = [], False
@@ -150,7 +165,7 @@ def invented_batches(n, size=5):
         model, processor = tiny()
         lists = st.lists(conversations(most=1 if tiny is tiny_mllama else 2), min_size=size, max_size=size)
         def check(some): batches_cost_what_their_rows_cost([spell(ex, processor) for ex in some], model, processor)
-        settings(max_examples=-(-n//size), deadline=None, database=None)(given(lists)(check))()
+        settings(max_examples=-(-n//size), **PATIENT)(given(lists)(check))()
 
 
 def test_show_mask_counts_and_escapes():
@@ -208,6 +223,29 @@ def test_real_templates_learn_the_answers_and_the_end():
     with pytest.raises(TokensError, match="circles: the chat template refuses.*incompatible with system"):
         ex = example(); ex["messages"].insert(0, {"role": "system", "content": "Be brief."})
         encode(ex, processor)
+
+
+def test_llamas_own_tokenizer_keeps_the_promises():
+    processor = tiny_llava()[1]
+    processor.tokenizer = tok = llama_tokenizer(); processor.image_token_id = tok.convert_tokens_to_ids("<image>")
+    squeeze = lambda text: text.replace(" ", "")                       # a blank belongs to the word behind it, so a run may begin with one
+    def check(ex):
+        if "▁" in "".join(c["text"] or "" for m in ex["messages"] for c in m["content"] if c["type"] == "text"): return  # how this tokenizer writes a blank
+        row, prompt = spell(ex, processor), spell(ex, processor, prompt_only=True)
+        ids, labels = row["input_ids"].tolist(), row["labels"]
+        assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+        assert squeeze(tok.decode(labels[labels != -100])) == squeeze("".join(a + tok.eos_token for a in answers(ex)))
+        assert (labels == tok.eos_token_id).sum() == len(answers(ex)) and (row["input_ids"] == processor.image_token_id).sum() == 16*len(ex["images"])
+        for n, stage in enumerate(STAGES, 1):
+            wanted = [a[s.start:s.end] for a in answers(ex) for s in spans(a) if s.stage == stage]
+            assert squeeze(tok.decode(row["input_ids"][row["stage_ids"] == n])) == squeeze("".join(wanted))
+        n = len(prompt["input_ids"])
+        assert torch.equal(prompt["input_ids"], row["input_ids"][:n]) and row["labels"][n] != -100 and row["labels"][n - 1] == -100
+    for template in (processor.chat_template, LLAVA_15):
+        processor.chat_template = template
+        settings(max_examples=40, **PATIENT)(given(conversations())(check))()
+    processor.tokenizer = llama_tokenizer("\n< " * 9 + TINY_TEXT); processor.chat_template = tiny_llava()[1].chat_template
+    with pytest.raises(TokensError, match=r"circles: the tokenizer melts the template into the answer, in the token '\\n<'"): encode(example("Hm?", "< 3", images=()), processor)
 
 
 def test_control_tokens_in_a_text_are_refused():
@@ -310,7 +348,7 @@ def test_cross_attention_masks_are_the_processors_own():
             batch = Collator(processor, side)([row, encode(example("Hi", ANSWER*2, images=()), processor)])
             assert torch.equal(batch["cross_attention_mask"][0][batch["attention_mask"][0] == 1], row["cross_attention_mask"][0])
             assert not batch["cross_attention_mask"][1].any() and not batch["pixel_values"][1].any()
-    settings(max_examples=30, deadline=None, database=None)(given(conversations())(check))()
+    settings(max_examples=30, **PATIENT)(given(conversations())(check))()
 
 
 def test_mixed_rows_cost_what_they_cost_alone():
@@ -374,4 +412,12 @@ def test_lengths_are_those_of_encode_nearly():
                 per_turn = 3                                                     # blanks that are stripped, and pieces that melt together
                 blanks = sum(len(c["text"]) - len(c["text"].strip()) for m in ex["messages"] for c in m["content"] if c["type"] == "text")
                 assert abs(lengths([ex], processor)[0] - n) <= per_turn*len(ex["messages"]) + 4*blanks + 3*len(ex["images"])
-            settings(max_examples=40, deadline=None, database=None)(given(conversations())(check))()
+            settings(max_examples=40, **PATIENT)(given(conversations())(check))()
+
+
+def test_image_tokens_are_counted_without_the_picture():
+    for tiny in TINY:
+        processor = tiny()[1]
+        for size in ((48, 48), (96, 48), (31, 77), (200, 40), (640, 480), (24, 24), (333, 500)):
+            ids = encode(example(images=[Image.new("RGB", size)]), processor)["input_ids"]
+            assert (ids == processor.image_token_id).sum() == image_tokens(processor, size), (processor, size)

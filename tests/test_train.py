@@ -82,24 +82,24 @@ def test_loss_is_the_models_own():
 
 def test_stage_weights_change_the_mean_and_not_its_grouping():
     for tiny in (models.tiny_llava, models.tiny_mllama, models.tiny_qwen2_5_vl):
-        model, processor = tiny(seed=0)
-        encoded, collate, accelerator = [encode(ex, processor) for _, ex in shapes.examples(6)], Collator(processor), train.Accelerator(cpu=True)
-        def gradient(groups, weights=None):
-            model.zero_grad()
-            sums = train.backward(model, [collate([encoded[i] for i in g]) for g in groups], accelerator, weights)
-            return torch.cat([p.grad.flatten() for _, p in models.parts(model)["language"] if p.grad is not None]), sums
+        net, its = tiny(seed=0)
+        encoded, together, accelerator = [encode(ex, its) for _, ex in shapes.examples(6)], Collator(its), train.Accelerator(cpu=True)
+        def gradient_(groups, weights=None):
+            net.zero_grad()
+            sums = train.backward(net, [together([encoded[i] for i in g]) for g in groups], accelerator, weights)
+            return torch.cat([p.grad.flatten() for _, p in models.parts(net)["language"] if p.grad is not None]), sums
         weights = dict(CONCLUSION=4.0, CAPTION=0.5, OTHER=0.0)
-        whole, sums = gradient([range(6)], weights)
+        whole, sums = gradient_([range(6)], weights)
         for groups in ([[i] for i in range(6)], [[0, 1], [2], [3, 4, 5]]):
-            assert (gradient(groups, weights)[0] - whole).norm() < 1e-5 * whole.norm()
-        model.zero_grad()
-        losses, stages = train.token_losses(model, collate(encoded))
+            assert (gradient_(groups, weights)[0] - whole).norm() < 1e-5 * whole.norm()
+        net.zero_grad()
+        losses, stages = train.token_losses(net, together(encoded))
         w = torch.tensor([0, 1, 0.5, 1, 4.])[stages]                                    # by hand: OTHER, SUMMARY, CAPTION, REASONING, CONCLUSION
         ((w * losses).sum() / w.sum()).backward()
-        hand = torch.cat([p.grad.flatten() for _, p in models.parts(model)["language"] if p.grad is not None])
+        hand = torch.cat([p.grad.flatten() for _, p in models.parts(net)["language"] if p.grad is not None])
         assert (hand - whole).norm() < 1e-5 * hand.norm() and torch.allclose(sums[:, 0].sum(), losses.sum())
-        plain = gradient([range(6)])[0]
-        assert (gradient([range(6)], dict.fromkeys(train.STAGE_NAMES, 3.0))[0] - plain).norm() < 1e-5 * plain.norm() < 1e-2 * (plain - whole).norm()
+        plain = gradient_([range(6)])[0]
+        assert (gradient_([range(6)], dict.fromkeys(train.STAGE_NAMES, 3.0))[0] - plain).norm() < 1e-5 * plain.norm() < 1e-2 * (plain - whole).norm()
 
 
 def test_order_is_a_function_of_the_update():
@@ -127,27 +127,27 @@ def test_batches_of_like_length_pad_little_and_are_new_each_epoch():
     two = [list(make(stop=600, rank=r, world=2)) for r in (0, 1)]
     assert [b for pair in zip(*two) for b in pair] == whole[:1200]
     for n in range(1, 12):
-        rows = [r for b in train.Order(n, 4, 1, seed=1, stop=n, lengths=list(range(n))) for r in b]
-        for epoch in range(4): assert sorted(r for e, r in rows if e == epoch) == list(range(n))
+        read = [r for b in train.Order(n, 4, 1, seed=1, stop=n, lengths=list(range(n))) for r in b]
+        for epoch in range(4): assert sorted(r for e, r in read if e == epoch) == list(range(n))
 
 
 def test_estimated_lengths_are_good_enough_to_group_by():
-    words, processor = talkative(1600), models.tiny_llava()[1]
-    guess, true = lengths(words, processor), [len(encode(r, processor)["input_ids"]) for r in words]
+    words, its = talkative(1600), models.tiny_llava()[1]
+    guess, true = lengths(words, its), [len(encode(r, its)["input_ids"]) for r in words]
     assert abs(padding(train.Order(len(words), 32, 1, seed=0, stop=50, lengths=guess), true) - padding(train.Order(len(words), 32, 1, seed=0, stop=50, lengths=true), true)) < 0.003
 
 
 def test_fitting_keeps_exactly_the_rows_that_fit():
-    rows = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 40))
+    drawn = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 40))
     for tiny in (models.tiny_llava, models.tiny_mllama, models.tiny_qwen2_5_vl, models.tiny_llava_next):
-        processor = tiny()[1]
-        exact = [len(encode(r, processor)["input_ids"]) for r in rows]
+        its = tiny()[1]
+        exact = [len(encode(r, its)["input_ids"]) for r in drawn]
         for limit in (max(exact), sorted(exact)[20], min(exact)):
-            keep, dropped = train.fitting(train.Reader(rows, processor, max_length=limit, too_long="drop"))
-            assert keep == [i for i, n in enumerate(exact) if n <= limit] and dropped == [rows[i]["id"] for i, n in enumerate(exact) if n > limit]
-        with pytest.raises(TooLong): train.fitting(train.Reader(rows, processor, max_length=max(exact) - 1))
-        with pytest.raises(train.RunError, match="all 40 rows"): train.fitting(train.Reader(rows, processor, max_length=20, too_long="drop"))
-        assert all(abs(a - b) < 6 for a, b in zip(lengths(rows, processor), exact))
+            keep, dropped = train.fitting(train.Reader(drawn, its, max_length=limit, too_long="drop"))
+            assert keep == [i for i, n in enumerate(exact) if n <= limit] and dropped == [drawn[i]["id"] for i, n in enumerate(exact) if n > limit]
+        with pytest.raises(TooLong): train.fitting(train.Reader(drawn, its, max_length=max(exact) - 1))
+        with pytest.raises(train.RunError, match="all 40 rows"): train.fitting(train.Reader(drawn, its, max_length=20, too_long="drop"))
+        assert all(abs(a - b) < 6 for a, b in zip(lengths(drawn, its), exact))
 
 
 def test_settings_survive_yaml():
