@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import NamedTuple
 import ipywidgets as widgets
 import torch
-from datasets import Image as Stored, List
+from datasets import Image as Stored
 from fastcore.basics import patch
 from jinja2 import TemplateError
 from PIL import Image
@@ -530,8 +530,7 @@ def _columns(rows):
     if not isinstance(getattr(getattr(rows, "features", {}).get("images"), "feature", None), Stored):
         for r in rows: yield [r["messages"]], [[None]*len(r.get("images") or ())]
         return
-    stored = rows.select_columns(["messages", "images"]).cast_column("images", List(Stored(decode=False)))
-    for batch in stored.iter(1000): yield batch["messages"], batch["images"]
+    for table in rows.select_columns(["messages", "images"]).with_format("arrow").iter(1000): yield (table[c].to_pylist() for c in ("messages", "images"))
 
 def _overhead(processor):
     "Tokens that the template adds to a conversation of one question and answer, and to each further pair; without a picture, and with."

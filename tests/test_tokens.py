@@ -285,7 +285,7 @@ def test_truncation_at_every_length_keeps_the_promises_or_refuses():
                    "REASONING": "First I look. Is there one? Yes, at the top (it is red.) 1. Top left.\n2. Bottom right. So there are two."})
     for tiny in TINY:
         model, processor = tiny()
-        for turns in (("How many?", long), ("How many?", long, "Sure?", ANSWER), ("Hm?", "Yes.", "Really?", long)):
+        for turns in (("How many?", long), ("Hm?", "Yes.", "Really?", long, "Sure?", ANSWER)):
             ex = example(*turns, images=[picture(), picture("green")])
             whole, fitted = encode(ex, processor), []
             full = len(whole["input_ids"])

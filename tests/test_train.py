@@ -3,7 +3,7 @@ from llava_cot.train import *
 
 import json, math, random, signal, subprocess, sys, tempfile, time, yaml
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 import datasets, pytest, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from llava_cot import data, models, shapes, train
@@ -201,8 +201,8 @@ def test_plain_transformers_opens_the_result():
     for tiny in (models.tiny_llava, models.tiny_mllama):
         with tempfile.TemporaryDirectory() as out:
             model, processor = tiny(seed=0)
-            run = train.fit(model, processor, some_rows(8), BOTH, Path(out) / "run", batch_size=2, progress=False, augment=STRONG)
-            again, processor = AutoModelForImageTextToText.from_pretrained(run.out / "model"), AutoProcessor.from_pretrained(run.out / "model")
+            trained = train.fit(model, processor, some_rows(8), BOTH, Path(out) / "run", batch_size=2, progress=False, augment=STRONG)
+            again, processor = AutoModelForImageTextToText.from_pretrained(trained.out / "model"), AutoProcessor.from_pretrained(trained.out / "model")
             assert all(torch.equal(p, weights(model)[n]) for n, p in again.named_parameters())
 
 
@@ -213,7 +213,7 @@ def test_all_options_together_and_a_resumed_run():
         def update(*args):
             if next(calls, None) is None: raise KeyboardInterrupt
             return own(*args)
-        return patch.object(train, "one_update", update)
+        return mock.patch.object(train, "one_update", update)
 
     for tiny in (models.tiny_llava, models.tiny_mllama, models.tiny_qwen2_5_vl, models.tiny_llava_next):
         found = []
@@ -225,11 +225,11 @@ def test_all_options_together_and_a_resumed_run():
                 model, processor = tiny(seed=0)
                 options = dict(batch_size=4, group_by_length=True, stage_weights=dict(CONCLUSION=3.0), separator_tokens=True, max_length=limit, too_long="shorten", save_every=4, augment=STRONG)
                 try:
-                    with interrupted(stop): run = train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", progress=False, **options)
-                except KeyboardInterrupt: run = train.resume(Path(tmp) / "run", ROWS, progress=False)
-                assert len(run.metrics()) == 12
-                found.append((weights(run.model), (run.out / "metrics.jsonl").read_text()))
-                assert "</SUMMARY>" in run.processor.tokenizer.get_added_vocab() and all(math.isfinite(line["loss"]) for line in run.metrics())
+                    with interrupted(stop): trained = train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", progress=False, **options)
+                except KeyboardInterrupt: trained = train.resume(Path(tmp) / "run", ROWS, progress=False)
+                assert len(trained.metrics()) == 12
+                found.append((weights(trained.model), (trained.out / "metrics.jsonl").read_text()))
+                assert "</SUMMARY>" in trained.processor.tokenizer.get_added_vocab() and all(math.isfinite(line["loss"]) for line in trained.metrics())
         for w, lines_ in found[1:]: assert lines_ == found[0][1] and all(torch.equal(w[k], found[0][0][k]) for k in w)
 
 
@@ -240,8 +240,8 @@ def test_dropped_rows_are_named():
         limit = sorted(n)[-4]
         with pytest.raises(TooLong, match="max_length"): train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", max_length=limit, progress=False)
         assert not (Path(tmp) / "run").exists()
-        run = train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", batch_size=4, max_length=limit, too_long="drop", progress=False)
-        told = json.loads((run.out / "dropped.json").read_text())
+        trained = train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", batch_size=4, max_length=limit, too_long="drop", progress=False)
+        told = json.loads((trained.out / "dropped.json").read_text())
         assert told["ids"] == [r["id"] for r, k in zip(ROWS, n) if k > limit] and told["ids"]
 
 
