@@ -2,7 +2,7 @@
 import pytest
 from llava_cot.data import *
 
-import io, json, os, pickle, random, shutil, sys, tempfile, time, zipfile
+import io, json, os, pickle, random, resource, shutil, subprocess, sys, tempfile, time, zipfile
 from pathlib import Path
 import datasets, numpy as np, psutil, pytest
 from hypothesis import given, settings, strategies as st
@@ -10,6 +10,8 @@ from PIL import Image as PILImage, ImageDraw
 from torch.utils.data import DataLoader
 from llava_cot import data, models
 from llava_cot.cot import CoT, DIRECT, LLAVA_COT, NO_TAGS, SEPARATORS, Problem, parse, render
+
+datasets.disable_progress_bars()
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
     "Draw one shape on grey and save it; the format follows the name."
@@ -47,9 +49,9 @@ def zip_up(folder, parts=3, name="image.zip", inside=""):
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
         for p in pictures: z.write(p, inside + str(p.relative_to(folder)))
     for p in pictures: p.unlink()
-    return cut(folder, packed.getvalue(), parts, name)
+    return cut_up(folder, packed.getvalue(), parts, name)
 
-def cut(folder, raw, parts, name="image.zip"):
+def cut_up(folder, raw, parts, name="image.zip"):
     "Write bytes as a file, or as files like those that `split -b` makes."
     size = -(-len(raw) // max(parts, 1))
     for i in range(max(parts, 1)): (Path(folder)/(f"{name}.part-a{chr(97 + i)}" if parts else name)).write_bytes(raw[i * size:(i + 1) * size])
@@ -170,11 +172,12 @@ def fuzz(folder, n, seed):
     return {"read": read, "refused": len(lines) - read, "slowest": slowest}
 
 def watched(words, folder):
-    "Run a Python command line and watch its tree: (output, seconds, peak GB of memory, the same with shared pages counted once, bytes written)."
+    "Run a Python command line and watch its tree: (output, seconds, seconds of processor, peak GB of memory, the same with shared pages counted once, bytes written)."
     temp = Path(folder)/"temp"
     temp.mkdir(exist_ok=True)
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     env = os.environ | {"TMPDIR": str(temp), "HF_HOME": str(temp), "OMP_NUM_THREADS": "1"}
-    started, rss, pss, written, out = time.time(), 0, 0, {}, tempfile.TemporaryFile()
+    started, before, rss, pss, written, out = time.time(), spent(), 0, 0, {}, tempfile.TemporaryFile()
     p = psutil.Popen([sys.executable, *map(str, words)], stdout=out, env=env)
     while p.poll() is None:
         sizes = []
@@ -186,9 +189,9 @@ def watched(words, folder):
             except psutil.Error: continue                      # it has just ended
         rss, pss = max(rss, sum(s[0] for s in sizes)), max(pss, sum(s[1] for s in sizes))
         time.sleep(0.3)
-    seconds = time.time() - started
+    seconds, cpu = time.time() - started, spent() - before
     out.seek(0)
-    return out.read().decode(), seconds, rss / 1e9, pss / 1e9, sum(written.values())
+    return out.read().decode(), seconds, cpu, rss / 1e9, pss / 1e9, sum(written.values())
 
 FIRST_BATCH = """
 import sys, time; t = time.time()
@@ -227,13 +230,13 @@ def test_a_zip_is_not_trusted():
     def opened(raw, parts=0):
         with tempfile.TemporaryDirectory() as d:
             data._opened.cache_clear()
-            found = data._members(data._archives(cut(d, raw, parts))[0])
+            found = data._members(data._archives(cut_up(d, raw, parts))[0])
             return {name: data._member(url) for name, url in found.items()}
     assert opened(archive(("images/a.png", b"one"), ("b/é !?*:.png", b"two"))) == {"images/a.png": b"one", "a.png": b"one", "b/é !?*:.png": b"two"}
     long = [(f"m{i}.png", os.urandom(50)) for i in range(40)]
     assert opened(archive(*long), 7) == dict(long)
     def says(word, raw, parts=0):
-        with pytest.raises(DataError, match=word) as e: opened(raw, parts)
+        with pytest.raises(data.DataError, match=word) as e: opened(raw, parts)
         assert "\n" not in str(e.value)
     for name in ("../x.png", "/etc/x.png", "a/../../x.png"): says("outside", archive((name, b"x")))
     says("ZIP_LIMITS\\['ratio'\\]", archive(("x.png", bytes(2**21))))
@@ -260,9 +263,9 @@ def test_missing_and_misordered_parts_are_named():
     with tempfile.TemporaryDirectory() as d:
         def says(word, change):
             for p in Path(d).iterdir(): p.unlink()
-            cut(d, raw.getvalue(), 5)
+            cut_up(d, raw.getvalue(), 5)
             change(*(Path(d)/f"image.zip.part-a{x}" for x in "abcde"))
-            with pytest.raises(DataError, match=word): data._members(data._archives(Path(d))[0])
+            with pytest.raises(data.DataError, match=word): data._members(data._archives(Path(d))[0])
         for k, x in enumerate("abcd"): says(f"image.zip.part-a{x} is missing", lambda *p: p[k].unlink())
         says("after image.zip.part-ad missing", lambda *p: p[4].unlink())
         for i in range(4):
@@ -307,7 +310,10 @@ def test_a_zip_is_read_in_place():
         assert list(again["id"])[3:] == list(plain["id"]) and sizes(again) == sizes(again)
         assert len(pickle.dumps(parts)) < 20_000
         loader = lambda **kw: [r for batch in DataLoader(parts, batch_size=2, collate_fn=sizes, **kw) for r in batch]
-        assert loader() == loader(num_workers=2) == loader(num_workers=1, multiprocessing_context="spawn") == sizes(plain)
+        assert loader() == loader(num_workers=2) == sizes(plain)
+        (Path(a)/"rows.pickle").write_bytes(pickle.dumps(parts))                 # a process that inherits nothing
+        fresh = "import pickle, sys; from llava_cot import data; print([i.size for r in pickle.load(open(sys.argv[1], 'rb')) for i in r['images']])"
+        assert eval(subprocess.check_output([sys.executable, "-c", fresh, f"{a}/rows.pickle"], text=True)) == [s for _, shown in sizes(plain) for s in shown]
         picture(Path(b)/"photo/blue.jpg", "#00ff00")                             # a file goes before the zip
         assert load(b)[1]["images"][0].getpixel((0, 0)) != load(b)[1]["images"][0].getpixel((40, 40)) and load(b)[1]["images"][0].getpixel((40, 32))[1] > 200
         (Path(c)/"elsewhere").mkdir()
@@ -317,7 +323,8 @@ def test_a_zip_is_read_in_place():
         with pytest.raises(DataError, match="no such folder, zip"): load(b, images=Path(b)/"nothing")
         (Path(e)/"images.zip.part-ab").unlink()
         with pytest.raises(DataError, match="images.zip.part-aa: no readable zip directory"): load(e)
-        with pytest.raises(DataError, match="not at its place|fewer bytes|cannot be unpacked"): data._opened.cache_clear(), under[1]
+        url = under.with_format("arrow")[1]["images"].to_pylist()[0][0]["path"]
+        with pytest.raises(data.DataError, match="not at its place|fewer bytes|cannot be unpacked"): data._member(url)
 
 
 def test_an_image_in_a_zip_is_checked():
@@ -398,7 +405,7 @@ def test_a_json_list_is_cut_into_rows():
             try: value, whole = json.loads(broken), True
             except ValueError: whole = False
             try: found = cut_rows(broken)
-            except DataError as e: assert not whole or not isinstance(value, list)
+            except data.DataError: assert not whole or not isinstance(value, list)
             else:
                 def reads(raw):
                     try: return json.loads(raw), True
@@ -409,7 +416,8 @@ def test_a_json_list_is_cut_into_rows():
         prop()
         file.write_text(json.dumps([ROWS[3], ROWS[3]]))
         with pytest.raises(DataError, match=r"train.json\[1\] \(id a4\): id 'a4' is that of row 0 too"): load(file)
-        for text, word in (("{}", "expected a JSON list"), ("[]", "no rows"), ("[1]", r"train.json\[0\]: expected a JSON object"), (json.dumps([ROWS[3]])[:-1], r"train.json\[1\]: not JSON")):
+        for text, word in (("{}", "expected a JSON list"), ("[]", "no rows"), ("[1]", r"train.json\[0\]: expected a JSON object"), (json.dumps([ROWS[3]])[:-1], r"train.json\[1\]: not JSON"),
+                           (json.dumps([ROWS[3]]) [:-1] + json.dumps(ROWS[0]) + "]", r"train.json\[1\]: not JSON"), ("[[]{}]", r"train.json\[0\]")):
             file.write_text(text)
             with pytest.raises(DataError, match=word): load(file)
 
@@ -651,33 +659,6 @@ def test_split_is_the_same_for_every_layout():
         assert [list(side["id"]) for side in split(half, 0.4, seed=3)] == sides[0]
 
 
-def test_split_and_mix_are_stable_when_rows_are_added():
-    def rows_of(spec):
-        images = [[{"bytes": b"%d" % i, "path": None} for i in ids] for _, ids, _ in spec]
-        table = {"id": [name for name, _, _ in spec], "images": images, "messages": [[]] * len(spec), "source": [s for _, _, s in spec]}
-        return datasets.Dataset(data.pa.table(table, schema=data.FEATURES.arrow_schema), info=datasets.DatasetInfo(features=data.FEATURES))
-    spec = lambda images: st.lists(st.tuples(st.integers(0, 99).map(str), images, st.sampled_from("xyz")), min_size=1, max_size=12, unique_by=lambda r: r[0])
-    @settings(max_examples=40, deadline=None)
-    @given(spec(st.lists(st.integers(0, 9), max_size=1)), st.integers(0, 9), st.floats(0, 1), st.data())
-    def stable(rows, seed, fraction, draw):
-        kept = [r for r in rows if draw.draw(st.booleans())] or rows[:1]
-        some = draw.draw(st.permutations(kept))
-        side = {i: k for k, ds in enumerate(split(rows_of(rows), fraction, seed)) for i in ds["id"]}
-        assert all(side[i] == k for k, ds in enumerate(split(rows_of(some), fraction, seed)) for i in ds["id"]) and len(side) == len(rows)
-        weights = {s: draw.draw(st.floats(0, 3)) for s in "xyz"}
-        taken = lambda ds: data.Counter(i.split("#")[0] for i in mix([ds], {s: w for s, w in weights.items() if s in ds["source"]}, seed)["id"])
-        if any(weights[s] for _, _, s in some):
-            all_of, some_of = taken(rows_of(rows)), taken(rows_of(some))
-            assert all(all_of[i] == some_of[i] and abs(all_of[i] - weights[s]) < 1 for i, _, s in some)
-    @settings(max_examples=40, deadline=None)
-    @given(spec(st.lists(st.integers(0, 9), max_size=3)), st.integers(0, 9), st.floats(0, 1))
-    def apart(rows, seed, fraction):
-        a, b = split(rows_of(rows), fraction, seed)
-        shown = lambda ds: {i["bytes"] for r in ds.with_format("arrow")[:].to_pylist() for i in r["images"]}
-        assert not shown(a) & shown(b) and sorted([*a["id"], *b["id"]]) == sorted(r[0] for r in rows)
-    stable(), apart()
-
-
 def test_reformat_changes_answers_only():
     with tempfile.TemporaryDirectory() as d:
         ds = load(write(d))
@@ -704,6 +685,34 @@ def test_mix_weighs_and_keeps_ids_unique():
         with pytest.raises(DataError): mix([few, few.remove_columns("source")])
 
 
+def test_split_and_mix_are_stable_when_rows_are_added():
+    def rows_of(spec):
+        images = [[{"bytes": b"%d" % i, "path": None} for i in ids] for _, ids, _ in spec]
+        table = {"id": [name for name, _, _ in spec], "images": images, "messages": [[]] * len(spec), "source": [s for _, _, s in spec]}
+        return datasets.Dataset(data.pa.table(table, schema=data.FEATURES.arrow_schema), info=datasets.DatasetInfo(features=data.FEATURES))
+    spec = lambda images: st.lists(st.tuples(st.integers(0, 99).map(str), images, st.sampled_from("xyz")), min_size=1, max_size=12, unique_by=lambda r: r[0])
+    @settings(max_examples=40, deadline=None)
+    @given(spec(st.lists(st.integers(0, 9), max_size=1)), st.integers(0, 9), st.floats(0, 1), st.data())
+    def stable(rows, seed, fraction, draw):
+        kept = [r for r in rows if draw.draw(st.booleans())] or rows[:1]
+        some = draw.draw(st.permutations(kept))
+        side = {i: k for k, ds in enumerate(split(rows_of(rows), fraction, seed)) for i in ds["id"]}
+        assert all(side[i] == k for k, ds in enumerate(split(rows_of(some), fraction, seed)) for i in ds["id"]) and len(side) == len(rows)
+        weights = {s: draw.draw(st.floats(0, 3)) for s in "xyz"}
+        taken = lambda ds: data.Counter(i.split("#")[0] for i in mix([ds], {s: w for s, w in weights.items() if s in ds["source"]}, seed)["id"])
+        if any(weights[s] for _, _, s in some):
+            all_of, some_of = taken(rows_of(rows)), taken(rows_of(some))
+            assert all(all_of[i] == some_of[i] and abs(all_of[i] - weights[s]) < 1 for i, _, s in some)
+    @settings(max_examples=40, deadline=None)
+    @given(spec(st.lists(st.integers(0, 9), max_size=3)), st.integers(0, 9), st.floats(0, 1))
+    def apart(rows, seed, fraction):
+        a, b = split(rows_of(rows), fraction, seed)
+        shown = lambda ds: {i["bytes"] for r in ds.with_format("arrow")[:].to_pylist() for i in r["images"]}
+        assert not shown(a) & shown(b) and sorted([*a["id"], *b["id"]]) == sorted(r[0] for r in rows)
+    stable()
+    apart()
+
+
 @pytest.mark.slow
 def test_llava_cot_100k_in_sixteen_parts():
     with tempfile.TemporaryDirectory() as d:
@@ -713,18 +722,19 @@ def test_llava_cot_100k_in_sixteen_parts():
         assert sum(".part-" in f for f in files) == 16 and "image.zip" not in files
         print(f"{size / 1e9:.2f} GB in 16 parts, drawn in {time.time() - began:.0f} s")
         code = "import sys; from llava_cot.cli import main; sys.exit(main())"
-        text, seconds, rss, pss, written = watched(["-c", code, "check", d/"set", "--against", d/"set/eval", "--json", "--workers", 2], d)
+        busy = os.getloadavg()[0] > 1                          # then the clock says nothing, but processor time does
+        text, seconds, cpu, rss, pss, written = watched(["-c", code, "check", d/"set", "--against", d/"set/eval", "--json", "--workers", 2], d)
         found = json.loads(text)
-        print(f"checked in {seconds:.1f} s, peak {rss:.2f} GB ({pss:.2f} GB with shared pages once), {written:,} bytes written")
-        assert found["rows"] == 100_000 and found["counts"] | found["warnings"] == {k: 3 for k in KINDS} and seconds <= 90 and rss <= 1.5
+        print(f"checked in {seconds:.1f} s{' on a busy machine' * busy}, {cpu:.1f} s of processor, peak {rss:.2f} GB ({pss:.2f} GB with shared pages once), {written:,} bytes written")
+        assert found["rows"] == 100_000 and found["counts"] | found["warnings"] == {k: 3 for k in KINDS} and cpu <= 150 and (busy or seconds <= 90) and rss <= 1.5
         assert written < 10_000_000 and files == sorted(p.name for p in (d/"set").iterdir())
         r = check(d/"set", against=d/"set/eval", progress=False)
         assert {(p.kind, p.row) for p in r.problems + r.warnings} == planted
         r.write_clean(d/"clean")
-        text, seconds, rss, pss, written = watched(["-c", FIRST_BATCH, d/"clean"], d)
+        text, seconds, cpu, rss, pss, written = watched(["-c", FIRST_BATCH, d/"clean"], d)
         rows, batch, decoded, imports, first = text.split()
-        print(f"{rows} rows loaded and checked, first batch of {batch} decoded after {float(first):.1f} s (imports {float(imports):.1f} s); peak {rss:.2f} GB, {written:,} bytes written")
-        assert int(rows) == r.rows - len({p.row for p in r.problems}) and decoded == "True" and float(first) <= 10 and written < 10_000_000
+        print(f"{rows} rows loaded and checked, first batch of {batch} decoded after {float(first):.1f} s ({float(imports):.1f} s with imports, {cpu:.1f} s of processor); peak {rss:.2f} GB, {written:,} bytes written")
+        assert int(rows) == r.rows - len({p.row for p in r.problems}) and decoded == "True" and cpu <= 25 and (busy or float(first) <= 10) and written < 10_000_000
 
 
 @pytest.mark.slow
