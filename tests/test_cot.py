@@ -196,6 +196,7 @@ def test_a_megabyte_is_read_in_linear_time():
         assert seconds(bit * (1_000_000 // len(bit)), fmt) < 8, bit
 
 
+@pytest.mark.slow
 def test_twice_the_text_takes_twice_the_time():
     for bit, size in (("<SUMMARY>", 1_000_000), ("</SUMMARY>", 100_000), ("<SUMMARY><CAPTION>", 100_000), ("< summary>", 100_000)):
         one = bit * (size // len(bit))
