@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from llava_cot import shapes
 from llava_cot.cot import CoT, parse, render
 
-def drawn(question="How many circles are there?", caption="A red circle and a blue square.", conclusion="1", size=96):
+def picture(question="How many circles are there?", caption="A red circle and a blue square.", conclusion="1", size=96):
     "A small example: a red circle and a blue square on grey."
     image = Image.new("RGB", (size, size), (127, 127, 127)); pen = ImageDraw.Draw(image)
     pen.ellipse((8, 8, 40, 40), fill=(214, 40, 40)); pen.rectangle((52, 52, 88, 88), fill=(40, 80, 220))
@@ -26,9 +26,16 @@ def drawn(question="How many circles are there?", caption="A red circle and a bl
 def asked(example): return example["messages"][0]["content"][1]["text"]
 
 
+def test_strength_grows():
+    ramped = replace(STRONG, ramp=0.4)
+    assert ramped.at(0) == Policy.none() and ramped.at(0.4) == ramped.at(1) == STRONG == STRONG.at(0)
+    assert ramped.at(0.1).crop == STRONG.crop / 4 and ramped.at(0.2).synonyms == STRONG.synonyms / 2
+    with pytest.raises(AugmentError, match="progress is 1.5"): ramped.at(1.5)
+
+
 def test_policies_are_checked():
     assert Policy() == Policy.none() == POLICIES["none"] and hash(LIGHT) == hash(replace(LIGHT))
-    for field, value in [("crop", 0.5), ("crop", -0.1), ("brightness", 1.1), ("synonyms", "often"), ("saturation", float("nan")), ("contrast", True)]:
+    for field, value in [("crop", 0.5), ("crop", -0.1), ("brightness", 1.1), ("synonyms", "often"), ("saturation", float("nan")), ("contrast", True), ("rotation", 21), ("ramp", -1)]:
         with pytest.raises(AugmentError, match=f"policy: {field} is"): Policy(**{field: value})
 
 
@@ -43,34 +50,54 @@ def test_synonym_list_is_careful():
 
 
 def test_the_gate_gives_reasons():
-    a = allowed(drawn(question="Is it an automobile?", caption="A ripe apple.", conclusion="no"))
+    a = allowed(picture(question="Is it an automobile?", caption="A ripe apple.", conclusion="no"))
     assert set(a) == set(TRANSFORMS) and "CAPTION names a colour ('ripe')" == a["saturation"] and a["contrast"] and a["brightness"] is None and a["crop"].startswith("CAPTION describes") and a["synonyms"] is None
-    a = allowed(drawn(caption="A cat."))
+    a = allowed(picture(caption="A cat."))
     assert a["saturation"] is None and a["brightness"] is None and "question counts ('many')" in a["crop"] and "0.05" in a["crop"]
-    assert "question" in allowed(drawn(question="What colour is it?", caption="A cat."))["saturation"]
-    for shade in ("black", "dark", "brown", "Grey", "sunny"): assert allowed(drawn(caption=f"A {shade} thing."))["brightness"], shade
-    assert gate(drawn(caption="Text at the edge."))["crop"].ceiling == 0
-    assert "ChartQA" in allowed({**drawn(caption="A cat.", question="What is it?"), "source": "ChartQA"})["crop"]
-    direct = drawn(question="What is it?"); direct["messages"][1]["content"][0]["text"] = "A cat."
-    assert allowed(direct)["crop"] is None and gate(drawn(question="What is it?", caption="A cat.", conclusion="a cat"))["crop"].word == ""   # <CAPTION> is no word
-    assert "no picture" in allowed({**drawn(caption="A cat."), "images": []})["brightness"]
-    assert "asks about words" in allowed(drawn(question="What kind of word is in the picture?"))["synonyms"]
+    assert "question" in allowed(picture(question="What colour is it?", caption="A cat."))["saturation"]
+    for shade in ("black", "dark", "brown", "Grey", "sunny"): assert allowed(picture(caption=f"A {shade} thing."))["brightness"], shade
+    assert bars(picture(caption="Text at the edge."))["crop"].ceiling == 0
+    assert "ChartQA" in allowed({**picture(caption="A cat.", question="What is it?"), "source": "ChartQA"})["crop"]
+    direct = picture(question="What is it?"); direct["messages"][1]["content"][0]["text"] = "A cat."
+    assert allowed(direct)["crop"] is None and bars(picture(question="What is it?", caption="A cat.", conclusion="a cat"))["crop"].word == ""   # <CAPTION> is no word
+    assert "no picture" in allowed({**picture(caption="A cat."), "images": []})["brightness"]
+    assert "asks about words" in allowed(picture(question="What kind of word is in the picture?"))["synonyms"]
+
+
+def test_pictures_are_transformed_as_drawn():
+    im = Image.new("RGB", (80, 40), (127, 127, 127)); ImageDraw.Draw(im).rectangle((8, 4, 15, 11), fill=(214, 40, 40))
+    def spot(image):
+        "The centre of what is red, as fractions of width and height."
+        y, x = np.nonzero(np.asarray(image, int)[..., 0] - np.asarray(image, int)[..., 1] > 60)
+        return (x.mean() + 0.5) / image.width, (y.mean() + 0.5) / image.height
+    for p in ({"flip": {}}, {"crop": dict(cut=0.1, left=0.02, top=0.08)}, {"rotation": dict(degrees=8)}, {"perspective": dict(corners=[[0.05, 0.02], [-0.03, 0.04], [0, 0.01], [0.05, 0]])}):
+        for q in (p, p | {"flip": {}}, p | {"rotation": dict(degrees=-3)}):
+            u, v, w = geometry(q, im.size) @ [*spot(transform(im, q)), 1]
+            assert np.allclose((u / w, v / w), spot(im), atol=0.02), q                  # the point shown comes from where the matrix says
+    grey = np.asarray(transform(im, {"grayscale": {}})); assert (grey.min(-1) == grey.max(-1)).all()
+    assert np.abs(np.asarray(transform(im, {"hue": dict(turn=1/3)}), int)[6, 10].argmax()) != 0                # red is red no more
+    assert np.abs(np.asarray(transform(im, {"contrast": dict(factor=1, grey=90)}), int) - np.asarray(im)).max() <= 1
+    assert 4 < np.asarray(transform(im, {"noise": dict(sigma=8, at=5)}), float)[20:].std() < 12
+    everything = {t: draw(0.2, random.Random(1), im) for t, draw in DRAW.items()} | {"flip": {}}
+    everything = {t: p for t, p in everything.items() if p is not None}
+    assert transform(im, everything).tobytes() == transform(im.convert("RGBA"), everything).tobytes() and transform(im, everything).size == im.size
+    assert transform(im, {}) is im
 
 
 def test_none_changes_nothing():
-    ex = drawn(); before = copy.deepcopy(ex)
+    ex = picture(); before = copy.deepcopy(ex)
     same = augment(ex, Policy.none(), 0, 0)
     assert same == before and same is not ex and same["images"][0].tobytes() == before["images"][0].tobytes()
     same["messages"][0]["content"][1]["text"] = "changed"; same["images"].clear()
     assert ex == before                                                           # the copy shares nothing that can be changed
-    augment(ex, Policy(0.2, 0.5, 0.5, 0.5, 1.0), 0, 0)
+    augment(ex, STRONG, 0, 0)
     assert ex == before and ex["images"][0].tobytes() == before["images"][0].tobytes()
     with pytest.raises(AugmentError, match="id"): augment({k: v for k, v in ex.items() if k != "id"}, LIGHT)
 
 
 def test_augmentation_is_stateless():
-    strong = Policy(0.2, 0.5, 0.5, 0.5, 0.5)
-    examples = [{**drawn(question="What kind of animal can you see in the picture?", caption="A cat."), "id": f"e{i}"} for i in range(6)]
+    strong = STRONG
+    examples = [{**picture(question="What kind of animal can you see in the picture?", caption="A cat."), "id": f"e{i}"} for i in range(6)]
     bits = lambda e: (e["images"][0].tobytes(), json.dumps(e["messages"]))
     once = {e["id"]: bits(augment(e, strong, 1, 2)) for e in examples}
     random.seed(99)
@@ -94,16 +121,16 @@ def test_colours_stay_where_they_are_named():
     spots, seen = [(24, 24), (70, 70), (2, 2)], set()
     for epoch in range(20):
         for question in ("What colour is the circle?", "Is the red circle there?"):
-            ex = drawn(question=question, caption="A red circle and a blue square.")
+            ex = picture(question=question, caption="A red circle and a blue square.")
             new = augment(ex, strong, 0, epoch)["images"][0]
             for spot in spots:
                 (h, s), (h2, s2) = hs(ex["images"][0].getpixel(spot)), hs(new.getpixel(spot))
                 assert abs(s - s2) < 0.02 and (s == 0 or min(abs(h - h2), 1 - abs(h - h2)) < 0.01), (spot, epoch)
             seen.add(new.getpixel(spots[0]))
     assert len(seen) > 5                                                           # brightness did vary
-    dark = drawn(caption="A dark red circle.")
+    dark = picture(caption="A dark red circle.")
     assert augment(dark, strong, 0, 1)["images"][0].tobytes() == dark["images"][0].tobytes()   # nothing left that may be done
-    free = drawn(question="What is it?", caption="A cat.", conclusion="a cat")
+    free = picture(question="What is it?", caption="A cat.", conclusion="a cat")
     assert max(abs(hs(augment(free, strong, 0, e)["images"][0].getpixel((24, 24)))[1] - hs((214, 40, 40))[1]) for e in range(8)) > 0.05
 
 
@@ -112,7 +139,7 @@ def test_crops_keep_what_is_counted_and_where_it_is():
         for i in range(60):
             scene = shapes.sample_scene(i, replace(shapes.LEVELS[level], things=(1, 1), clutter=0), "any")
             thing, cell = scene.things[0], 96 / scene.level.grid
-            ex = drawn(question="How many things are there?"); ex = {**ex, "id": f"e{i}", "images": [shapes.draw(scene, 96, i)]}
+            ex = picture(question="How many things are there?"); ex = {**ex, "id": f"e{i}", "images": [shapes.draw(scene, 96, i)]}
             inside = lambda im: np.abs(np.asarray(im, float) - 127).max(-1) > 40
             new = augment(ex, Policy(crop=0.4), 0, i)["images"][0]
             rows, cols = np.nonzero(inside(new))
@@ -130,7 +157,7 @@ def test_words_that_survive():
     @given(st.lists(st.sampled_from(bits), max_size=9), options, st.integers(0, 5), st.sampled_from(["a sofa", "4", "In the image, a kid.", "A"]))
     def holds(words, options, epoch, conclusion):
         q = " ".join(words) + options
-        ex = drawn(question=q, caption="A cat in the picture.", conclusion=conclusion)
+        ex = picture(question=q, caption="A cat in the picture.", conclusion=conclusion)
         new = augment(ex, Policy(synonyms=1.0), 0, epoch)
         assert new["messages"][1] == ex["messages"][1]
         answer = new["messages"][1]["content"][0]["text"]
@@ -141,9 +168,9 @@ def test_words_that_survive():
 
 
 def test_questions_are_reworded():
-    texts = {asked(augment(drawn(question="What kind of animal can you see in the picture?", caption="It purrs."), Policy(synonyms=0.7), 0, e)) for e in range(40)}
+    texts = {asked(augment(picture(question="What kind of animal can you see in the picture?", caption="It purrs."), Policy(synonyms=0.7), 0, e)) for e in range(40)}
     assert len(texts) > 8 and all(re.fullmatch(r"(What|Which)? ?(kind|type|sort) of animal .* in the (picture|image)\?", t) for t in texts)
-    one = lambda q, **kw: {asked(augment(drawn(question=q, **{"caption": "It purrs.", **kw}), Policy(synonyms=1.0), 0, e)) for e in range(12)}
+    one = lambda q, **kw: {asked(augment(picture(question=q, **{"caption": "It purrs.", **kw}), Policy(synonyms=1.0), 0, e)) for e in range(12)}
     assert one("Is this an automobile?") == {"Is this a car?"} and one("Is there a photo?") == {"Is there a photo?"}
     assert one("What is an infant?", conclusion="an infant") == {"What is an infant?"}             # the conclusion says infant
     assert one("Is it a kid or an infant? Is it tiny?") == {"Is it a kid or an infant? Is it very small?"}
@@ -151,8 +178,8 @@ def test_questions_are_reworded():
 
 
 def test_preview_shows_draws_and_reasons():
-    fig = preview(drawn(), LIGHT, n=3)
+    fig = preview(picture(), LIGHT, n=3)
     texts = " ".join(t.get_text() for t in fig.texts)
     assert len(fig.axes) == 4 and fig.axes[0].get_title() == "original" and "CAPTION names a colour ('red')" in texts and "brightness 0.15: allowed" in texts
     assert changes("in the picture", "in the image") == [("picture", "image")]
-    assert preview({**drawn(), "images": []}, LIGHT, n=1).axes
+    assert preview({**picture(), "images": []}, LIGHT, n=1).axes
