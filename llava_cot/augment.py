@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['LIMITS', 'TRANSFORMS', 'PICTURES', 'LIGHT', 'STRONG', 'POLICIES', 'COLOURS', 'SHADES', 'COUNTS', 'PLACES', 'EDGES',
            'FORMS', 'READING', 'LANGUAGE', 'SMALL', 'LINES', 'TEXTURES', 'TURNS', 'CLOCKS', 'HANDS', 'DOCUMENTS',
-           'MARGIN', 'READABLE', 'RULES', 'SHARE', 'DRAW', 'FILL', 'AugmentError', 'Policy', 'Rule', 'Bar', 'bars',
-           'allowed', 'synonyms', 'geometry', 'warp', 'colour_matrix', 'transform', 'generator', 'drawn', 'augment',
-           'changes', 'preview']
+           'MARGIN', 'READABLE', 'RULES', 'QUESTIONS', 'STATEMENTS', 'INSTRUCTIONS', 'SHARE', 'DRAW', 'FILL',
+           'AugmentError', 'Policy', 'Rule', 'Bar', 'bars', 'allowed', 'synonyms', 'forms', 'geometry', 'warp',
+           'colour_matrix', 'transform', 'generator', 'drawn', 'augment', 'GateReport', 'reasons', 'changes',
+           'DrawView', 'show_draw', 'preview', 'explore']
 
 # %% ../nbs/03_augment.ipynb #c003
-import hashlib, io, json, math, random, re
+import base64, difflib, hashlib, html, io, json, math, random, re, textwrap
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -19,7 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageFilter
 
-from .cot import spans
+from .cot import STAGES, spans
 
 # %% ../nbs/03_augment.ipynb #c009
 class AugmentError(ValueError):
@@ -41,6 +43,8 @@ class Policy:
     noise: float = 0.0         # a third of the pictures: normal, deviation up to this fraction of 255
     jpeg: float = 0.0          # a third of the pictures: saved at a quality down to 100 · (1 - this)
     synonyms: float = 0.0      # probability that a listed word is replaced, wherever it stands
+    patterns: float = 0.0      # probability that a sentence of a known pattern takes another of its forms
+    instructions: float = 0.0  # probability that a question gets an instruction before or after it
     ramp: float = 0.0          # all strengths grow from 0 to full over this share of the training
 
     def __post_init__(self):
@@ -61,7 +65,7 @@ def none(cls: Policy) -> Policy:
 
 LIGHT = Policy(crop=0.04, brightness=0.15, contrast=0.15, saturation=0.2, synonyms=0.3)
 STRONG = Policy(crop=0.25, rotation=8, perspective=0.06, flip=0.5, brightness=0.3, contrast=0.3, saturation=0.4, hue=0.05, grayscale=0.05,
-                blur=0.006, noise=0.06, jpeg=0.6, synonyms=0.5)
+                blur=0.006, noise=0.06, jpeg=0.6, synonyms=0.5, patterns=0.5, instructions=0.3)
 POLICIES = {"none": Policy.none(), "light": LIGHT, "strong": STRONG}
 
 # %% ../nbs/03_augment.ipynb #c010b
@@ -101,7 +105,7 @@ TURNS = _w("clockwise counterclockwise anticlockwise east west eastern western n
 TURNS += ("first image", "second image", "first picture", "second picture", "first panel", "second panel", "in order", "sequence")
 CLOCKS = _w("clock clocks watch watches dial o'clock speedometer")
 HANDS = _w("hand hands handed handedness handshake glove gloves fist palm salute")
-DOCUMENTS = ("chartqa", "docvqa", "ai2d", "geoqa+", "geoqa", "infographicvqa", "textvqa")   # sources whose pictures are read to the edge
+DOCUMENTS = ("chartqa", "docvqa", "ai2d", "geoqa+", "geoqa", "infographicvqa", "textvqa", "share_textvqa", "ocr_vqa", "scienceqa", "sqa")   # sources whose pictures are read to the edge
 
 # %% ../nbs/03_augment.ipynb #c015
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Rule:
     why: str              # what such a word does
     where: str = "any"    # `any`, or `question` to leave the answer unread
 
-MARGIN = dict(crop=0.05, rotation=3, perspective=0.02)           # what moves nothing out of the picture, or to another place in it
+MARGIN = dict(crop=0.05, rotation=3, perspective=0.02, blur=0.01, noise=0.1, jpeg=0.8)        # what leaves every thing in the picture, in its place, and to be seen
 READABLE = dict(crop=0, rotation=2, perspective=0.02, flip=0, blur=0, noise=0.02, jpeg=0.3)   # what leaves print readable
 
 def _held(ceilings, words, why, where="any"): return [Rule(t, tuple(words), c, why, where) for t, c in ceilings.items()]
@@ -121,6 +125,7 @@ def _no(transforms): return dict.fromkeys(transforms.split(), 0)
 
 RULES = tuple(rule for rules in [
     _held(_no("saturation hue grayscale contrast"), COLOURS, "names a colour"),
+    _held(dict(brightness=0.5), COLOURS, "names a colour"),
     _held(_no("contrast brightness grayscale"), SHADES, "names a degree of light"),
     _held(_no("crop rotation perspective"), EDGES, "speaks of the edge"),
     _held(READABLE, READING, "speaks of something read"),
@@ -132,10 +137,12 @@ RULES = tuple(rule for rules in [
     _held(_no("blur noise jpeg"), TEXTURES, "speaks of texture or sharpness"),
     _held(_no("flip"), TURNS, "speaks of an order or direction that a mirror turns"),
     _held(_no("flip"), CLOCKS, "speaks of a clock"),
-    _held(_no("synonyms"), LANGUAGE, "asks about words", "question"),
+    _held(_no("synonyms patterns instructions"), LANGUAGE, "asks about words", "question"),
 ] for rule in rules)
 
 # %% ../nbs/03_augment.ipynb #c017
+def _pictures(example): return sum(item["type"] == "image" for m in example["messages"] for item in m["content"])
+
 def _texts(example):
     "`(role, text)` of every message."
     for m in example["messages"]:
@@ -191,23 +198,39 @@ def _unmirrored(example):
         for m in _HANDS.finditer(text): yield Bar("flip", 0.0, _where(role, text, m.start()), m[0], "speaks of a hand")
 
 # %% ../nbs/03_augment.ipynb #c020
-@lru_cache(maxsize=64)
-def _finder(words): return re.compile(r"(?<![\w<])(?<!</)(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + r")(?![\w>])", re.I)
+_TOKEN = re.compile(r"(?<![\w<])(?<!</)\w+(?![\w>])")
 
+@lru_cache(maxsize=1)
+def _index():
+    "Word, or pair of words → the rules that speak of it."
+    table = {}
+    for i, rule in enumerate(RULES):
+        for word in rule.words: table.setdefault(word, []).append(i)
+    return table
+
+def _found(example):
+    "Rule → the place and the word that it found first."
+    table, found = _index(), {}
+    for role, text in _texts(example):
+        last = ""
+        for m in _TOKEN.finditer(text):
+            word = m[0].lower()
+            for i in (*table.get(word, ()), *table.get(f"{last} {word}", ())):
+                if i not in found and (role != "assistant" or RULES[i].where == "any"): found[i] = _where(role, text, m.start()), m[0]
+            last = word
+    return found
+
+# %% ../nbs/03_augment.ipynb #c020b
 def _objections(example):
-    "All bars an example raises: per rule, the first word that fits."
-    for rule in RULES:
-        for role, text in _texts(example):
-            if rule.where == "question" and role == "assistant": continue
-            if m := _finder(rule.words).search(text):
-                yield Bar(rule.transform, rule.ceiling, _where(role, text, m.start()), m[1], rule.why)
-                break
+    "All bars an example raises."
+    for i, (where, word) in sorted(_found(example).items()): yield Bar(RULES[i].transform, RULES[i].ceiling, where, word, RULES[i].why)
     if (source := str(example.get("source", ""))).lower() in DOCUMENTS:
         for t, ceiling in READABLE.items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
     if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in spans(text)):
         for t, ceiling in MARGIN.items(): yield Bar(t, ceiling, "CAPTION", "", "describes the whole picture")
-    if not example["images"]:
-        for t in PICTURES: yield Bar(t, 0.0, "example", "", "has no picture")
+    n = _pictures(example)
+    for t in PICTURES * (not n) + ("patterns", "instructions") * (n != 1):
+        yield Bar(t, 0.0, "example", "", "has no picture" if not n else "has more than one picture to speak of")
     yield from _unmirrored(example)
 
 # %% ../nbs/03_augment.ipynb #c021
@@ -218,26 +241,26 @@ def bars(
     found = {}
     for bar in _objections(example):
         if bar.transform not in found or bar.ceiling < found[bar.transform].ceiling: found[bar.transform] = bar
-    if "synonyms" not in found and not any(_eligible(example)): found["synonyms"] = Bar("synonyms", 0.0, "question", "", "has no word that may be replaced")
     return found
 
 def allowed(
     example: dict,
 ) -> dict: # transform → the reason it is refused or bounded, or None
     "What may be done to an example, and the reason where it may not."
-    held = bars(example)
-    return {t: str(held[t]) if t in held else None for t in TRANSFORMS}
+    held = {t: str(bar) for t, bar in bars(example).items()}
+    if not any(_exchangeable(example)): held.setdefault("synonyms", "example has no word that may be replaced")
+    if not any(_forms(example)): held.setdefault("patterns", "example has no sentence of a known pattern")
+    return {t: held.get(t) for t in TRANSFORMS}
 
 # %% ../nbs/03_augment.ipynb #c023
 @lru_cache(maxsize=1)
 def synonyms() -> dict:
-    "Phrase → the phrases that may stand for it, from `assets/synonyms.json`."
+    "Phrase → its lemma, and the phrases of its group that may stand for it, from `assets/synonyms.json`."
     groups = json.loads((files("llava_cot") / "assets" / "synonyms.json").read_text(encoding="utf-8"))["groups"]
     table = {}
     for g in groups:
         for phrase in g["words"] + g.get("also", []):
-            others = tuple(w for w in g["words"] if w != phrase)
-            if others: table[phrase] = others
+            if set(g["words"]) - {phrase}: table[phrase] = g.get("lemma", g["words"][0]), tuple(g["words"])
     return table
 
 # %% ../nbs/03_augment.ipynb #c027
@@ -246,49 +269,229 @@ _PROTECTED = [re.compile(p) for p in (
     r"<[^<>]*>",                                                              # separators, `<image>`
     r"(?s)(?:(?m:^)|(?<=\s))(?:\(?[A-Ha-h1-9][.):]|\([ivx]+\))\s.*",            # options, to the end
     r"(?is)\b(?:options|choices|answers|hint|context)\s*:.*",
-    r"[^.?!\n]*\b[oO]r\b[^.?!\n]*",                                           # "a cat or a dog": the choices are answers
 )]
+_CHOICE = re.compile(r"[^.?!\n]*\b[oO]r\b[^.?!\n]*")                           # "a cat or a dog": the choices are answers
+_SMALL_WORDS = frozenset("a an the is are was were be been in of to at on by from for with it its this that these those and can do does there".split())
 
-def _conclusion(example):
-    "The lower-case words of all conclusions; of a whole answer where it has no stages."
-    words = set()
-    for role, text in _texts(example):
-        if role == "assistant":
-            ends = [s for s in spans(text)][-1:]
-            words |= set(re.findall(r"[\w'-]+", (text[ends[0].inner_start:ends[0].inner_end] if ends else text).lower()))
-    return words
+def _open(role, text):
+    "The parts of a text in which words may change, as spans: a question, or the stages before the CONCLUSION."
+    if role == "user": return [(0, len(text))]
+    found = spans(text) if role == "assistant" else []
+    return [(s.inner_start, s.inner_end) for s in found if s.stage != "CONCLUSION"] if found and found[-1].stage == "CONCLUSION" else []
+
+def _shut(role, text):
+    "The parts of a text in which nothing may change, as spans: quotations, separators, and in a question its options."
+    return [m.span() for p in (_PROTECTED if role == "user" else _PROTECTED[:2]) for m in p.finditer(text)]
 
 # %% ../nbs/03_augment.ipynb #c028
+def _words(text): return set(re.findall(r"[\w'-]+", text.lower())) - _SMALL_WORDS
+
+def _kept(example):
+    "The words of an example that are left alone everywhere: those of conclusions, quotations, options and choices."
+    kept = set()
+    for role, text in _texts(example):
+        kept |= set().union(*(_words(text[a:b]) for a, b in _shut(role, text)))
+        if role == "user": kept |= set().union(*(_words(m[0]) for m in _CHOICE.finditer(text)))
+        if role == "assistant": kept |= _words(text[(_open(role, text) or [(0, 0)])[-1][1]:])
+    return kept - set(w.lower() for stage in STAGES for w in (stage, f"{stage}s"))
+
 @lru_cache(maxsize=1)
 def _phrases(): return re.compile(r"(?<![\w'’-])(" + "|".join(sorted(map(re.escape, synonyms()), key=len, reverse=True)) + r")(?![\w'’-])", re.I)
 
-def _replaceable(text, conclusion=frozenset()):
-    "Matches of listed phrases in a question that nothing protects, in order."
-    shut = [m.span() for p in _PROTECTED for m in p.finditer(text)]
-    for m in _phrases().finditer(text):
-        phrase, words = m[1], m[1].lower().split()
-        starts = not re.sub(r"[\s\"'(]+$", "", text[:m.start()]) or re.search(r"[.?!:\n][\s\"'(]*$", text[:m.start()])
-        named = phrase != phrase.lower() and not (starts and phrase[1:] == phrase[1:].lower())
-        before_name = starts and phrase[:1].isupper() and re.match(r"\s+[A-Z]", text[m.end():])
-        if not (named or before_name or set(words) & conclusion or any(a < m.end() and m.start() < b for a, b in shut)): yield m
+def _named(text, m):
+    "Whether a match is, or begins, a name: a capital that no start of a sentence explains."
+    starts = not re.sub(r"[\s\"'(]+$", "", text[:m.start()]) or re.search(r"[.?!:>\n][\s\"'(]*$", text[:m.start()])
+    named = m[0] != m[0].lower() and not (starts and m[0][1:] == m[0][1:].lower())
+    return named or bool(starts and m[0][:1].isupper() and re.match(r"\s+[A-Z]", text[m.end():]))
 
-def _eligible(example):
-    "All replaceable matches of an example's questions."
-    conclusion = _conclusion(example)
-    for role, text in _texts(example):
-        if role == "user": yield from _replaceable(text, conclusion)
+def _replaceable(role, text, kept, gate=True):
+    "Matches of listed phrases in a text that nothing protects, in order."
+    if not gate: return list(_phrases().finditer(text)) if role != "system" else []
+    free, shut = _open(role, text), _shut(role, text)
+    return [m for m in _phrases().finditer(text) if any(a <= m.start() and m.end() <= b for a, b in free) and not any(a < m.end() and m.start() < b for a, b in shut)
+            and not _words(m[1]) & kept and not _named(text, m)]
+
+def _exchangeable(example):
+    "All replaceable matches of an example."
+    kept = _kept(example)
+    for role, text in _texts(example): yield from _replaceable(role, text, kept)
 
 # %% ../nbs/03_augment.ipynb #c030
-def _reword(text, p, rng, conclusion):
-    "A question with each replaceable phrase exchanged with probability `p`."
+def _draw_synonyms(example, p, draws, gate=True):
+    "Phrase → what stands for it, everywhere in the example."
+    kept, targets, found = _kept(example), {}, {}
+    for role, text in _texts(example):
+        for m in _replaceable(role, text, kept, gate):
+            lemma, words = synonyms()[phrase := m[1].lower()]
+            if lemma not in targets:
+                rng = draws("synonyms", lemma)
+                targets[lemma] = rng.choice([i for i, w in enumerate(words) if w != phrase]) if rng.random() < p else None
+            if targets[lemma] is not None and words[targets[lemma]] != phrase: found[phrase] = words[targets[lemma]]
+    return found
+
+def _reword(role, text, mapping, kept, gate=True):
+    "A text with each replaceable phrase exchanged as `mapping` says."
     out, at = "", 0
-    for m in _replaceable(text, conclusion):
-        if rng.random() >= p: continue
-        new = rng.choice(synonyms()[m[1].lower()])
+    for m in _replaceable(role, text, kept, gate):
+        if not (new := mapping.get(m[1].lower())): continue
         out += text[at:m.start()]
         if article := re.search(r"\b([Aa])n?(\s+)$", out): out = out[:article.start()] + article[1] + "n" * (new[0] in "aeiou") + article[2]
         out, at = out + (new[0].upper() + new[1:] if m[1][0].isupper() else new), m.end()
     return out + text[at:]
+
+# %% ../nbs/03_augment.ipynb #c031b
+QUESTIONS = {
+    "count": ("How many {xs} are there{t}?", "How many {xs} can you see{t}?", "How many {xs} do you see{t}?", "What is the number of {xs}{t}?", "What number of {xs} are there{t}?",
+              "Count the {xs}{t}.", "Tell me how many {xs} there are{t}.", "How many {xs} are in the {p}?", "How many {xs} does the {p} show?"),
+    "colour": ("What {c} is the {x}?", "Which {c} is the {x}?", "What {c} does the {x} have?", "Which {c} does the {x} have?", "What is the {c} of the {x}?", "Tell me the {c} of the {x}.",
+               "Name the {c} of the {x}.", "The {x} is of which {c}?"),
+    "colours": ("What {c} are the {xs}?", "Which {c} are the {xs}?", "What {c} do the {xs} have?", "What is the {c} of the {xs}?", "Tell me the {c} of the {xs}."),
+    "exist": ("Is there {a} {x}{t}?", "Can you see {a} {x}{t}?", "Do you see {a} {x}{t}?", "Does {a} {x} appear{t}?", "Does the {p} show {a} {x}?", "Is {a} {x} in the {p}?"),
+    "exist any": ("Are there any {xs}{t}?", "Can you see any {xs}{t}?", "Do you see any {xs}{t}?", "Does the {p} show any {xs}?", "Are any {xs} in the {p}?"),
+    "relation": ("Where is the {x} relative to the {y}?", "Relative to the {y}, where is the {x}?", "In which direction from the {y} is the {x}?", "Where does the {x} lie from the {y}?",
+                 "Which way from the {y} is the {x}?", "What is the position of the {x} relative to the {y}?", "Where is the {x} with respect to the {y}?"),
+    "compare": ("Are there more {xs} or {ys}?", "Which are more, {xs} or {ys}?", "What is there more of, {xs} or {ys}?", "Compare the {xs} with the {ys}: which are more?",
+                "Which are more numerous, {xs} or {ys}?", "Are the {xs} or the {ys} more numerous?", "Do {xs} or {ys} appear more often?"),
+    "show": ("What is in the {p}?", "What does the {p} show?", "What can be seen in the {p}?", "What is shown in the {p}?"),
+    "describe": ("Describe {d} {p}.", "Can you describe {d} {p}?", "Give a description of {d} {p}.", "Provide a description of {d} {p}."),
+    "describe in detail": ("Describe {d} {p} in detail.", "Can you describe {d} {p} in detail?", "Give a detailed description of {d} {p}.", "Provide a detailed description of {d} {p}."),
+}
+
+# %% ../nbs/03_augment.ipynb #c031d
+_VERBS = dict(holds="held", carries="carried", wears="worn", rides="ridden", pulls="pulled", pushes="pushed", leads="led", covers="covered", surrounds="surrounded", supports="supported", contains="contained",
+              holding="held", carrying="carried", wearing="worn", riding="ridden", pulling="pulled", pushing="pushed")
+
+STATEMENTS = {
+    "intend": ("I will {v}.", "I'll {v}.", "I am going to {v}.", "My task is to {v}."),
+    "existential": ("There is {n} {l}.", "{L}, there is {n}.", "{N} is {l}."),
+    "existential, plural": ("There are {m} {l}.", "{L}, there are {m}.", "{M} are {l}."),
+    "depict": ("The {p} shows {n}.", "The {p} depicts {n}.", "{N} is shown in the {p}."),
+    "depict, plural": ("The {p} shows {m}.", "The {p} depicts {m}.", "{M} are shown in the {p}."),
+    "front": ("{S} in the {g}.", "In the {g}, {s}."),
+    **{f"active, passive: {verb}": (f"{{A}} {verb} {{b}}.", f"{{B}} is {done} by {{a1}}.") if verb.endswith("s") else (f"{{A}} is {verb} {{b}}.", f"{{B}} is being {done} by {{a1}}.")
+       for verb, done in _VERBS.items()},
+}
+
+# %% ../nbs/03_augment.ipynb #c031f
+_NOT_A_NOUN = frozenset("""a an the is are was were be been being am do does did done has have had can could will would shall should may might must not no never none nor neither that which who whom whose
+    what where when why how and or but if than as while because though although so then it they he she you i we them him her us me my your his their its our this these those there here more most fewer fewest less least
+    each every any all both other another same of in on at by for with from to into near behind beside above below under over between among next left right not cannot n't either only just also very too
+    wear wears sit sits stand stands hold holds show shows look looks seem seems have much many times percent total different""".split())
+_ENDINGS_THAT_ARE_NOUNS = frozenset("building buildings ceiling painting paintings king ring rings wing wings string thing things clothing evening railing red bed beds shed seed seeds weed weeds colored coloured".split())
+_PLURALS = frozenset("people children men women feet teeth mice geese".split())
+_SINGULAR_S = re.compile(r"(?:ss|us|is|as)$")
+
+_W, _LOC = r"[a-z][a-z'’-]*", r"(?:on|in|at|near|behind|under|beside|above|below|inside|next to|in front of|to the (?:left|right) of) (?:the|a|an) "
+def _is_noun(phrase, plural=None):
+    "Whether a phrase is up to four plain words that name a thing, optionally one (`plural=False`) or several (`True`)."
+    words = phrase.split()
+    if not 1 <= len(words) <= 4 or any(w in _NOT_A_NOUN or re.search(r"(?:ing|ed|ly|n't|n’t)$", w) and w not in _ENDINGS_THAT_ARE_NOUNS for w in words): return False
+    many = words[-1] in _PLURALS or words[-1].endswith("s") and not _SINGULAR_S.search(words[-1])
+    return plural is None or plural == many
+
+def _is_place(phrase):
+    "Whether a phrase is a preposition, an article and a thing."
+    return bool(m := re.fullmatch(f"{_LOC}(.+)", phrase)) and _is_noun(m[1])
+
+# %% ../nbs/03_augment.ipynb #c031g
+_NUMBERS = "two|three|four|five|six|seven|eight|nine|ten|several|many|some"
+_DETAIL = re.compile(rf"(.+?)((?: (?:with|of|riding|holding|wearing|sitting|standing|walking|playing|{_LOC.replace(' (?:the|a|an) ', '')}) (?:the |a |an |)[a-z' -]+)?)")
+
+def _counted(phrase, first, plural):
+    "Whether a phrase is one of the words `first`, a thing, and perhaps a detail of it (*with a hat*)."
+    if not (m := re.fullmatch(rf"(?:{first}) (.+)", phrase)) or not (d := _DETAIL.fullmatch(m[1])): return False
+    rest = [w for w in d[2].split() if w not in ("the", "a", "an")]
+    return _is_noun(d[1], plural) and len(rest) < 7 and not {"and", "or", "that", "who", "which", "is", "are", "not", "it", "its", "their", "his", "her"} & set(rest)
+
+_SLOTS = {   # slot → what it looks like, and whether a text may stand there
+    "x": (_W + f"(?: {_W})*?", lambda s: _is_noun(s, False)), "y": (_W + f"(?: {_W})*?", lambda s: _is_noun(s, False)),
+    "xs": (_W + f"(?: {_W})*?", lambda s: _is_noun(s, True)), "ys": (_W + f"(?: {_W})*?", lambda s: _is_noun(s, True)),
+    "a": ("an?", bool), "c": ("colou?r", bool), "d": ("the|this", bool), "t": (r"| in the (?:picture|image|photo)", lambda s: True), "p": ("picture|image|photo", bool),
+    "v": ("(?:count|find|look|name|compare|identify|analy[sz]e|describe|determine|examine|solve|calculate|explain|answer|use|provide|evaluate|discuss|outline|focus|interpret) [^.?!<>\n\"]+",
+          lambda s: not re.search(r"\b(?:I|not|never|my)\b|n['’]t", s)),
+    "n": ("an? [a-z' -]+", lambda s: _counted(s, "an?", False)), "m": (rf"(?:{_NUMBERS}) [a-z' -]+", lambda s: _counted(s, _NUMBERS, True)),
+    "l": (_LOC + "[a-z' -]+", _is_place), "g": ("background|foreground|picture|image|photo", bool),
+    "s": (rf"(?:the|an?|there|{_NUMBERS}) [a-z' -]+ (?:is|are|stands?|sits?|lies?|hangs?) [a-z' -]+", lambda s: not {"and", "or", "but", "that", "who", "which", "while", "not", "no", "it", "its", "as"} & set(s.split())),
+    "a1": ("(?:the|an?) [a-z' -]+", lambda s: _counted(s, "the|an?", False)), "b": ("(?:the|an?) [a-z' -]+", lambda s: _is_noun(s.split(" ", 1)[1], False)),
+}
+
+# %% ../nbs/03_augment.ipynb #c031h
+_CAPITALS = {"L": "l", "N": "n", "M": "m", "S": "s", "A": "a1", "B": "b"}   # the same at the start of a sentence
+
+def _slot(name):
+    "The regular expression of a slot."
+    form = _SLOTS[_CAPITALS.get(name, name)][0]
+    return f"(?P<{name}>" + (rf"(?=[A-Z])(?i:{form})" if name in _CAPITALS else form) + ")"
+
+@lru_cache(maxsize=1)
+def _readers():
+    "`(pattern, templates, compiled)` of all patterns: for questions, for statements."
+    def compiled(template): return re.compile("".join(_slot(p[1:-1]) if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", template)))
+    return tuple([(name, forms, [compiled(f) for f in forms]) for name, forms in table.items()] for table in (QUESTIONS, STATEMENTS))
+
+def _low(text): return text[0].lower() + text[1:]
+
+def _read(sentence, question):
+    "The pattern that a sentence fits, with its templates and what stands in the slots; None if it fits none."
+    for name, forms, readers in _readers()[not question]:
+        for reader in readers:
+            if not (m := reader.fullmatch(sentence)): continue
+            slots = {_CAPITALS.get(k, k): _low(v) if k in _CAPITALS else v for k, v in m.groupdict().items()}
+            if all(_SLOTS[k][1](v) for k, v in slots.items()): return name, forms, slots
+    return None
+
+# %% ../nbs/03_augment.ipynb #c031j
+def _write(template, slots):
+    "A template filled in."
+    slots = {"p": slots["t"].split()[-1] if slots.get("t") else "picture", "t": f" in the {slots['p']}" if "p" in slots else "", **slots}
+    fill = lambda name: (v := slots[_CAPITALS.get(name, name)])[:1].upper() + v[1:] if name in _CAPITALS else slots[name]
+    return re.sub(r"\{(\w+)\}", lambda m: fill(m[1]), template)
+
+def _says_where(template, slots): return "{t}" in template or "{p}" in template or not slots.get("t") and "p" not in slots
+
+def forms(
+    sentence: str,
+    question: bool = True,  # False for a sentence of a stage
+) -> list:
+    "All forms a sentence may take, itself among them; empty if it fits no pattern."
+    if not (found := _read(sentence, question)): return []
+    return list(dict.fromkeys([sentence, *(_write(t, found[2]) for t in found[1] if _says_where(t, found[2]))]))
+
+# %% ../nbs/03_augment.ipynb #c031o
+INSTRUCTIONS = {"before": ("Look at the picture.", "Take a close look at the picture.", "Please answer the question.", "Here is a question about the picture.", "Use the picture to answer."),
+                "after": ("Look carefully.", "Please use the picture.", "Please answer with care.")}
+_SENTENCE = re.compile(r"(?<!\S)[A-Z][^.?!\n<>]*[.?!](?=\s|$)")
+
+def _forms(example, gate=True):
+    "`(message, item, sentence, its forms)` of each sentence that may take another form."
+    for i, message in enumerate(example["messages"]):
+        for j, item in enumerate(message["content"]):
+            if item["type"] != "text" or not item["text"]: continue
+            role, text = message["role"], item["text"]
+            free, shut = (_open(role, text) if gate else [(0, len(text))]), _shut(role, text)
+            for m in _SENTENCE.finditer(text):
+                if not any(a <= m.start() and m.end() <= b for a, b in free) or any(a < m.end() and m.start() < b for a, b in shut): continue
+                if len(found := forms(m[0], role == "user")) > 1: yield i, j, m.span(), found
+
+def _draw_patterns(example, p, draws, gate=True):
+    "The sentences that take another form: message, item, span, new sentence."
+    made = []
+    for i, j, span, found in _forms(example, gate):
+        rng = draws("patterns", i, j, span[0])
+        if rng.random() < p: made.append((i, j, span, rng.choice(found[1:])))
+    return made
+
+def _draw_instructions(example, p, draws):
+    "The questions that get an instruction: message, item, where, instruction."
+    made = []
+    for i, m in enumerate(example["messages"]):
+        at = [j for j, c in enumerate(m["content"]) if c["type"] == "text" and c["text"]]
+        rng = draws("instructions", i)
+        if m["role"] != "user" or len(at) != 1 or rng.random() >= p: continue
+        text = m["content"][at[0]]["text"].strip()
+        where = "before" if len(_shut("user", text)) or rng.random() < 0.5 else "after"
+        if text[-1:] in "?." and "?" in text: made.append((i, at[0], where, rng.choice(INSTRUCTIONS[where])))
+    return made
 
 # %% ../nbs/03_augment.ipynb #c037
 SHARE = 1 / 3   # of the pictures are blurred; as many get noise, as many JPEG's artefacts
@@ -399,13 +602,21 @@ def transform(
     return image
 
 # %% ../nbs/03_augment.ipynb #c039
-def _draw_picture(image, strength, draws, flipped, keep_colours):
+def _keeps_inside(parameters, size, margin=0.05):
+    "Whether every point of the old picture that is `margin` or more from its edge is in the new one."
+    box = np.array([[margin, 1 - margin, 1 - margin, margin], [margin, margin, 1 - margin, 1 - margin], [1, 1, 1, 1]])
+    at = np.linalg.solve(geometry(parameters, size), box)
+    return bool(((at[:2] / at[2] >= 0) & (at[:2] / at[2] <= 1)).all())
+
+def _draw_picture(image, strength, draws, flipped, held):
     "The parameters of one picture, for each transform that is done."
     found = {}
     for t in PICTURES:
         p = ({} if flipped else None) if t == "flip" else DRAW[t](strength[t], draws(t), image) if strength[t] else None
         if p is not None: found[t] = p
-    if keep_colours and "brightness" in found:
+    for t in ("perspective", "rotation"):
+        if t in found and t in held and not _keeps_inside(found, image.size): del found[t]
+    if "saturation" in held and "brightness" in found:
         peak = max(1, *(high for _, high in image.convert("RGB").getextrema()))
         found["brightness"]["factor"] = min(found["brightness"]["factor"], max(1.0, 255 / peak))
     return found
@@ -429,14 +640,17 @@ def drawn(
     seed: int = 0,      # the run's
     epoch: int = 0,     # another epoch, another draw
     gate: bool = True,  # False lifts every bar and every protection: for proofs that these are needed
-) -> dict:              # `strength`: transform → what the gate left of it; `images`: for each, transform → parameters
+) -> dict:              # `strength`, `flipped`, `images` (for each, transform → parameters), `patterns`, `synonyms`, `instructions`
     "What `augment` does to an example, as data."
     draws, held = _draws(example, seed, epoch), bars(example) if gate else {}
-    strength = {t: min(getattr(policy, t), held[t].ceiling if t in held else 1e9) for t in TRANSFORMS}
+    strength = {t: min(getattr(policy, t), held[t].ceiling) if t in held else getattr(policy, t) for t in TRANSFORMS}
     flipped = draws("flip").random() < strength["flip"]
-    images = [_draw_picture(image, strength, lambda t: draws(t, i), flipped, gate and "saturation" in held)
+    images = [_draw_picture(image, strength, lambda t: draws(t, i), flipped, held)
               for i, image in enumerate(example["images"] if any(strength[t] for t in PICTURES) else [])]
-    return {"strength": strength, "flipped": flipped, "images": images}
+    patterns = _draw_patterns(example, p, draws, gate) if (p := strength["patterns"]) else []
+    return {"strength": strength, "flipped": flipped, "images": images, "patterns": patterns,
+            "synonyms": _draw_synonyms(_with_patterns(example, patterns), p, draws, gate) if (p := strength["synonyms"]) else {},
+            "instructions": _draw_instructions(example, p, draws) if (p := strength["instructions"]) else []}
 
 def augment(
     example: dict,      # not touched
@@ -448,46 +662,188 @@ def augment(
     "A varied copy of an example whose answer and stages stay true. Pure in (seed, epoch, id). Raises `AugmentError` without an id."
     d = drawn(example, policy, seed, epoch, gate)
     images = [transform(image, p) for image, p in zip(example["images"], d["images"])] or list(example["images"])
-    return {**example, "images": images, "messages": _varied_messages(example, d, _draws(example, seed, epoch), gate)}
+    return {**_reworded(example, d, gate), "images": images}
 
 # %% ../nbs/03_augment.ipynb #c044
-def _varied_messages(example, d, draws, gate):
-    "Copies of the messages, with what was drawn done to the words."
-    conclusion, p = _conclusion(example), d["strength"]["synonyms"]
-    def item(role, c, *at):
-        if c["type"] != "text": return dict(c)
-        text = _mirrored(c["text"]) if d["flipped"] and gate else c["text"]
-        return {**c, "text": _reword(text, p, draws("synonyms", *at), conclusion) if role == "user" and p else text}
-    return [{**m, "content": [item(m["role"], c, i, j) for j, c in enumerate(m["content"])]} for i, m in enumerate(example["messages"])]
+def _edited(example, change):
+    "A copy of an example, its texts as `change(message, item, role, text)` gives them."
+    def item(i, j, role, c): return {**c, "text": change(i, j, role, c["text"])} if c["type"] == "text" and c["text"] else dict(c)
+    return {**example, "messages": [{**m, "content": [item(i, j, m["role"], c) for j, c in enumerate(m["content"])]} for i, m in enumerate(example["messages"])]}
+
+def _with_patterns(example, patterns):
+    "A copy of an example with sentences in their new form."
+    def change(i, j, role, text):
+        for a, b, (start, end), new in reversed(patterns):
+            if (a, b) == (i, j): text = text[:start] + new + text[end:]
+        return text
+    return _edited(example, change)
+
+def _reworded(example, d, gate=True):
+    "A copy of an example with what was drawn done to its words: patterns, then synonyms, instructions, and left for right."
+    example = _with_patterns(example, d["patterns"])
+    kept, extra = _kept(example) if d["synonyms"] else set(), {(i, j): (where, words) for i, j, where, words in d["instructions"]}
+    def change(i, j, role, text):
+        if d["synonyms"]: text = _reword(role, text, d["synonyms"], kept, gate)
+        if added := extra.get((i, j)): text = f"{added[1]} {text}" if added[0] == "before" else f"{text.rstrip()} {added[1]}"
+        return _mirrored(text) if d["flipped"] and gate else text
+    return _edited(example, change)
+
+# %% ../nbs/03_augment.ipynb #c058a
+@dataclass
+class GateReport:
+    "What the gate says to the rows of a dataset, counted."
+    n: dict        # source → rows
+    counts: dict   # (source, transform) → Counter of allowed, bounded, refused
+    why: dict      # transform → Counter of reasons
+
+    def share(self, source: str, transform: str, *verdicts: str) -> float:
+        "Of a source's rows, the share with one of these verdicts."
+        return sum(self.counts[source, transform][v] for v in verdicts) / self.n[source]
+
+def reasons(
+    rows,           # a `Dataset`, or any examples; pictures are not opened
+) -> GateReport:
+    "What may be done to how much of a dataset, by source, and why not."
+    if hasattr(rows, "select_columns"): rows = rows.select_columns([c for c in rows.column_names if c != "images"])
+    n, counts, why = Counter(), {}, {t: Counter() for t in TRANSFORMS}
+    for row in rows:
+        held, source = bars(row), str(row.get("source", "")) or "no source"
+        n[source] += 1
+        for t in TRANSFORMS:
+            verdict = "allowed" if t not in held else "bounded" if held[t].ceiling else "refused"
+            counts.setdefault((source, t), Counter())[verdict] += 1
+            if t in held: why[t][f"{held[t].where} {held[t].why}"] += 1
+    return GateReport(dict(n.most_common()), counts, why)
+
+# %% ../nbs/03_augment.ipynb #c058b
+@patch
+def __str__(self: GateReport):
+    width = max(len(s) for s in ("rows of", *self.n))
+    lines = [f"{'rows of':{width}} {'':>7}  " + " ".join(f"{t[:11]:>11}" for t in TRANSFORMS)]
+    for s, rows in self.n.items():
+        cells = (f"{self.share(s, t, 'allowed'):.0%}" + (f" +{b:.0%}" if (b := self.share(s, t, "bounded")) else "") for t in TRANSFORMS)
+        lines.append(f"{s:{width}} {rows:7,}  " + " ".join(f"{c:>11}" for c in cells))
+    return "\n".join(lines) + "\n(allowed +bounded; the rest is refused)\n" + "\n".join(
+        f"{t}: " + "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(3)) for t in TRANSFORMS if self.why[t])
+
+@patch
+def plot(self: GateReport):  # a matplotlib `Figure`
+    "Per source and transform, the share of rows allowed (dark) and bounded (light)."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(TRANSFORMS), figsize=(13, 0.6 + 0.3 * len(self.n)), sharey=True)
+    names = list(self.n)[::-1]
+    for ax, t in zip(axes, TRANSFORMS):
+        free, held = ([self.share(s, t, v) for s in names] for v in ("allowed", "bounded"))
+        ax.barh(names, free, color="0.25"); ax.barh(names, held, left=free, color="0.75")
+        ax.set_title(t, fontsize=8); ax.set_xlim(0, 1); ax.set_xticks([0, 1], ["0", "1"], fontsize=7); ax.tick_params(axis="y", labelsize=8)
+    fig.supxlabel("share of rows: allowed (dark), bounded (light)", fontsize=8); fig.tight_layout(w_pad=0.2); plt.close(fig)
+    return fig
 
 # %% ../nbs/03_augment.ipynb #c059
+def _pieces(text): return re.findall(r"\s+|[\w'-]+|[^\w\s]", text)
+
+def _opcodes(a, b): return difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+
 def changes(before: str, after: str) -> list:
     "What was exchanged between two texts: pairs of (old, new)."
-    import difflib
-    a, b = (re.findall(r"[\w'-]+|[^\w\s]", text) for text in (before, after))
-    return [(" ".join(a[i:j]), " ".join(b[k:l])) for op, i, j, k, l in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if op != "equal"]
+    a, b = ([p for p in _pieces(text) if p.strip()] for text in (before, after))
+    return [(" ".join(a[i:j]), " ".join(b[k:l])) for op, i, j, k, l in _opcodes(a, b) if op != "equal"]
+
+def _diff(before, after):
+    "Two texts as HTML: what is gone struck out, what is new underlined."
+    a, b, out = _pieces(before), _pieces(after), []
+    for op, i, j, k, l in _opcodes(a, b):
+        old, new = (html.escape("".join(p)) for p in (a[i:j], b[k:l]))
+        if op == "equal": out.append(old); continue
+        if old: out.append(f'<del style="color:#a33">{old}</del>')
+        if new: out.append(f'<ins style="color:#060;font-weight:bold">{new}</ins>')
+    return "".join(out)
 
 def _question(example): return " ".join(text for role, text in _texts(example) if role == "user")
 
-# %% ../nbs/03_augment.ipynb #c060
-def preview(
+# %% ../nbs/03_augment.ipynb #c059b
+def _img(picture, side=200):
+    "An `<img>` that holds its own data."
+    small, file = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((2 * side, 2 * side)); small.save(file, "PNG")
+    return f'<img style="height:{side}px;image-rendering:pixelated" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+def _figure(caption, pictures):
+    return f'<figure style="display:inline-block;margin:.3em .8em .3em 0;vertical-align:top">{" ".join(map(_img, pictures))}<figcaption style="color:#666">{caption}</figcaption></figure>'
+
+def _said(parameters): return ", ".join(f"{k} {v:.3g}" for k, v in parameters.items() if isinstance(v, (int, float)) and k != "at")
+
+def _table(example, policy, d):
+    "The transforms asked for: strength, what was drawn, and the gate's reason."
+    why, lines = allowed(example), []
+    for t in TRANSFORMS:
+        if not (asked := getattr(policy, t)): continue
+        did = _said(d["images"][0][t]) or "done" if d["images"] and t in d["images"][0] else {"synonyms": ", ".join(f"{a} → {b}" for a, b in d["synonyms"].items()),
+              "patterns": f"{len(d['patterns'])} sentence(s)" * bool(d["patterns"]), "instructions": "; ".join(words for *_, words in d["instructions"])}.get(t, "")
+        verdict = "allowed" if not why[t] else "bounded" if d["strength"][t] else "refused"
+        cells = (t, f"{asked:g}", verdict, html.escape(why[t] or ""), html.escape(did))
+        lines.append("<tr>" + "".join(f'<td style="text-align:left;padding:0 .8em 0 0">{c}</td>' for c in cells) + "</tr>")
+    head = "".join(f'<th style="text-align:left;padding:0 .8em 0 0">{c}</th>' for c in ("transform", "strength", "gate", "reason", "this draw"))
+    return f'<table style="font-size:85%;border-spacing:0"><tr>{head}</tr>{"".join(lines)}</table>'
+
+# %% ../nbs/03_augment.ipynb #c059c
+class DrawView:
+    "One draw of a policy, as HTML."
+    def __init__(self, html): self.html = html
+    def _repr_html_(self): return self.html
+
+def show_draw(
     example: dict,
     policy: Policy = STRONG,
     seed: int = 0,
-    n: int = 5,      # draws: epochs 0 to n-1
-):                   # a matplotlib `Figure`
-    "The first picture and `n` draws of it, what became of the question, and the gate's reasons."
+    epoch: int = 0,
+    see=None,        # example → list of pictures: what the vision tower sees of it, such as the first of `tokens.seen`
+) -> DrawView:
+    "An example before and after: pictures, what is seen of them, the text's changes, the gate's reasons."
+    d, new = drawn(example, policy, seed, epoch), augment(example, policy, seed, epoch)
+    shown = "".join(_figure(what, e["images"]) for what, e in (("before", example), (f"after, epoch {epoch}", new)) if e["images"])
+    if see: shown += _figure("as the model sees it", see(new))
+    parts = [(f"<b>{role}</b> " if role != "assistant" else "") + _diff(old, text) for (role, old), (_, text) in zip(_texts(example), _texts(new))]
+    body = "".join(f'<p style="white-space:pre-wrap;margin:.4em 0">{p}</p>' for p in parts)
+    return DrawView(f'<section><h3>{html.escape(str(example["id"]))}</h3>{shown}{body}{_table(example, policy, d)}</section>')
+
+# %% ../nbs/03_augment.ipynb #c060
+def preview(
+    examples,                 # an example, or several
+    policy: Policy = STRONG,
+    seed: int = 0,
+    n: int = 8,               # draws: epochs 0 to n-1
+):                            # a matplotlib `Figure`
+    "The first picture of each example, `n` draws of it, and what became of the question."
     import matplotlib.pyplot as plt
-    draws = [example] + [augment(example, policy, seed, epoch) for epoch in range(n)]
-    fig, axes = plt.subplots(1, n + 1, figsize=(1.9 * (n + 1), 3.6), squeeze=False)
-    for epoch, (ax, d) in enumerate(zip(axes[0], draws), -1):
-        ax.set_title("original" if epoch < 0 else f"epoch {epoch}", fontsize=10); ax.axis("off")
-        if d["images"]: ax.imshow(d["images"][0].convert("RGB"))
-        said = "\n".join(f"{old} → {new}" for old, new in changes(_question(example), _question(d))) or ("" if epoch < 0 else "words as they were")
-        ax.text(0.5, -0.06, said, transform=ax.transAxes, ha="center", va="top", fontsize=7)
-    lines = [f"{t} {getattr(policy, t):g}: {why or 'allowed'}" for t, why in allowed(example).items()]
-    fig.suptitle(_question(example)[:110], fontsize=10, x=0.01, ha="left")
-    fig.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom", family="monospace")
-    fig.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.3, wspace=0.05)
-    plt.close(fig)   # shown once, by whoever receives it
+    examples = [examples] if isinstance(examples, dict) else list(examples)
+    fig, axes = plt.subplots(len(examples), n + 1, figsize=(1.5 * (n + 1), 2.1 * len(examples)), squeeze=False)
+    for row, example in zip(axes, examples):
+        for epoch, ax in enumerate(row, -1):
+            new = augment(example, policy, seed, epoch) if epoch >= 0 else example
+            ax.axis("off"); ax.set_title("original" if epoch < 0 else f"epoch {epoch}", fontsize=8)
+            if new["images"]: ax.imshow(new["images"][0].convert("RGB"))
+            ax.text(0.5, -0.05, textwrap.fill(_question(new)[:90], 22), transform=ax.transAxes, ha="center", va="top", fontsize=6)
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.16 / len(examples), wspace=0.08, hspace=0.55); plt.close(fig)   # shown once, by whoever receives it
     return fig
+
+# %% ../nbs/03_augment.ipynb #c063
+def explore(
+    rows,                     # a `Dataset`, or any sequence of examples
+    policy: Policy = STRONG,  # where the sliders start
+    see=None,                 # example → list of pictures: what the vision tower sees of it
+):                            # an `ipywidgets.HBox`
+    "A widget: an example, a slider for each strength, the draw that `show_draw` shows."
+    import ipywidgets as widgets
+    if not len(rows): raise AugmentError("rows is empty; expected at least one example to look at")
+    at = lambda name, top: widgets.BoundedIntText(0, 0, top, description=name, layout={"width": "150px"})
+    row, epoch, view = at("row", len(rows) - 1), at("epoch", 10**6), widgets.HTML()
+    back, on = widgets.Button(description="◀", layout={"width": "40px"}), widgets.Button(description="▶", layout={"width": "40px"})
+    sliders = {t: widgets.FloatSlider(getattr(policy, t), min=0, max=(top := LIMITS.get(t, 1.0)), step=top / 100, description=t, readout_format=".3g", continuous_update=False,
+                                      layout={"width": "290px"}) for t in TRANSFORMS}
+    def show(_=None): view.value = show_draw(rows[row.value], Policy(**{t: s.value for t, s in sliders.items()}), 0, epoch.value, see).html
+    def move(by): row.value += by                      # the box keeps it in range
+    back.on_click(lambda _: move(-1)); on.on_click(lambda _: move(1))
+    for control in (row, epoch, *sliders.values()): control.observe(show, "value")
+    show()
+    return widgets.HBox([widgets.VBox([widgets.HBox([back, row, on]), epoch, *sliders.values()], layout={"flex": "0 0 310px"}), view])

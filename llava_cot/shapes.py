@@ -132,6 +132,12 @@ def sample_scene(
         scene = Scene(level, tuple(sorted(Thing(r, c, rng.choice(level.colours), rng.choice(level.shapes)) for r, c in cells)))
         if split == "any" or scene.split == split: return scene
 
+# %% ../nbs/02_shapes.ipynb #c015n
+@patch
+def mirrored(self: Scene) -> Scene:
+    "The scene that the mirror image of a picture shows."
+    return Scene(self.level, tuple(sorted(replace(t, col=self.level.grid - 1 - t.col) for t in self.things)))
+
 # %% ../nbs/02_shapes.ipynb #c017
 def _star(x, y, r):
     from math import cos, pi, sin
@@ -404,6 +410,13 @@ def _supported(query: Query, seen: dict) -> str:
     if query.kind == "colour": return " ".join(name.split()[0] for name, hit in zip(seen.values(), hits[0]) if hit)
     return str(n) if query.kind == "count" else "yes" if n else "no"
 
+# %% ../nbs/02_shapes.ipynb #c049n
+_COLOURED = re.compile(rf"\b({'|'.join(RGB)}) objects\b")
+
+def _task(summary: str) -> str:
+    "A SUMMARY in the wording of `summarise`."
+    return _COLOURED.sub(r"\1 things", re.sub(r"^(?:I'll|I am going to|My task is to) ", "I will ", summary))
+
 # %% ../nbs/02_shapes.ipynb #c051
 def verify(
     text: str,                     # a staged answer, as a model wrote it
@@ -416,7 +429,7 @@ def verify(
     try: cot = parse(text, fmt)
     except CoTError as e: return [Problem("format", None, str(e))]
     problems, said = [], _places(scene)
-    if "SUMMARY" in cot and cot["SUMMARY"] != summarise(query): problems.append(Problem("wrong", "SUMMARY", f"found {cot['SUMMARY']!r}, the task is {summarise(query)!r}"))
+    if "SUMMARY" in cot and _task(cot["SUMMARY"]) != summarise(query): problems.append(Problem("wrong", "SUMMARY", f"found {cot['SUMMARY']!r}, the task is {summarise(query)!r}"))
     if "CAPTION" in cot:
         said, found = _check_caption(scene, cot["CAPTION"])
         problems += found

@@ -56,6 +56,18 @@ def test_what_is_computed_is_sound():
                     assert shapes.verify(render(shapes.solve(scene, query)), scene, query) == []
 
 
+def test_other_wordings_of_a_task_are_read():
+    scene, query = shapes.sample_scene(22), shapes.Query("count", ("yellow",))
+    true = shapes.solve(scene, query)
+    for task, sound in {"I will count the yellow things.": True, "I'll count the yellow objects.": True, "My task is to count the yellow things.": True, "I am going to count the red things.": False,
+                        "I will not count the yellow things.": False, "I'll count the objects.": False}.items():
+        assert (not shapes.verify(render(CoT({**true, "SUMMARY": task})), scene, query)) == sound, task
+    for level in shapes.LEVELS:
+        scene = shapes.sample_scene(5, level)
+        other = scene.mirrored()
+        assert other.mirrored() == scene and sorted(t.name for t in other.things) == sorted(t.name for t in scene.things)
+
+
 def test_a_right_answer_for_wrong_reasons_is_found_out():
     scene = shapes.Scene(shapes.LEVELS["easy"], (shapes.Thing(0, 0, "red", "circle"), shapes.Thing(1, 1, "blue", "square")))
     q = "How many circles are there?"
