@@ -681,7 +681,7 @@ def resume(
     if data is None: data = (recipe["source"] or {}).get("data")
     if data is None: raise RunError(f"resume {out}: the run was given rows in memory; pass them as `data`")
     rows = datasource.load(data, settings.fmt) if isinstance(data, (str, os.PathLike)) else data
-    for name, was, now in (("data", recipe["rows"], data_key(rows)), ("held_out and retain", recipe["exam"], exam_keys(exam))):
+    for name, was, now in (("data", recipe["rows"], data_key(rows)), ("held_out and retain", recipe.get("exam", {}), exam_keys(exam))):
         if was != now: raise RunError(f"resume {out}: {name} has other rows than the run began with (now {now}, then {was}); expected the same rows in the same order")
     [found] = broadcast_object_list([newest(out) if accelerator.is_main_process else None])
     model, processor = models.load(found) if found else reopen(out, recipe, settings)

@@ -44,9 +44,8 @@ def test_noise_and_decay_are_no_spikes_and_a_jump_is_one():
 def test_a_notebook_gets_a_plot_that_is_drawn_anew():
     line = lambda u: dict(phase="a", update=u, loss=1.0 if u != 3 else None, loss_by_stage={"CAPTION": 1.0} if u != 3 else {}, tokens=100)
     shown, handle = [], mock.Mock()
-    with mock.patch.object(watch, "in_notebook", lambda: True), mock.patch.object(IPython.display, "display", lambda fig, display_id: shown.append(fig) or handle):
+    with mock.patch.object(watch, "tqdm"), mock.patch.object(watch, "in_notebook", lambda: True), mock.patch.object(IPython.display, "display", lambda fig, display_id: shown.append(fig) or handle):
         with watch.Show("a", 0, 4, lambda: [], every=0.0) as show:
-            show.bar.disable = True
             for u in (1, 2, 3, 4): show(line(u), 0.1)
     assert len(shown) == 1 and handle.update.call_count == 4 and len(handle.update.call_args[0][0].axes[0].lines) == 1
     with mock.patch.object(watch, "in_notebook", lambda: False): assert watch.Show("a", 0, 4, lambda: 1 / 0, on=False).lines is None
