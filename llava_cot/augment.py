@@ -16,8 +16,10 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
+import yaml
 from fastcore.basics import patch
 from PIL import Image, ImageFilter
 
@@ -39,9 +41,9 @@ class Policy:
     saturation: float = 0.0    # saturation times a factor within 1 ± this
     hue: float = 0.0           # colours turned by up to this fraction of the colour wheel, either way
     grayscale: float = 0.0     # probability that the colour is taken away
-    blur: float = 0.0          # a third of the pictures: Gaussian, deviation up to this fraction of the shorter side
-    noise: float = 0.0         # a third of the pictures: normal, deviation up to this fraction of 255
-    jpeg: float = 0.0          # a third of the pictures: saved at a quality down to 100 · (1 - this)
+    blur: float = 0.0          # a quarter of the pictures: standard deviation up to this fraction of the shorter side
+    noise: float = 0.0         # a quarter of the pictures: normal, standard deviation up to this fraction of 255
+    jpeg: float = 0.0          # a quarter of the pictures: saved at a quality down to 100 · (1 - this)
     synonyms: float = 0.0      # probability that a listed word is replaced, wherever it stands
     patterns: float = 0.0      # probability that a sentence of a known pattern takes another of its forms
     instructions: float = 0.0  # probability that a question gets an instruction before or after it
@@ -67,6 +69,24 @@ LIGHT = Policy(crop=0.04, brightness=0.15, contrast=0.15, saturation=0.2, synony
 STRONG = Policy(crop=0.25, rotation=8, perspective=0.06, flip=0.5, brightness=0.3, contrast=0.3, saturation=0.4, hue=0.05, grayscale=0.05,
                 blur=0.006, noise=0.06, jpeg=0.6, synonyms=0.5, patterns=0.5, instructions=0.3)
 POLICIES = {"none": Policy.none(), "light": LIGHT, "strong": STRONG}
+
+# %% ../nbs/03_augment.ipynb #c010e
+@patch(cls_method=True)
+def of(
+    cls: Policy,
+    what,          # a name in `POLICIES`, the name of a YAML file of strengths, a mapping of them, a policy, or None for none
+) -> Policy:
+    "The policy that is meant. Raises `AugmentError` where there is none."
+    if isinstance(what, Policy): return what
+    if what is None or isinstance(what, str) and what in POLICIES: return POLICIES[what or "none"]
+    if isinstance(what, (str, Path)):
+        if not Path(what).is_file(): raise AugmentError(f"augment: found {str(what)!r}, expected one of {', '.join(POLICIES)}, or a YAML file of strengths")
+        try: what = yaml.safe_load(Path(what).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as e: raise AugmentError(f"policy: {what} is not YAML: {str(e).splitlines()[0]}") from None
+    if not isinstance(what, dict): raise AugmentError(f"policy: found {type(what).__name__}, expected strengths by name, such as crop: 0.1")
+    if unknown := [k for k in what if k not in Policy.__dataclass_fields__]:
+        raise AugmentError(f"policy: found {unknown[0]!r}, expected some of {', '.join(Policy.__dataclass_fields__)}")
+    return Policy(**what)
 
 # %% ../nbs/03_augment.ipynb #c010b
 @patch
@@ -304,11 +324,14 @@ def _named(text, m):
     named = m[0] != m[0].lower() and not (starts and m[0][1:] == m[0][1:].lower())
     return named or bool(starts and m[0][:1].isupper() and re.match(r"\s+[A-Z]", text[m.end():]))
 
+@lru_cache(maxsize=4096)
+def _listed(text): return tuple(_phrases().finditer(text))
+
 def _replaceable(role, text, kept, gate=True):
     "Matches of listed phrases in a text that nothing protects, in order."
-    if not gate: return list(_phrases().finditer(text)) if role != "system" else []
+    if not gate: return _listed(text) if role != "system" else ()
     free, shut = _open(role, text), _shut(role, text)
-    return [m for m in _phrases().finditer(text) if any(a <= m.start() and m.end() <= b for a, b in free) and not any(a < m.end() and m.start() < b for a, b in shut)
+    return [m for m in _listed(text) if any(a <= m.start() and m.end() <= b for a, b in free) and not any(a < m.end() and m.start() < b for a, b in shut)
             and not _words(m[1]) & kept and not _named(text, m)]
 
 def _exchangeable(example):
@@ -494,7 +517,7 @@ def _draw_instructions(example, p, draws):
     return made
 
 # %% ../nbs/03_augment.ipynb #c037
-SHARE = 1 / 3   # of the pictures are blurred; as many get noise, as many JPEG's artefacts
+SHARE = 1 / 4   # of the pictures are blurred; as many get noise, as many JPEG's artefacts
 
 def _uniform(s, rng): return rng.uniform(-s, s)
 def _grey(image): return round(float(np.asarray(image.convert("L")).mean()), 2)
@@ -508,7 +531,7 @@ DRAW = {  # transform → its parameters, from a strength, a generator and the p
     "saturation": lambda s, rng, _: dict(factor=1 + _uniform(s, rng)),
     "hue": lambda s, rng, _: dict(turn=_uniform(s, rng)),
     "grayscale": lambda s, rng, _: dict() if rng.random() < s else None,
-    "blur": lambda s, rng, image: dict(radius=rng.uniform(0, s) * min(image.size)) if rng.random() < SHARE else None,
+    "blur": lambda s, rng, image: dict(sigma=rng.uniform(0, s) * min(image.size)) if rng.random() < SHARE else None,
     "noise": lambda s, rng, _: dict(sigma=rng.uniform(0, s) * 255, at=rng.randrange(2**19)) if rng.random() < SHARE else None,
     "jpeg": lambda s, rng, _: dict(quality=round(100 * (1 - rng.uniform(0, s)))) if rng.random() < SHARE else None,
 }
@@ -577,9 +600,13 @@ def colour_matrix(
 def _grain(): return np.random.default_rng(0).standard_normal(2**20, dtype=np.float32)
 
 def _noise(image, sigma, at):
-    pixels = np.asarray(image)
-    grain = np.resize(_grain()[at:at + pixels.size], pixels.shape)
-    return Image.fromarray(np.clip(pixels + sigma * grain + 0.5, 0, 255).astype(np.uint8))
+    pixels, grain = np.asarray(image), _grain()[at:]
+    grain = (grain[:pixels.size] if pixels.size <= grain.size else np.resize(grain, pixels.size)).reshape(pixels.shape)
+    new = np.float32(sigma) * grain
+    new += pixels
+    return Image.fromarray(np.clip(new, 0, 255, out=new).astype(np.uint8))
+
+def _blur(image, sigma): return image.filter(ImageFilter.BoxBlur((math.sqrt(12 * sigma**2 + 1) - 1) / 2))
 
 def _jpeg(image, quality):
     file = io.BytesIO()
@@ -596,7 +623,7 @@ def transform(
     image, asked = image.convert("RGB"), parameters.keys()
     if asked & {"crop", "rotation", "perspective", "flip"}: image = warp(image, parameters)
     if asked & {"brightness", "contrast", "saturation", "hue", "grayscale"}: image = image.convert("RGB", tuple(colour_matrix(parameters).ravel().tolist()))
-    if p := parameters.get("blur"): image = image.filter(ImageFilter.GaussianBlur(p["radius"]))
+    if p := parameters.get("blur"): image = _blur(image, **p)
     if p := parameters.get("noise"): image = _noise(image, **p)
     if p := parameters.get("jpeg"): image = _jpeg(image, **p)
     return image
@@ -765,7 +792,7 @@ def _question(example): return " ".join(text for role, text in _texts(example) i
 def _img(picture, side=200):
     "An `<img>` that holds its own data."
     small, file = picture.convert("RGB"), io.BytesIO()
-    small.thumbnail((2 * side, 2 * side)); small.save(file, "PNG")
+    small.thumbnail((side, side)); small.save(file, "PNG")
     return f'<img style="height:{side}px;image-rendering:pixelated" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 def _figure(caption, pictures):

@@ -77,7 +77,7 @@ def train(
     stage_weights: dict[str, float] | None = None, # stage (or OTHER): weight of its tokens in the loss
     group_by_length: bool = False,     # batches of rows of like length, for less padding
     precision: str = "no",             # no, bf16 or fp16
-    augment: str = "none",             # none or light
+    augment: str = "none",             # none, light, strong, or a YAML file of strengths
     workers: int = 0,                  # processes that read and augment
     save_every: int = 200,             # updates between checkpoints
     eval_data: str | None = None,      # folder of held-out rows to score on
@@ -104,9 +104,8 @@ class CliError(ValueError):
 
 
 def _policy(name: str):
-    from llava_cot.augment import POLICIES
-    if name not in POLICIES: raise CliError(f"augment: found {name!r}, expected one of {', '.join(POLICIES)}")
-    return None if name == "none" else POLICIES[name]
+    from llava_cot.augment import Policy
+    return None if (policy := Policy.of(name)) == Policy.none() else policy
 
 
 def _format(name: str):
@@ -283,6 +282,7 @@ def preview(
     max_length: int | None = None,     # longest sequence in tokens
     too_long: str = "refuse",          # a longer row: refuse, drop, or shorten its REASONING
     control_tokens: str = "refuse",    # a text that spells a control token: refuse it, or escape
+    augment: str = "none",             # also before and after: light, strong, or a YAML file of strengths
     json: bool = False,                # print what was written as JSON
 ) -> dict:
     "Write a page that shows rows of a dataset as the model gets them: pictures, what is seen of them, and the mask."
@@ -293,7 +293,14 @@ def preview(
         if value not in allowed: raise CliError(f"{name}: found {value!r}, expected one of {', '.join(allowed)}")
     found = source.load(data, fmt)
     chosen = found.select(_chosen(rows, len(found)))
-    page = tokens.show_page(chosen, open_processor(model), fmt, f"{Path(data).name}, as {model} gets it", max_length=max_length, too_long=too_long, control_tokens=control_tokens)
+    policy, processor = _policy(augment), open_processor(model)
+    def varied(row):
+        from llava_cot.augment import show_draw
+        def see(new):
+            try: return [tile for picture in tokens.seen(tokens.encode(new, processor, fmt, control_tokens=control_tokens), processor) for tile in picture]
+            except tokens.TokensError: return []      # the page says above why the row is refused
+        return "".join(show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
+    page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, max_length=max_length, too_long=too_long, control_tokens=control_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     training.write_text(out, page)
     result = dict(out=str(out), rows=list(chosen["id"]))

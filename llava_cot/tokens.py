@@ -416,10 +416,11 @@ def show_page(
     processor,                 # of the model
     fmt:CoTFormat=LLAVA_COT,   # how the answers are staged
     title:str="preview",       # of the page
+    below=None,                # example → HTML to put below it
     **options,                 # of `encode`
 ) -> str:                      # HTML that needs no other file
     "A page of rows as `show_row` draws them."
-    body = "<hr>".join(show_row(rows[i], processor, fmt, **options).html for i in range(len(rows)))
+    body = "<hr>".join(show_row(row, processor, fmt, **options).html + (below(row) if below else "") for row in map(rows.__getitem__, range(len(rows))))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'</head><body style="font-family:sans-serif;max-width:60em;margin:1em auto;padding:0 1em"><h1>{html.escape(title)}</h1>{body}</body></html>')
 

@@ -2,13 +2,15 @@
 import pytest
 from llava_cot.augment import *
 
-import colorsys, copy, json, os, random, re, subprocess, sys
+import colorsys, copy, hashlib, json, os, random, re, subprocess, sys, tempfile, warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 
@@ -65,25 +67,26 @@ def shown(scene, before, image, parameters):
     return shapes.Scene(scene.level, tuple(sorted(seen)))
 
 def violations(scene, ex, policy, epoch, gate=True):
-    "What the verifier has against an augmented example, given the scene that the new picture shows."
+    "What the verifier has against an augmented example, given the scene that the new picture shows; and whether the example changed at all."
     query = shapes.read_question(asked(ex))
     d, new = drawn(ex, policy, 0, epoch, gate), augment(ex, policy, 0, epoch, gate)
     now = shown(scene, ex["images"][0], new["images"][0], d["images"][0] if d["images"] else {})
-    if query.kind in ("colour", "relation") and query not in shapes.queries(now, query.kind): return ["what is asked about is not to be seen"]
-    return shapes.verify(new["messages"][1]["content"][0]["text"], now, query)
+    changed = new["messages"] != ex["messages"] or new["images"][0].tobytes() != ex["images"][0].tobytes()
+    if query.kind in ("colour", "relation") and query not in shapes.queries(now, query.kind): return ["what is asked about is not to be seen"], changed
+    return shapes.verify(new["messages"][1]["content"][0]["text"], now, query), changed
 
 ALONE = dict(crop=0.45, rotation=20, perspective=0.2, flip=1, brightness=1, contrast=1, saturation=1, hue=0.5, grayscale=1, blur=0.05, noise=0.3, jpeg=0.95, synonyms=1, patterns=1, instructions=1)
 EACH = {**{t: Policy(**{t: strength}) for t, strength in ALONE.items()}, "all": Policy(**ALONE), "strong": STRONG}
 
 def prove(n, gate=True):
-    "Violations among `n` augmented examples, by transform and kind: `{(transform, kind): [violations, examples]}`."
+    "Violations among `n` augmented examples, by transform and kind: `{(transform, kind): [violations, changed, examples]}`."
     found, per = {}, len(EACH) * len(shapes.KINDS)
     made = {level: list(shapes.examples(-(-n // per) * 5, 7, level, "any", size)) for level, size in (("easy", 48), ("medium", 72), ("hard", 96))}
     for i in range(n):
         kind, name, turn = i % 5, list(EACH)[i // 5 % len(EACH)], i // per
         scene, ex = made[list(made)[turn % 3]][5 * turn + kind]
-        cell = found.setdefault((name, shapes.KINDS[kind]), [0, 0])
-        cell[0] += bool(violations(scene, ex, EACH[name], i, gate)); cell[1] += 1
+        cell, (problems, changed) = found.setdefault((name, shapes.KINDS[kind]), [0, 0, 0]), violations(scene, ex, EACH[name], i, gate)
+        cell[0] += bool(problems); cell[1] += changed; cell[2] += 1
     return found
 
 BITS = ["What kind of", "in the picture", "is located", "can you see", "tiny", "a sofa", "an enormous image", "42", "3.5 cm", "12%", '"a couch"', "'in the image'", "New York", "the Kid", "not", "never",
@@ -104,6 +107,17 @@ def check_kept(question, summary, caption, reasoning, conclusion, options, epoch
     assert sorted(KEPT.findall(asked(new))) == sorted(KEPT.findall(asked(ex))) and asked(new).endswith(options) or not options
     return new != ex
 
+def survive(n):
+    "`check_kept` on `n` examples that hypothesis makes; most must change in some word."
+    changed = []
+    @settings(max_examples=n, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(BITS), min_size=1, max_size=6), *3 * [st.lists(st.sampled_from(BITS), min_size=1, max_size=5)], st.sampled_from(OPTIONS), st.integers(0, 9),
+           st.sampled_from(["a sofa", "4", "In the image, a kid.", "A", "There is a dog on the mat."]))
+    def holds(question, summary, caption, reasoning, options, epoch, conclusion):
+        changed.append(check_kept(*map(" ".join, (question, ["It is"] + summary, ["It is"] + caption, ["It is"] + reasoning)), conclusion, options, epoch))
+    holds()
+    assert len(changed) >= n and sum(changed) > n / 3
+
 
 def test_strength_grows():
     ramped = replace(STRONG, ramp=0.4)
@@ -116,6 +130,13 @@ def test_policies_are_checked():
     assert Policy() == Policy.none() == POLICIES["none"] and hash(LIGHT) == hash(replace(LIGHT))
     for field, value in [("crop", 0.5), ("crop", -0.1), ("brightness", 1.1), ("synonyms", "often"), ("saturation", float("nan")), ("contrast", True), ("rotation", 21), ("ramp", -1)]:
         with pytest.raises(AugmentError, match=f"policy: {field} is"): Policy(**{field: value})
+    assert Policy.of("light") == LIGHT == Policy.of(LIGHT) == Policy.of(asdict(LIGHT)) and Policy.of(None) == Policy.none()
+    with tempfile.TemporaryDirectory() as d:
+        (file := Path(d) / "mine.yaml").write_text("crop: 0.1\nramp: 0.5\n"); assert Policy.of(str(file)) == Policy(crop=0.1, ramp=0.5)
+        file.write_text("[1, 2"); 
+        with pytest.raises(AugmentError, match="not YAML"): Policy.of(file)
+        file.write_text("strong"); 
+        with pytest.raises(AugmentError, match="found str, expected strengths"): Policy.of(file)
 
 
 def test_synonym_list_is_careful():
@@ -224,19 +245,37 @@ def test_augmentation_is_the_same_in_another_process():
             for s in "12"} == {str(generator(0, 1, "row-7", "crop").random())}
 
 
+def test_the_same_bytes_in_any_worker():
+    rows = [ex for _, ex in shapes.examples(24, 3)]
+    class Augmented(torch.utils.data.Dataset):
+        "Digests of augmented rows, addressed by (epoch, row)."
+        def __getitem__(self, address):
+            new = augment(rows[address[1]], STRONG, 11, address[0])
+            return address, hashlib.sha256(new["images"][0].tobytes() + json.dumps(new["messages"]).encode()).hexdigest()
+    def digests(addresses, workers):
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = torch.utils.data.DataLoader(Augmented(), batch_sampler=[addresses[i:i + 4] for i in range(0, len(addresses), 4)], num_workers=workers, collate_fn=list)
+        return dict(pair for batch in loader for pair in batch)
+    addresses = [(epoch, row) for epoch in range(2) for row in range(len(rows))]
+    once = digests(addresses, 0)
+    assert len(set(once.values())) == len(addresses)
+    for workers in (1, 4): assert digests(random.Random(workers).sample(addresses, len(addresses)), workers) == once     # any order
+    assert digests(addresses[20:], 1) == {a: once[a] for a in addresses[20:]}                                          # a run that goes on from its middle
+
+
 def test_answers_and_stages_stay_true():
     found = prove(len(EACH) * 5 * 6)
-    assert not sum(v for v, _ in found.values()), {k: v for k, v in found.items() if v[0]}
-    free = prove(len(EACH) * 5 * 3, gate=False)
-    caught = {name for (name, _), (v, _) in free.items() if v}
+    assert not sum(c[0] for c in found.values()), {k: c for k, c in found.items() if c[0]}
+    assert {name for (name, _), c in found.items() if c[1]} >= {"crop", "rotation", "perspective", "flip", "brightness", "blur", "noise", "jpeg", "synonyms", "patterns", "instructions", "all"}
+    caught = {name for (name, _), c in prove(len(EACH) * 5 * 3, gate=False).items() if c[0]}
     assert {"hue", "grayscale", "flip", "crop"} <= caught, caught
 
 
 @pytest.mark.slow
 def test_answers_and_stages_stay_true_five_thousand():
     found = prove(5000)
-    assert sum(n for _, n in found.values()) == 5000 and not sum(v for v, _ in found.values()), {k: v for k, v in found.items() if v[0]}
-    caught = {name for (name, _), (v, _) in prove(5000, gate=False).items() if v}
+    assert sum(c[2] for c in found.values()) == 5000 and not sum(c[0] for c in found.values()), {k: c for k, c in found.items() if c[0]}
+    caught = {name for (name, _), c in prove(5000, gate=False).items() if c[0]}
     assert {"hue", "saturation", "grayscale", "flip", "crop", "synonyms"} <= caught, caught
 
 
@@ -274,22 +313,12 @@ def test_crops_keep_what_is_counted_and_where_it_is():
 
 
 def test_words_that_survive():
-    changed = []
-    @settings(max_examples=400, deadline=None, derandomize=True)
-    @given(st.lists(st.sampled_from(BITS), min_size=1, max_size=6), *3 * [st.lists(st.sampled_from(BITS), min_size=1, max_size=5)], st.sampled_from(OPTIONS), st.integers(0, 5),
-           st.sampled_from(["a sofa", "4", "In the image, a kid.", "A", "There is a dog on the mat."]))
-    def holds(question, summary, caption, reasoning, options, epoch, conclusion):
-        changed.append(check_kept(*map(" ".join, (question, ["It is"] + summary, ["It is"] + caption, ["It is"] + reasoning)), conclusion, options, epoch))
-    holds()
-    assert sum(changed) > len(changed) / 3                                           # most draws do change something else
+    survive(300)
 
 
 @pytest.mark.slow
 def test_words_that_survive_ten_thousand():
-    n, changed, rng = 10_000, 0, random.Random(0)
-    some = lambda: " ".join(["It is"] + rng.choices(BITS, k=rng.randint(1, 6)))
-    for i in range(n): changed += check_kept(some(), some(), some(), some(), rng.choice(["a sofa", "4", "In the image, a kid.", "A", "There is a dog on the mat."]), rng.choice(OPTIONS), i)
-    assert changed > n / 3
+    survive(10_000)
 
 
 def test_questions_are_reworded():

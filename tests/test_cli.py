@@ -90,11 +90,14 @@ def test_preview_shows_rows_of_ones_own_data():
         assert json.loads(out) == dict(out=str(tmp / "new/page.html"), rows=[f"row-{i}" for i in range(5)])
         page = (tmp / "new/page.html").read_text()
         assert page.count("<section>") == 5 and page.count("<b>refused:</b>") == 1 and "row-2: the user" in page and "src=\"data:image" in page and "src=\"h" not in page
-        for words in (["--rows", "99"], ["--rows", "1:b"], ["--rows", "5:5"], ["--out", tmp], ["--too_long", "cut"]):
+        for words in (["--rows", "99"], ["--rows", "1:b"], ["--rows", "5:5"], ["--out", tmp], ["--too_long", "cut"], ["--augment", "wild"]):
             code, out, error = here("preview", "--data", data_, "--model", "tiny_llava", "--out", tmp / "p.html", *words)
             assert code == 2 and error.count("\n") == 1 and words[0][2:] in error and not (tmp / "p.html").exists(), error
         code, out, error = here("preview", "--data", data_, "--model", "tiny_qwen2_5_vl", "--rows", "2,-1", "--control_tokens", "escape", "--out", tmp / "p.html")
         assert code == 0 and "2 of 12 rows" in out and "refused" not in (tmp / "p.html").read_text()
+        code, out, error = here("preview", "--data", data_, "--model", "tiny_llava", "--rows", "1:3", "--augment", "strong", "--out", tmp / "p.html")
+        page = (tmp / "p.html").read_text()
+        assert code == 0 and page.count("<section>") == 2 + 2 * 3 and page.count("after, epoch") == 6 and "as the model sees it" in page and "<td" in page, error
 
 
 def test_train_takes_every_option_of_the_loss_and_the_batches():
