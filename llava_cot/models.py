@@ -402,6 +402,7 @@ def save(
     model:PreTrainedModel,    # unwrapped
     processor:ProcessorMixin, # its processor
     folder:str|Path,          # made; an older model there is replaced
+    state_dict:dict|None=None, # the weights, where the model holds only its share of them
 ):
     "Write model, processor and `fingerprint.json` into a folder that plain transformers opens: wholly, or not at all."
     folder = Path(folder)
@@ -412,7 +413,7 @@ def save(
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (new := tmp/"new").mkdir()
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=state_dict)
         processor.save_pretrained(new)
         (new/"fingerprint.json").write_text(json.dumps(fingerprint(processor), indent=1) + "\n")
         if folder.exists(): os.replace(folder, tmp/"old")
