@@ -47,7 +47,7 @@ class Policy:
     synonyms: float = 0.0      # probability that a listed word is replaced, wherever it stands
     patterns: float = 0.0      # probability that a sentence of a known pattern takes another of its forms
     instructions: float = 0.0  # probability that a question gets an instruction before or after it
-    ramp: float = 0.0          # all strengths grow from 0 to full over this share of the training
+    ramp: float = 0.0          # all strengths grow from 0 to full over this share of a phase
 
     def __post_init__(self):
         for f in fields(self):
@@ -92,10 +92,10 @@ def of(
 @patch
 def at(
     self: Policy,
-    progress: float,  # share of the training that is done, 0 to 1
+    progress: float,  # share of the phase's updates that is done, 0 to 1
 ) -> Policy:
-    "The policy at a moment of the training: all strengths times `progress / ramp`, at most 1."
-    if not 0 <= progress <= 1: raise AugmentError(f"progress is {progress!r}; expected a share of the training, from 0 to 1")
+    "The policy at a moment of a phase: all strengths times `progress / ramp`, at most 1."
+    if not 0 <= progress <= 1: raise AugmentError(f"progress is {progress!r}; expected a share of the phase, from 0 to 1")
     share = min(1.0, progress / self.ramp) if self.ramp else 1.0
     return replace(self, ramp=0.0, **{t: getattr(self, t) * share for t in TRANSFORMS})
 
