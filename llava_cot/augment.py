@@ -47,7 +47,7 @@ class Policy:
     synonyms: float = 0.0      # probability that a listed word is replaced, wherever it stands
     patterns: float = 0.0      # probability that a sentence of a known pattern takes another of its forms
     instructions: float = 0.0  # probability that a question gets an instruction before or after it
-    ramp: float = 0.0          # all strengths grow from 0 to full over this share of the training
+    ramp: float = 0.0          # all strengths grow from 0 to full over this share of a phase
 
     def __post_init__(self):
         for f in fields(self):
@@ -92,10 +92,10 @@ def of(
 @patch
 def at(
     self: Policy,
-    progress: float,  # share of the training that is done, 0 to 1
+    progress: float,  # share of the phase's updates that is done, 0 to 1
 ) -> Policy:
-    "The policy at a moment of the training: all strengths times `progress / ramp`, at most 1."
-    if not 0 <= progress <= 1: raise AugmentError(f"progress is {progress!r}; expected a share of the training, from 0 to 1")
+    "The policy at a moment of a phase: all strengths times `progress / ramp`, at most 1."
+    if not 0 <= progress <= 1: raise AugmentError(f"progress is {progress!r}; expected a share of the phase, from 0 to 1")
     share = min(1.0, progress / self.ramp) if self.ramp else 1.0
     return replace(self, ramp=0.0, **{t: getattr(self, t) * share for t in TRANSFORMS})
 
@@ -157,6 +157,7 @@ RULES = tuple(rule for rules in [
     _held(_no("blur noise jpeg"), TEXTURES, "speaks of texture or sharpness"),
     _held(_no("flip"), TURNS, "speaks of an order or direction that a mirror turns"),
     _held(_no("flip"), CLOCKS, "speaks of a clock"),
+    _held(_no("patterns"), READING, "speaks of something read", "question"),
     _held(_no("synonyms patterns instructions"), LANGUAGE, "asks about words", "question"),
 ] for rule in rules)
 
@@ -193,14 +194,14 @@ _BEFORE = re.compile(r"(?i)(?:\b(?:top|bottom|upper|lower|middle|cent(?:er|re)|f
                      r"|\b(?:left|right|cent(?:er|re)|middle|same), |(?:^|[.>:;?\n(])\s*(?:So )?)$")
 _THE = re.compile(r"(?i)\b(?:to|on|at|from|in|towards?) (?:the|its|his|her|their|your|my)(?: far| very| extreme)? $")
 _NEXT = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|\b(?:is|are|was|were|has|have|and|or|of|in|with|at|appears?|seems?|shows?|wears?|holds?|there)\b)")
-_AFTER = re.compile(r"(?i)[ -](?:side|half|corner|edge|portion|part|section|column|foreground|background|hands?|arm|leg|foot|shoulder|eye|ear|wing|against (?:outer |)(?:left|right|cent(?:er|re)|middle)|(?:to|or|and) (?:right|left))\b")
+_AFTER = re.compile(r"(?i)[ -](?:sides?|wall|half|corner|edge|portion|part|section|column|foreground|background|hands?|arm|leg|foot|shoulder|eye|ear|against (?:outer |)(?:left|right|cent(?:er|re)|middle)|(?:to|or|and) (?:right|left))\b")
 
 def _is_side(text, m):
     "Whether a match of `_SIDE` speaks of a side, in one of the ways listed."
     before, after = text[max(0, m.start() - 40):m.start()], text[m.end():m.end() + 40]
     if m[2] or _AFTER.match(after): return True
     ends = re.match(r"\s*(?:$|[.,;:<)\n])", after)
-    return bool(_THE.search(before) and _NEXT.match(after)) or bool(_BEFORE.search(before)) and bool(ends or re.search(r"(?i)(?:top|bottom|upper|lower|middle|cent(?:er|re)|far|outer|front|rear|against)[ -]$", before))
+    return bool(_THE.search(before) and _NEXT.match(after)) or bool(_BEFORE.search(before)) and bool(ends or re.search(r"(?i)(?:top|bottom|upper|lower|middle|cent(?:er|re)|outer|front|rear|against)[ -]$", before))
 
 def _mirrored(text):
     "A text with left and right exchanged."
@@ -245,11 +246,11 @@ def _objections(example):
     "All bars an example raises."
     for i, (where, word) in sorted(_found(example).items()): yield Bar(RULES[i].transform, RULES[i].ceiling, where, word, RULES[i].why)
     if (source := str(example.get("source", ""))).lower() in DOCUMENTS:
-        for t, ceiling in READABLE.items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
+        for t, ceiling in (READABLE | {"patterns": 0}).items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
     if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in spans(text)):
         for t, ceiling in MARGIN.items(): yield Bar(t, ceiling, "CAPTION", "", "describes the whole picture")
     n = _pictures(example)
-    for t in PICTURES * (not n) + ("patterns", "instructions") * (n != 1):
+    for t in PICTURES * (not n) + ("flip", "patterns", "instructions") * (n != 1):
         yield Bar(t, 0.0, "example", "", "has no picture" if not n else "has more than one picture to speak of")
     yield from _unmirrored(example)
 
@@ -381,13 +382,13 @@ QUESTIONS = {
 }
 
 # %% ../nbs/03_augment.ipynb #c031d
-_VERBS = dict(holds="held", carries="carried", wears="worn", rides="ridden", pulls="pulled", pushes="pushed", leads="led", covers="covered", surrounds="surrounded", supports="supported", contains="contained",
+_VERBS = dict(holds="held", carries="carried", wears="worn", rides="ridden", pulls="pulled", pushes="pushed", leads="led", covers="covered", surrounds="surrounded", supports="supported",
               holding="held", carrying="carried", wearing="worn", riding="ridden", pulling="pulled", pushing="pushed")
 
 STATEMENTS = {
     "intend": ("I will {v}.", "I'll {v}.", "I am going to {v}.", "My task is to {v}."),
-    "existential": ("There is {n} {l}.", "{L}, there is {n}.", "{N} is {l}."),
-    "existential, plural": ("There are {m} {l}.", "{L}, there are {m}.", "{M} are {l}."),
+    "existential": ("There is {n} {l}.", "{L}, there is {n}.", "~{N} is {l}."),
+    "existential, plural": ("There are {m} {l}.", "{L}, there are {m}.", "~{M} are {l}."),
     "depict": ("The {p} shows {n}.", "The {p} depicts {n}.", "{N} is shown in the {p}."),
     "depict, plural": ("The {p} shows {m}.", "The {p} depicts {m}.", "{M} are shown in the {p}."),
     "front": ("{S} in the {g}.", "In the {g}, {s}."),
@@ -399,7 +400,7 @@ STATEMENTS = {
 _NOT_A_NOUN = frozenset("""a an the is are was were be been being am do does did done has have had can could will would shall should may might must not no never none nor neither that which who whom whose
     what where when why how and or but if than as while because though although so then it they he she you i we them him her us me my your his their its our this these those there here more most fewer fewest less least
     each every any all both other another same of in on at by for with from to into near behind beside above below under over between among next left right not cannot n't either only just also very too
-    wear wears sit sits stand stands hold holds show shows look looks seem seems have much many times percent total different""".split())
+    wear wears sit sits stand stands hold holds show shows look looks seem seems have much many times percent total different out up down off away""".split())
 _ENDINGS_THAT_ARE_NOUNS = frozenset("building buildings ceiling painting paintings king ring rings wing wings string thing things clothing evening railing red bed beds shed seed seeds weed weeds colored coloured".split())
 _PLURALS = frozenset("people children men women feet teeth mice geese".split())
 _SINGULAR_S = re.compile(r"(?:ss|us|is|as)$")
@@ -449,7 +450,7 @@ def _slot(name):
 @lru_cache(maxsize=1)
 def _readers():
     "`(pattern, templates, compiled)` of all patterns: for questions, for statements."
-    def compiled(template): return re.compile("".join(_slot(p[1:-1]) if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", template)))
+    def compiled(template): return re.compile("".join(_slot(p[1:-1]) if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", template.lstrip("~"))))
     return tuple([(name, forms, [compiled(f) for f in forms]) for name, forms in table.items()] for table in (QUESTIONS, STATEMENTS))
 
 def _low(text): return text[0].lower() + text[1:]
@@ -478,7 +479,7 @@ def forms(
 ) -> list:
     "All forms a sentence may take, itself among them; empty if it fits no pattern."
     if not (found := _read(sentence, question)): return []
-    return list(dict.fromkeys([sentence, *(_write(t, found[2]) for t in found[1] if _says_where(t, found[2]))]))
+    return list(dict.fromkeys([sentence, *(_write(t, found[2]) for t in found[1] if t[0] != "~" and _says_where(t, found[2]))]))
 
 # %% ../nbs/03_augment.ipynb #c031o
 INSTRUCTIONS = {"before": ("Look at the picture.", "Take a close look at the picture.", "Please answer the question.", "Here is a question about the picture.", "Use the picture to answer."),
@@ -746,10 +747,10 @@ def reasons(
 @patch
 def __str__(self: GateReport):
     width = max(len(s) for s in ("rows of", *self.n))
-    lines = [f"{'rows of':{width}} {'':>7}  " + " ".join(f"{t[:11]:>11}" for t in TRANSFORMS)]
+    lines = [f"{'rows of':{width}} {'':>7}  " + " ".join(f"{t:>12}" for t in TRANSFORMS)]
     for s, rows in self.n.items():
         cells = (f"{self.share(s, t, 'allowed'):.0%}" + (f" +{b:.0%}" if (b := self.share(s, t, "bounded")) else "") for t in TRANSFORMS)
-        lines.append(f"{s:{width}} {rows:7,}  " + " ".join(f"{c:>11}" for c in cells))
+        lines.append(f"{s:{width}} {rows:7,}  " + " ".join(f"{c:>12}" for c in cells))
     return "\n".join(lines) + "\n(allowed +bounded; the rest is refused)\n" + "\n".join(
         f"{t}: " + "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(3)) for t in TRANSFORMS if self.why[t])
 
@@ -807,7 +808,7 @@ def _table(example, policy, d):
         if not (asked := getattr(policy, t)): continue
         did = _said(d["images"][0][t]) or "done" if d["images"] and t in d["images"][0] else {"synonyms": ", ".join(f"{a} → {b}" for a, b in d["synonyms"].items()),
               "patterns": f"{len(d['patterns'])} sentence(s)" * bool(d["patterns"]), "instructions": "; ".join(words for *_, words in d["instructions"])}.get(t, "")
-        verdict = "allowed" if not why[t] else "bounded" if d["strength"][t] else "refused"
+        verdict = "nothing to do" if (why[t] or "").startswith("example has no") else "allowed" if d["strength"][t] == asked else "bounded" if d["strength"][t] else "refused"
         cells = (t, f"{asked:g}", verdict, html.escape(why[t] or ""), html.escape(did))
         lines.append("<tr>" + "".join(f'<td style="text-align:left;padding:0 .8em 0 0">{c}</td>' for c in cells) + "</tr>")
     head = "".join(f'<th style="text-align:left;padding:0 .8em 0 0">{c}</th>' for c in ("transform", "strength", "gate", "reason", "this draw"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
-           'Reader', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
+           'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
            'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'report', 'finish', 'asked',
            'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'conclude', 'record', 'read_recipe',
@@ -158,7 +158,7 @@ class Order:
 
 # %% ../nbs/08_train.ipynb #c025
 class Reader(torch.utils.data.Dataset):
-    "Rows of a dataset as encoded examples, addressed by `(epoch, row)`."
+    "Rows of a dataset as encoded examples, addressed by `(epoch, row)`, or `(epoch, row, share of the phase done)` where strength grows."
     def __init__(self, rows, processor, fmt: CoTFormat = LLAVA_COT, max_length=None, policy=None, seed: int = 0, **options):
         self.rows, self.processor, self.fmt, self.max_length, self.policy, self.seed, self.options = rows, processor, fmt, max_length, policy, seed, options
 
@@ -167,17 +167,28 @@ class Reader(torch.utils.data.Dataset):
     def encode(self, example): return encode(example, self.processor, self.fmt, self.max_length, **self.options)
 
     def __getitem__(self, address):
-        epoch, row = address
+        epoch, row, *share = address
         example, encoded = self.rows[row], None
         if self.policy is not None:
-            try: encoded = self.encode(augmentation.augment(example, self.policy, self.seed, epoch))
+            try: encoded = self.encode(augmentation.augment(example, self.policy.at(*share) if share else self.policy, self.seed, epoch))
             except TooLong: encoded = None
         return encoded or self.encode(example)
 
 
+class Ramped:
+    "An order that also tells, with each `(epoch, row)`, which share of the phase's updates is done."
+    def __init__(self, order: Order): self.order = order
+    def __len__(self): return len(self.order)
+    def __iter__(self):
+        for k, batch in enumerate(self.order):
+            share = (self.order.start + k // self.order.accumulate) / self.order.stop
+            yield [(*address, share) for address in batch]
+
+
 def loader(reader: Reader, order: Order, workers: int = 0) -> DataLoader:
     "Batches in `order`; with `workers`, in that many processes."
-    return DataLoader(reader, batch_sampler=order, collate_fn=Collator(reader.processor), num_workers=workers,
+    grows = reader.policy is not None and reader.policy.ramp
+    return DataLoader(reader, batch_sampler=Ramped(order) if grows else order, collate_fn=Collator(reader.processor), num_workers=workers,
                       prefetch_factor=4 if workers else None, worker_init_fn=_leave_signals)
 
 

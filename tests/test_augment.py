@@ -174,7 +174,7 @@ def test_forms_lead_back():
             assert form[0].isupper() and form[-1] in ".?" and "{" not in form and not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", form), form
             if "picture" in form and "picture" not in sentence: continue
             assert set(forms(form, question)) - {sentence} <= set(found) | {f.replace("image", "picture") for f in found}, (sentence, form, forms(form, question))
-    assert forms("There is a dog on the mat.", False) == ["There is a dog on the mat.", "On the mat, there is a dog.", "A dog is on the mat."]
+    assert forms("A dog is on the mat.", False) == ["A dog is on the mat.", "There is a dog on the mat.", "On the mat, there is a dog."]
     assert forms("A woman holds an umbrella.", False)[1] == "An umbrella is held by a woman."
 
 
@@ -263,6 +263,27 @@ def test_the_same_bytes_in_any_worker():
     assert digests(addresses[20:], 1) == {a: once[a] for a in addresses[20:]}                                          # a run that goes on from its middle
 
 
+def test_left_and_right_are_exchanged_or_the_flip_refused():
+    no = """You are right.|All right.|the right answer|the right choice is B|right angle|a right triangle|the right angle at C|right now|right next to the car|She left.|He left the room.|three are left|What is left?|two left over
+    |left alone|nothing left of the cake|in the right order|on the right track|the right to vote|at the right time|from the right perspective|turn right|the far right party|the left wing of politics|was left on the table|5 apples left. How many"""
+    yes = """on the left|to the right of the car|the man on the right is tall|at the top left|top-left corner|left side|the right-hand side|on its left side|from left to right|the rightmost dog|facing right|Is it on the left or on the right?
+    |A. left|Answer: left|above left|So left.|the left half|in the left foreground|his left hand|the right arm|left and right sides|Columns: outer left against right, left."""
+    for texts, fit in ((no, False), (yes, True)):
+        for text in map(str.strip, texts.split("|")):
+            ex = picture(question=text, caption="A cat.", conclusion="yes")
+            assert ("flip" not in bars(ex)) == fit, text
+            if not fit: assert "may not mean a side" in allowed(ex)["flip"] and augment(ex, Policy(flip=1))["messages"] == ex["messages"]; continue
+            new = augment(ex, Policy(flip=1))
+            assert asked(new) != text and asked(augment({**new, "id": "again"}, Policy(flip=1))) == text               # twice mirrored is as it was
+            assert new["images"][0].tobytes() == ex["images"][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+    for text, why in {"What time does the clock show?": "clock", "What is in her hands?": "hand", "What does the sign's text say?": "read", "Is it turning clockwise?": "order or direction"}.items():
+        assert why in allowed(picture(question=text, caption="A cat."))["flip"], text
+    both = picture(question="What is on the left?", caption="A cat."); both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
+    assert "more than one picture" in allowed(both)["flip"]
+    sided = augment(picture(question="On which side is it?\nA. left\nB. right", caption="On the left, a cat.", conclusion="left"), Policy(flip=1))
+    assert asked(sided).endswith("A. right\nB. left") and parse(sided["messages"][1]["content"][0]["text"])["CONCLUSION"] == "right"
+
+
 def test_answers_and_stages_stay_true():
     found = prove(len(EACH) * 5 * 6)
     assert not sum(c[0] for c in found.values()), {k: c for k, c in found.items() if c[0]}
@@ -296,20 +317,6 @@ def test_colours_stay_where_they_are_named():
     assert augment(dark, strong, 0, 1)["images"][0].tobytes() == dark["images"][0].tobytes()   # nothing left that may be done
     free = picture(question="What is it?", caption="A cat.", conclusion="a cat")
     assert max(abs(hs(augment(free, strong, 0, e)["images"][0].getpixel((24, 24)))[1] - hs((214, 40, 40))[1]) for e in range(8)) > 0.05
-
-
-def test_crops_keep_what_is_counted_and_where_it_is():
-    for level in shapes.LEVELS:
-        for i in range(60):
-            scene = shapes.sample_scene(i, replace(shapes.LEVELS[level], things=(1, 1), clutter=0), "any")
-            thing, cell = scene.things[0], 96 / scene.level.grid
-            ex = picture(question="How many things are there?"); ex = {**ex, "id": f"e{i}", "images": [shapes.draw(scene, 96, i)]}
-            inside = lambda im: np.abs(np.asarray(im, float) - 127).max(-1) > 40
-            new = augment(ex, Policy(crop=0.4), 0, i)["images"][0]
-            rows, cols = np.nonzero(inside(new))
-            assert new.size == (96, 96) and len(rows) > 0.6 * inside(ex["images"][0]).sum()
-            assert (int(rows.mean() // cell), int(cols.mean() // cell)) == (thing.row, thing.col)
-            assert new.tobytes() != ex["images"][0].tobytes()
 
 
 def test_words_that_survive():
@@ -350,7 +357,7 @@ def test_previews_show_draws_and_reasons():
     assert changes("in the picture", "in the image") == [("picture", "image")]
     seen = []
     page = show_draw(picture(), STRONG, epoch=1, see=lambda ex: seen.append(ex) or ex["images"]).html
-    assert page.count("<img") == 3 and len(seen) == 1 and "CAPTION names a colour (&#x27;red&#x27;)" in page and "<td style=\"text-align:left;padding:0 .8em 0 0\">refused</td>" in page
+    assert page.count("<img") == 3 and len(seen) == 1 and "CAPTION names a colour (&#x27;red&#x27;)" in page and all(f">{verdict}</td>" in page for verdict in ("allowed", "bounded", "refused"))
     hostile = picture(question="<script>alert(1)</script> & so?"); assert "<script>" not in show_draw(hostile, STRONG).html
 
 

@@ -201,6 +201,17 @@ def test_estimated_lengths_are_good_enough_to_group_by():
     assert abs(padding(train.Order(len(words), 32, 1, seed=0, stop=50, lengths=guess), true) - padding(train.Order(len(words), 32, 1, seed=0, stop=50, lengths=true), true)) < 0.003
 
 
+def test_strength_grows_with_the_updates():
+    policy, order = Policy(brightness=0.6, ramp=0.5), lambda start: train.Order(6, 2, 2, seed=0, start=start, stop=10)
+    told = [batch[0][2] for batch in train.Ramped(order(0))]
+    assert told == [u / 10 for u in range(10) for _ in range(2)] and list(train.Ramped(order(3))) == list(train.Ramped(order(0)))[6:]        # a resumed run goes on with its share
+    two, its = some_rows(6), models.tiny_llava(seed=0)[1]
+    pixels = lambda p, start: [b["pixel_values"] for b in train.loader(train.Reader(two, its, policy=p), order(start))]
+    grown, plain, full = (pixels(p, 0) for p in (policy, None, Policy(brightness=0.6)))
+    assert torch.equal(grown[0], plain[0]) and torch.equal(grown[-1], full[-1]) and not torch.equal(grown[2], full[2]) and not torch.equal(grown[2], plain[2])
+    assert all(torch.equal(a, b) for a, b in zip(pixels(policy, 4), grown[8:], strict=True))
+
+
 def test_fitting_keeps_exactly_the_rows_that_fit():
     drawn = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 40))
     for tiny in (models.tiny_llava, models.tiny_mllama, models.tiny_qwen2_5_vl, models.tiny_llava_next):
