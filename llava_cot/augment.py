@@ -170,9 +170,12 @@ def _texts(example):
         for item in m["content"]:
             if item["type"] == "text" and item["text"]: yield m["role"], item["text"]
 
+@lru_cache(maxsize=1024)
+def _stages(text): return tuple(spans(text))
+
 def _where(role, text, at):
     "`question`, or the stage that holds position `at` of an answer, or `answer`."
-    return "question" if role != "assistant" else next((s.stage for s in spans(text) if s.start <= at < s.end), "answer")
+    return "question" if role != "assistant" else next((s.stage for s in _stages(text) if s.start <= at < s.end), "answer")
 
 # %% ../nbs/03_augment.ipynb #c018
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ def _objections(example):
     for i, (where, word) in sorted(_found(example).items()): yield Bar(RULES[i].transform, RULES[i].ceiling, where, word, RULES[i].why)
     if (source := str(example.get("source", ""))).lower() in DOCUMENTS:
         for t, ceiling in (READABLE | {"patterns": 0}).items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
-    if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in spans(text)):
+    if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in _stages(text)):
         for t, ceiling in MARGIN.items(): yield Bar(t, ceiling, "CAPTION", "", "describes the whole picture")
     n = _pictures(example)
     for t in PICTURES * (not n) + ("flip", "patterns", "instructions") * (n != 1):
@@ -297,7 +300,7 @@ _SMALL_WORDS = frozenset("a an the is are was were be been in of to at on by fro
 def _open(role, text):
     "The parts of a text in which words may change, as spans: a question, or the stages before the CONCLUSION."
     if role == "user": return [(0, len(text))]
-    found = spans(text) if role == "assistant" else []
+    found = _stages(text) if role == "assistant" else ()
     return [(s.inner_start, s.inner_end) for s in found if s.stage != "CONCLUSION"] if found and found[-1].stage == "CONCLUSION" else []
 
 def _shut(role, text):
