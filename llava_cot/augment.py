@@ -113,8 +113,8 @@ PLACES = _w("""left right top bottom above below upper lower center centre centr
     foreground near nearest far farthest closest under over inside outside around north south east west row column first second third last""")
 EDGES = _w("edge edges border borders margin frame frames partially partly cropped visible uncropped")
 FORMS = _w("circle circles square squares triangle triangles diamond diamonds star stars rectangle oval round shape shapes whole entire")
-READING = _w("""text letter letters written writing handwriting handwritten reads caption label labels labeled labelled headline title chart charts graph graphs diagram
-    axis legend document invoice receipt form map clock menu subtitle logo plot percentage""")
+READING = _w("""text sign signs signboard billboard poster banner brand inscription slogan jersey plate plates word words letter letters written writing handwriting handwritten reads caption label labels labeled labelled headline title chart charts graph graphs diagram
+    axis legend document invoice receipt map clock menu subtitle logo plot percentage""")
 LANGUAGE = _w("word words spell spelled spelling letter letters synonym antonym rhyme rhymes verb noun adjective sentence phrase text says written")
 SMALL = _w("small smaller smallest tiny little miniature distant faraway thin narrow speck dot dots")
 LINES = _w("""straight upright vertical vertically horizontal horizontally diagonal diagonally parallel perpendicular tilted tilt leaning slanted slope slopes
@@ -170,9 +170,12 @@ def _texts(example):
         for item in m["content"]:
             if item["type"] == "text" and item["text"]: yield m["role"], item["text"]
 
+@lru_cache(maxsize=1024)
+def _stages(text): return tuple(spans(text))
+
 def _where(role, text, at):
     "`question`, or the stage that holds position `at` of an answer, or `answer`."
-    return "question" if role != "assistant" else next((s.stage for s in spans(text) if s.start <= at < s.end), "answer")
+    return "question" if role != "assistant" else next((s.stage for s in _stages(text) if s.start <= at < s.end), "answer")
 
 # %% ../nbs/03_augment.ipynb #c018
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ def _objections(example):
     for i, (where, word) in sorted(_found(example).items()): yield Bar(RULES[i].transform, RULES[i].ceiling, where, word, RULES[i].why)
     if (source := str(example.get("source", ""))).lower() in DOCUMENTS:
         for t, ceiling in (READABLE | {"patterns": 0}).items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
-    if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in spans(text)):
+    if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in _stages(text)):
         for t, ceiling in MARGIN.items(): yield Bar(t, ceiling, "CAPTION", "", "describes the whole picture")
     n = _pictures(example)
     for t in PICTURES * (not n) + ("flip", "patterns", "instructions") * (n != 1):
@@ -286,18 +289,18 @@ def synonyms() -> dict:
 
 # %% ../nbs/03_augment.ipynb #c027
 _PROTECTED = [re.compile(p) for p in (
-    r'"[^"]*"|“[^”]*”|‘[^’]*’|`[^`]*`|(?<!\w)\'[^\']*\'(?!\w)',                # quotations
+    r'"[^"]*"|“[^“”]*”|‘[^‘’]*’|`[^`]*`|(?<!\w)\'[^\']*\'(?!\w)',                # quotations
     r"<[^<>]*>",                                                              # separators, `<image>`
     r"(?s)(?:(?m:^)|(?<=\s))(?:\(?[A-Ha-h1-9][.):]|\([ivx]+\))\s.*",            # options, to the end
     r"(?is)\b(?:options|choices|answers|hint|context)\s*:.*",
 )]
-_CHOICE = re.compile(r"[^.?!\n]*\b[oO]r\b[^.?!\n]*")                           # "a cat or a dog": the choices are answers
+def _choices(text): return [s for s in re.findall(r"[^.?!\n]+", text) if re.search(r"\b[oO]r\b", s)]    # "a cat or a dog": the choices are answers
 _SMALL_WORDS = frozenset("a an the is are was were be been in of to at on by from for with it its this that these those and can do does there".split())
 
 def _open(role, text):
     "The parts of a text in which words may change, as spans: a question, or the stages before the CONCLUSION."
     if role == "user": return [(0, len(text))]
-    found = spans(text) if role == "assistant" else []
+    found = _stages(text) if role == "assistant" else ()
     return [(s.inner_start, s.inner_end) for s in found if s.stage != "CONCLUSION"] if found and found[-1].stage == "CONCLUSION" else []
 
 def _shut(role, text):
@@ -312,7 +315,7 @@ def _kept(example):
     kept = set()
     for role, text in _texts(example):
         kept |= set().union(*(_words(text[a:b]) for a, b in _shut(role, text)))
-        if role == "user": kept |= set().union(*(_words(m[0]) for m in _CHOICE.finditer(text)))
+        if role == "user": kept |= set().union(*map(_words, _choices(text)))
         if role == "assistant": kept |= _words(text[(_open(role, text) or [(0, 0)])[-1][1]:])
     return kept - set(w.lower() for stage in STAGES for w in (stage, f"{stage}s"))
 
@@ -321,7 +324,9 @@ def _phrases(): return re.compile(r"(?<![\w'’-])(" + "|".join(sorted(map(re.es
 
 def _named(text, m):
     "Whether a match is, or begins, a name: a capital that no start of a sentence explains."
-    starts = not re.sub(r"[\s\"'(]+$", "", text[:m.start()]) or re.search(r"[.?!:>\n][\s\"'(]*$", text[:m.start()])
+    before = text[max(0, m.start() - 50):m.start()]
+    end = before.rstrip(" \t\r\n\"'(")
+    starts = not end and m.start() < 50 or end[-1:] in (*".?!:>",) or "\n" in before[len(end):]
     named = m[0] != m[0].lower() and not (starts and m[0][1:] == m[0][1:].lower())
     return named or bool(starts and m[0][:1].isupper() and re.match(r"\s+[A-Z]", text[m.end():]))
 
@@ -355,13 +360,14 @@ def _draw_synonyms(example, p, draws, gate=True):
 
 def _reword(role, text, mapping, kept, gate=True):
     "A text with each replaceable phrase exchanged as `mapping` says."
-    out, at = "", 0
+    out, at = [], 0
     for m in _replaceable(role, text, kept, gate):
         if not (new := mapping.get(m[1].lower())): continue
-        out += text[at:m.start()]
-        if article := re.search(r"\b([Aa])n?(\s+)$", out): out = out[:article.start()] + article[1] + "n" * (new[0] in "aeiou") + article[2]
-        out, at = out + (new[0].upper() + new[1:] if m[1][0].isupper() else new), m.end()
-    return out + text[at:]
+        before = text[at:m.start()]
+        if article := re.search(r"\b([Aa])n?(\s{1,3})$", before[-6:]): before = before[:-len(article[0])] + article[1] + "n" * (new[0] in "aeiou") + article[2]
+        out += before, new[0].upper() + new[1:] if m[1][0].isupper() else new
+        at = m.end()
+    return "".join(out) + text[at:]
 
 # %% ../nbs/03_augment.ipynb #c031b
 QUESTIONS = {
@@ -484,7 +490,7 @@ def forms(
 # %% ../nbs/03_augment.ipynb #c031o
 INSTRUCTIONS = {"before": ("Look at the picture.", "Take a close look at the picture.", "Please answer the question.", "Here is a question about the picture.", "Use the picture to answer."),
                 "after": ("Look carefully.", "Please use the picture.", "Please answer with care.")}
-_SENTENCE = re.compile(r"(?<!\S)[A-Z][^.?!\n<>]*[.?!](?=\s|$)")
+_SENTENCE = re.compile(r"(?<!\S)[A-Z][^.?!\n<>]{0,200}[.?!](?=\s|$)")
 
 def _forms(example, gate=True):
     "`(message, item, sentence, its forms)` of each sentence that may take another form."

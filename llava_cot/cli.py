@@ -286,7 +286,7 @@ def preview(
     json: bool = False,                # print what was written as JSON
 ) -> dict:
     "Write a page that shows rows of a dataset as the model gets them: pictures, what is seen of them, and the mask."
-    from llava_cot import data as source, tokens, train as training
+    from llava_cot import augment as augmentation, data as source, tokens, train as training
     fmt, out = _format(fmt), Path(out)
     if out.is_dir(): raise CliError(f"out {out}: found a folder, expected the name of a page such as {out / 'preview.html'}")
     for name, value, allowed in (("too_long", too_long, tokens.TOO_LONG), ("control_tokens", control_tokens, tokens.CONTROL_TOKENS)):
@@ -294,13 +294,10 @@ def preview(
     found = source.load(data, fmt)
     chosen = found.select(_chosen(rows, len(found)))
     policy, processor = _policy(augment), open_processor(model)
-    def varied(row):
-        from llava_cot.augment import show_draw
-        def see(new):
-            try: return [tile for picture in tokens.seen(tokens.encode(new, processor, fmt, control_tokens=control_tokens), processor) for tile in picture]
-            except tokens.TokensError: return []      # the page says above why the row is refused
-        return "".join(show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
-    page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, max_length=max_length, too_long=too_long, control_tokens=control_tokens)
+    options = dict(max_length=max_length, too_long=too_long, control_tokens=control_tokens)
+    see = tokens.seen_by(processor, fmt, **options)
+    varied = lambda row: "".join(augmentation.show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
+    page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     training.write_text(out, page)
     result = dict(out=str(out), rows=list(chosen["id"]))

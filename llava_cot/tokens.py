@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_NAMES', 'TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'PADS', 'PER_EXAMPLE', 'TokensError', 'TooLong', 'encode',
-           'MaskView', 'show_mask', 'seen', 'show_row', 'show_page', 'step_rows', 'end_token', 'Collator',
+           'MaskView', 'show_mask', 'seen', 'show_row', 'show_page', 'step_rows', 'seen_by', 'end_token', 'Collator',
            'image_tokens', 'lengths']
 
 # %% ../nbs/04_tokens.ipynb #c003
@@ -438,6 +438,19 @@ def step_rows(
     def move(by): at.value += by                       # the slider keeps it in range
     back.on_click(lambda _: move(-1)); on.on_click(lambda _: move(1)); at.observe(show, "value"); show()
     return widgets.VBox([widgets.HBox([back, on, at]), view])
+
+# %% ../nbs/04_tokens.ipynb #c052j
+def seen_by(
+    processor,                 # of the model
+    fmt:CoTFormat=LLAVA_COT,   # how the answers are staged
+    **options,                 # of `encode`
+):                             # example → list of `PIL.Image`
+    "What the vision tower sees of an example: all tiles of all its pictures; none of a row that cannot become tokens."
+    def see(example):
+        try: row = encode(example, processor, fmt, **options)
+        except TokensError: return []
+        return [tile for tiles in seen(row or {}, processor) for tile in tiles]
+    return see
 
 # %% ../nbs/04_tokens.ipynb #c061
 def end_token(

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaTokenizer
+from llava_cot.augment import STRONG, explore
 from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, STAGES, parse, render, spans
 from llava_cot.models import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl, train_tokenizer, TINY_TEXT
 
@@ -176,6 +177,17 @@ def test_show_mask_counts_and_escapes():
         assert sum(view.counts.values()) == len(row["input_ids"])
         assert view.counts["OTHER"] == (row["labels"] != -100).sum()
         assert "pad × 3" in show_mask({"input_ids": torch.zeros(3, dtype=int), "attention_mask": torch.zeros(3, dtype=int)}, processor).html
+
+
+def test_previews_of_augmentation_show_what_the_tower_sees():
+    for tiny in TINY:
+        processor = tiny()[1]
+        row, bad = example(images=[picture()]), example("How <|image|> <image> <|image_pad|>?", ANSWER, name="bad")
+        tiles = [tile for picture_ in seen(encode(row, processor), processor) for tile in picture_]
+        assert [t.tobytes() for t in seen_by(processor)(row)] == [t.tobytes() for t in tiles] and seen_by(processor)(bad) == []
+        assert seen_by(processor, max_length=20, too_long="drop")(row) == [] == seen_by(processor)(example(images=[]))
+    widget = explore([row], STRONG, see=seen_by(processor))
+    assert widget.children[1].value.count("<img") == 2 + len(tiles)
 
 
 def test_rows_are_shown_with_their_pictures_and_refusals():
