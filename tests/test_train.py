@@ -12,6 +12,11 @@ from llava_cot.augment import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.tokens import Collator, TokensError, TooLong, encode, lengths
 
+FOLDER = tempfile.TemporaryDirectory()
+ROWS = data.load(shapes.write(Path(FOLDER.name) / "shapes", 24))
+
+def some_rows(n=24): return ROWS.select(range(n))
+
 def long_tailed(n, seed=0):
     "Lengths as those of LLaVA-CoT-100k's answers with their prompts: log-normal, a few hundred tokens to 1,500."
     draw = random.Random(seed)
@@ -33,10 +38,6 @@ def talkative(n, seed=0):
 BOTH = Schedule([Phase("align", train={"projector": 2e-3}, updates=6), Phase("finetune", train=dict(vision=1e-3, projector=1e-3, language=1e-3), updates=6)])
 STRONG = Policy(crop=0.04, brightness=0.2, contrast=0.2, synonyms=0.5)
 
-FOLDER = tempfile.TemporaryDirectory()
-ROWS = data.load(shapes.write(Path(FOLDER.name) / "shapes", 24))
-
-def some_rows(n=24): return ROWS.select(range(n))
 def weights(model): return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 SERVER = """
