@@ -276,8 +276,8 @@ def test_left_and_right_are_exchanged_or_the_flip_refused():
             new = augment(ex, Policy(flip=1))
             assert asked(new) != text and asked(augment({**new, "id": "again"}, Policy(flip=1))) == text               # twice mirrored is as it was
             assert new["images"][0].tobytes() == ex["images"][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
-    for text, why in {"What time does the clock show?": "clock", "What is in her hands?": "hand", "What does the sign's text say?": "read", "Is it turning clockwise?": "order or direction"}.items():
-        assert why in allowed(picture(question=text, caption="A cat."))["flip"], text
+    for text, why in {"What time does the clock show?": "clock", "What is in her hands?": "hand", "Do cars drive on the left?": "side of its own", "Do cars drive on asphalt?": "", 'Who is "Kid"?': "quotes", "What does the sign's text say?": "read", "Is it turning clockwise?": "order or direction"}.items():
+        assert why in (found := allowed(picture(question=text, caption="A cat."))["flip"] or "") and bool(why) == bool(found), text
     both = picture(question="What is on the left?", caption="A cat."); both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
     assert "more than one picture" in allowed(both)["flip"]
     sided = augment(picture(question="On which side is it?\nA. left\nB. right", caption="On the left, a cat.", conclusion="left"), Policy(flip=1))
