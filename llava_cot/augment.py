@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'TRANSFORMS', 'PICTURES', 'LIGHT', 'STRONG', 'POLICIES', 'COLOURS', 'SHADES', 'COUNTS', 'PLACES', 'EDGES',
-           'FORMS', 'READING', 'LANGUAGE', 'SMALL', 'LINES', 'TEXTURES', 'TURNS', 'CLOCKS', 'HANDS', 'DOCUMENTS',
-           'MARGIN', 'READABLE', 'RULES', 'QUESTIONS', 'STATEMENTS', 'INSTRUCTIONS', 'SHARE', 'DRAW', 'FILL',
-           'AugmentError', 'Policy', 'Rule', 'Bar', 'bars', 'allowed', 'synonyms', 'forms', 'geometry', 'warp',
+           'FORMS', 'READING', 'LANGUAGE', 'SMALL', 'LINES', 'TEXTURES', 'TURNS', 'CLOCKS', 'HANDS', 'SIDED',
+           'DOCUMENTS', 'MARGIN', 'READABLE', 'RULES', 'QUESTIONS', 'STATEMENTS', 'INSTRUCTIONS', 'SHARE', 'DRAW',
+           'FILL', 'AugmentError', 'Policy', 'Rule', 'Bar', 'bars', 'allowed', 'synonyms', 'forms', 'geometry', 'warp',
            'colour_matrix', 'transform', 'generator', 'drawn', 'augment', 'GateReport', 'reasons', 'changes',
            'DrawView', 'show_draw', 'preview', 'explore']
 
@@ -125,6 +125,7 @@ TURNS = _w("clockwise counterclockwise anticlockwise east west eastern western n
 TURNS += ("first image", "second image", "first picture", "second picture", "first panel", "second panel", "in order", "sequence")
 CLOCKS = _w("clock clocks watch watches dial o'clock speedometer")
 HANDS = _w("hand hands handed handedness handshake glove gloves fist palm salute")
+SIDED = _w("drive drives driving driver drivers steering lane lanes traffic heart liver stage theatre flag passport")   # have a side by law or nature
 DOCUMENTS = ("chartqa", "docvqa", "ai2d", "geoqa+", "geoqa", "infographicvqa", "textvqa", "share_textvqa", "ocr_vqa", "scienceqa", "sqa")   # sources whose pictures are read to the edge
 
 # %% ../nbs/03_augment.ipynb #c015
@@ -214,11 +215,15 @@ def _mirrored(text):
 # %% ../nbs/03_augment.ipynb #c018o
 _HANDS = re.compile(r"(?<![\w])(?<!left )(?<!right )(?<!left-)(?<!right-)(" + "|".join(HANDS) + r")(?!\w)", re.I)
 
+_SIDED = re.compile(r"\b(" + "|".join(SIDED) + r")\b", re.I)
+
 def _unmirrored(example):
     "What keeps a mirror image from being true even with left and right exchanged."
+    sided = any(_SIDE.search(text) for _, text in _texts(example)) and _SIDED
     for role, text in _texts(example):
         for m in _SIDE.finditer(text):
             if not _is_side(text, m): yield Bar("flip", 0.0, _where(role, text, m.start()), m[0], "has a word that may not mean a side")
+        if sided and (m := sided.search(text)): yield Bar("flip", 0.0, _where(role, text, m.start()), m[0], "speaks of what has a side of its own")
         for m in _HANDS.finditer(text): yield Bar("flip", 0.0, _where(role, text, m.start()), m[0], "speaks of a hand")
 
 # %% ../nbs/03_augment.ipynb #c020
@@ -252,6 +257,9 @@ def _objections(example):
         for t, ceiling in (READABLE | {"patterns": 0}).items(): yield Bar(t, ceiling, "source", source, "holds pictures that are read")
     if any(s.stage == "CAPTION" for role, text in _texts(example) if role == "assistant" for s in _stages(text)):
         for t, ceiling in MARGIN.items(): yield Bar(t, ceiling, "CAPTION", "", "describes the whole picture")
+    for role, text in _texts(example):
+        if m := _PROTECTED[0].search(text):
+            for t, ceiling in READABLE.items(): yield Bar(t, ceiling, _where(role, text, m.start()), m[0][:30], "quotes what may be written there")
     n = _pictures(example)
     for t in PICTURES * (not n) + ("flip", "patterns", "instructions") * (n != 1):
         yield Bar(t, 0.0, "example", "", "has no picture" if not n else "has more than one picture to speak of")
