@@ -41,12 +41,13 @@ STRONG = Policy(crop=0.04, brightness=0.2, contrast=0.2, synonyms=0.5)
 def weights(model): return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 SERVER = """
-import json, os, sys, traceback, torch
+import json, os, sys, traceback, torch, transformers
 from pathlib import Path
 from llava_cot import train, models, data
 from llava_cot.augment import Policy
 from llava_cot.schedule import Schedule
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
 
 def fit(folder, out):
     model, processor = models.load(Path(folder) / "base")
@@ -407,7 +408,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_lose_nothing():
         assert f"checkpoint 0-0000006 is refused: {files[0].name} was changed" in told.getvalue()
         for end in ends: assert all(torch.equal(v, weights(whole.model)[k]) for k, v in weights(end.model).items()) and end.metrics() == whole.metrics()
         for f in (Path(tmp) / "8/checkpoints").iterdir(): (f / "progress.json").unlink()
-        with pytest.raises(train.RunError, match="none of its 2 checkpoints"): train.resume(Path(tmp) / "8", ROWS, progress=False)
+        with contextlib.redirect_stderr(told), pytest.raises(train.RunError, match="none of its 2 checkpoints"): train.resume(Path(tmp) / "8", ROWS, progress=False)
 
 
 def test_a_run_begins_again_with_the_model_it_was_given_or_not_at_all():
