@@ -374,7 +374,7 @@ def run_info(
     text = lambda name: (out/name).read_text(encoding="utf-8") if (out/name).is_file() else ""
     recipe = train.read_recipe(out) if (out/"recipe.yaml").is_file() else {}
     phases = [{"accuracy": None, **p} for p in json.loads(text("phases.json") or "[]")]
-    return dict(recipe=recipe, phases=phases, metrics=[json.loads(line) for line in text("metrics.jsonl").splitlines()],
+    return dict(recipe=recipe, phases=phases, **{name: train.read_lines(out/f"{name}.jsonl") for name in ("metrics", "evals", "events")},
                 fingerprint=json.loads(text("model/fingerprint.json") or "null") or recipe.get("fingerprint"))
 
 # %% ../nbs/10_evaluate.ipynb #c069
@@ -384,7 +384,7 @@ def run_plots(
 ) -> dict:                 # file name -> PNG
     "The report's plots, as far as there is something to plot."
     found = {}
-    if info["metrics"]: found["loss.png"] = _png(train.plot_losses(info["metrics"]))
+    if info["metrics"]: found["loss.png"] = _png(train.plot_losses(info["metrics"], evals=info["evals"]))
     if info["recipe"]:
         schedule = train.Settings.from_dict(info["recipe"]["settings"]).schedule
         per_epoch = [round(d["updates"]/p.epochs) for p, d in zip(schedule, info["phases"]) if p.epochs]
@@ -410,6 +410,23 @@ def _kinds_html(report):
         [(k, f["n"], _percent(f["accuracy"]), f"{f['accuracy_ci'][0]:.1%} to {f['accuracy_ci'][1]:.1%}", *(_percent(f[x]) for x in
           ("blind_accuracy", "majority_accuracy", "sound", "format_valid"))) for k, f in report.per_kind.items()])
 
+def _watched_html(info):
+    "What was measured inside the run, what was forgotten, what went wrong."
+    out, number = [], lambda v: "–" if v is None else f"{v:.4f}"
+    if info["evals"]:
+        best = min(info["evals"], key=lambda e: e["loss"])
+        stages = list(dict.fromkeys(s for e in info["evals"] for s in e["loss_by_stage"]))
+        out.append(f"<h3>Held-out loss</h3><p>Lowest after update {best['update']:,}: those weights are in <code>best/</code>.</p>" + table_html(("after update", "loss", *map(str.lower, stages), "accuracy"),
+            [(f"{e['update']:,}", number(e["loss"]), *(number(e["loss_by_stage"].get(s)) for s in stages), _percent(e.get("accuracy"))) for e in info["evals"]]))
+    if kept := [p for p in info["phases"] if p.get("after")]:
+        names = list(kept[0]["after"])
+        say = {"retain_loss": "loss on plain rows"}
+        out.append("<h3>Forgetting</h3>" + table_html(("phase", *(f"{say.get(n, n)} {when}" for n in names for when in ("before", "after"))),
+            [(p["name"], *(number(p[when].get(n)) for n in names for when in ("before", "after"))) for p in kept]))
+    if info["events"]: out.append("<h3>Remarkable updates</h3>" + table_html(("update", "what", "loss", "examples"),
+        [(e["update"], e["event"], number(e.get("loss")), ", ".join(x["id"] for x in e["examples"][:4])) for e in info["events"][:50]]))
+    return "".join(out)
+
 # %% ../nbs/10_evaluate.ipynb #c071
 CAPTIONS = {"loss.png": "Mean loss per supervised token by stage, over updates; shaded by phase.",
             "schedule.png": "Which part learns when, and at which rate.",
@@ -428,7 +445,7 @@ def page_html(
                            f"<figcaption>{CAPTIONS[name]}</figcaption></figure>") if name in plots else ""
     scored = tiles_html(report) if report else "<p>No questions were held out, so nothing was scored.</p>"
     kinds = f"<h2>By kind of question</h2>{figure('kinds.png')}{_kinds_html(report)}" if report else ""
-    trained = f"<h2>Training</h2>{_phases_html(info['phases'])}{figure('loss.png')}{figure('schedule.png')}" if info["phases"] else figure("loss.png")
+    trained = f"<h2>Training</h2>{_phases_html(info['phases'])}{figure('loss.png')}{_watched_html(info)}{figure('schedule.png')}" if info["phases"] else figure("loss.png")
     cards = f"<h2>Answers</h2><p>Wrong ones first, then right ones whose reasoning does not hold, then right ones.</p>{gallery_html(report, gallery)}" if report else ""
     foot = html.escape(json.dumps(facts, indent=1, ensure_ascii=False))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
