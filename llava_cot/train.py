@@ -39,7 +39,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from . import augment as augmentation
 from . import data as datasource
 from . import launch, models, schedule as schedules, watch
-from .checkpoint import RunError, checkpoints, digest, newest, prune, room, sealed, write_text
+from .checkpoint import RunError, checkpoints, digest, newest, prune, room, sealed, sweep, write_text
 from .cot import FORMATS, LLAVA_COT, STAGES, CoTFormat
 from .schedule import Phase, Schedule
 from .watch import Clock, Log, Show, plot_losses, read_lines
@@ -382,7 +382,8 @@ def one_update(model, batches: list, optimizer, scheduler, phase: Phase, acceler
     line = dict(loss=loss, loss_by_stage=stage_means(sums), lr=lr, grad_norm=norm, tokens=int(tokens), supervised=int(sums[:, 1].sum()))
     if wrong: line |= dict(loss=None, loss_by_stage={}, grad_norm=None, skipped=wrong)
     if suspect: suspect(line)
-    if not wrong or accelerator.scaler: optimizer.step()      # a scaler skips by itself, and learns from it
+    if wrong and not accelerator.scaler: optimizer.zero_grad()   # a step without a gradient changes nothing; a scaler skips by itself, and learns from it
+    optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     clock.lap("optimizer")
@@ -482,7 +483,8 @@ def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=N
     schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
     optimizer = schedules.optimizer(models.parts(model), phase)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)
+    else: model, optimizer = accelerator.prepare(model, optimizer)
     if state:
         launch.restore(model, optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -622,7 +624,8 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
     per_epoch = math.ceil(len(rows) / (s.batch_size * s.accumulate * accelerator.num_processes))
     counts = s.schedule.updates(per_epoch)
     if s.tracker: accelerator.init_trackers("llava_cot", config={k: v for k, v in s.to_dict().items() if isinstance(v, (int, float, str))})
-    run.model.to(accelerator.device)
+    if launch.engine(accelerator) == "fsdp2": launch.shard(run.model, **launch.policy(accelerator))
+    else: run.model.to(accelerator.device)
     if run.before is None: run.before = knows(run, exam, accelerator)
     while run.phase < len(s.schedule):
         n, phase = counts[run.phase], s.schedule[run.phase]
@@ -645,19 +648,18 @@ def conclude(run: Run, accelerator: Accelerator) -> None:
         with room(run.out, "model"):
             models.save(run.model.eval(), run.processor, run.out / "model", weights)
             write_text(run.out / "phases.json", json.dumps(run.phases, indent=1))
-    accelerator.end_training()
+    for tracker in accelerator.trackers: tracker.finish()      # not end_training: it would end the processes' group, and another run may follow
 
 # %% ../nbs/08_train.ipynb #c050
 def record(run: Run, phase: Phase, updates: int) -> dict:
     "What a phase amounted to: seconds, updates, parameters, and the loss by stage over its last tenth."
     never, parts = models.without_gradient(run.model), models.parts(run.model)
     trained = sum(p.numel() for part in phase.train for name, p in parts[part] if name not in never)
-    lines = [line for line in run.metrics() if line["phase"] == phase.name][-max(1, updates // 10):]
-    last = [line["loss"] for line in lines if line["loss"] is not None]
+    lines = [line for line in run.metrics() if line["phase"] == phase.name and line["loss"] is not None][-max(1, updates // 10):]
     stages = {k for line in lines for k in line["loss_by_stage"]}
     mean = lambda k: sum(l["loss_by_stage"][k] for l in lines if k in l["loss_by_stage"]) / sum(k in l["loss_by_stage"] for l in lines)
     return dict(name=phase.name, seconds=round(run.seconds, 2), updates=updates, trainable=trained, total=sum(p.numel() for p in run.model.parameters()),
-                loss=sum(last) / len(last) if last else None, loss_by_stage={k: mean(k) for k in ("OTHER",) + STAGES if k in stages})
+                loss=sum(l["loss"] for l in lines) / max(1, len(lines)), loss_by_stage={k: mean(k) for k in ("OTHER",) + STAGES if k in stages})
 
 # %% ../nbs/08_train.ipynb #c052
 def read_recipe(out) -> dict:
@@ -694,6 +696,7 @@ def resume(
     rows = datasource.load(data, settings.fmt) if isinstance(data, (str, os.PathLike)) else data
     for name, was, now in (("data", recipe["rows"], data_key(rows)), ("held_out and retain", recipe.get("exam", {}), exam_keys(exam))):
         if was != now: raise RunError(f"resume {out}: {name} has other rows than the run began with (now {now}, then {was}); expected the same rows in the same order")
+    if accelerator.is_main_process: sweep(out)
     [found] = broadcast_object_list([newest(out) if accelerator.is_main_process else None])
     model, processor = models.load(found) if found else reopen(out, recipe, settings)
     progressed = json.loads((found / "progress.json").read_text()) if found else {}

@@ -48,6 +48,8 @@ def test_what_fails_half_way_leaves_no_trace():
             with checkpoint.sealed(Path(tmp) / "d") as new: (new / "a").write_text("half"); os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(pid, 0)
         assert not (Path(tmp) / "d").exists() and checkpoint.checkpoints(tmp) == []
+        (Path(tmp) / "best/.tmp-3").mkdir(parents=True); (Path(tmp) / ".model.abc").mkdir()
+        checkpoint.sweep(tmp); assert not list(Path(tmp).glob("best/.*")) and not (Path(tmp) / ".model.abc").exists()
         with checkpoint.sealed(Path(tmp) / "d") as new: assert not list(new.iterdir()); (new / "a").write_text("whole")
         assert (Path(tmp) / "d/a").read_text() == "whole" and not list(Path(tmp).glob(".*"))
 
