@@ -113,8 +113,9 @@ PLACES = _w("""left right top bottom above below upper lower center centre centr
     foreground near nearest far farthest closest under over inside outside around north south east west row column first second third last""")
 EDGES = _w("edge edges border borders margin frame frames partially partly cropped visible uncropped")
 FORMS = _w("circle circles square squares triangle triangles diamond diamonds star stars rectangle oval round shape shapes whole entire")
-READING = _w("""text sign signs signboard billboard poster banner brand inscription slogan jersey plate plates word words letter letters written writing handwriting handwritten reads caption label labels labeled labelled headline title chart charts graph graphs diagram
-    axis legend document invoice receipt map clock menu subtitle logo plot percentage""")
+READING = _w("""text sign signs signboard billboard poster banner brand inscription slogan jersey word words letter letters written
+    writing handwriting handwritten reads caption label labels labeled labelled headline title chart charts graph graphs diagram
+    axis legend document invoice receipt map clock menu subtitle logo plot percentage""") + ["license plate", "number plate"]
 LANGUAGE = _w("word words spell spelled spelling letter letters synonym antonym rhyme rhymes verb noun adjective sentence phrase text says written")
 SMALL = _w("small smaller smallest tiny little miniature distant faraway thin narrow speck dot dots")
 LINES = _w("""straight upright vertical vertically horizontal horizontally diagonal diagonally parallel perpendicular tilted tilt leaning slanted slope slopes
@@ -123,7 +124,7 @@ TEXTURES = _w("""texture textures textured pattern patterns patterned fabric fur
     wrinkles wrinkled rough smooth fine blur blurred blurry sharp sharpness focus focused unfocused crisp clear clarity noise noisy pixelated compression quality resolution""")
 TURNS = _w("clockwise counterclockwise anticlockwise east west eastern western northeast northwest southeast southwest eastward westward compass mirror mirrored reflection")
 TURNS += ("first image", "second image", "first picture", "second picture", "first panel", "second panel", "in order", "sequence")
-CLOCKS = _w("clock clocks watch watches dial o'clock speedometer")
+CLOCKS = _w("clock clocks watch watches dial speedometer")
 HANDS = _w("hand hands handed handedness handshake glove gloves fist palm salute")
 SIDED = _w("drive drives driving driver drivers steering lane lanes traffic heart liver stage theatre flag passport")   # have a side by law or nature
 DOCUMENTS = ("chartqa", "docvqa", "ai2d", "geoqa+", "geoqa", "infographicvqa", "textvqa", "share_textvqa", "ocr_vqa", "scienceqa", "sqa")   # sources whose pictures are read to the edge
@@ -327,6 +328,7 @@ def _kept(example):
         if role == "assistant": kept |= _words(text[(_open(role, text) or [(0, 0)])[-1][1]:])
     return kept - set(w.lower() for stage in STAGES for w in (stage, f"{stage}s"))
 
+# %% ../nbs/03_augment.ipynb #c028n
 @lru_cache(maxsize=1)
 def _phrases(): return re.compile(r"(?<![\w'’-])(" + "|".join(sorted(map(re.escape, synonyms()), key=len, reverse=True)) + r")(?![\w'’-])", re.I)
 
@@ -511,6 +513,7 @@ def _forms(example, gate=True):
                 if not any(a <= m.start() and m.end() <= b for a, b in free) or any(a < m.end() and m.start() < b for a, b in shut): continue
                 if len(found := forms(m[0], role == "user")) > 1: yield i, j, m.span(), found
 
+# %% ../nbs/03_augment.ipynb #c031q
 def _draw_patterns(example, p, draws, gate=True):
     "The sentences that take another form: message, item, span, new sentence."
     made = []
@@ -629,6 +632,7 @@ def _jpeg(image, quality):
     (image := Image.open(file)).load()
     return image
 
+# %% ../nbs/03_augment.ipynb #c037i
 def transform(
     image: Image.Image,
     parameters: dict,   # transform → its parameters, as `drawn` gives them for each picture
@@ -694,6 +698,7 @@ def drawn(
             "synonyms": _draw_synonyms(_with_patterns(example, patterns), p, draws, gate) if (p := strength["synonyms"]) else {},
             "instructions": _draw_instructions(example, p, draws) if (p := strength["instructions"]) else []}
 
+# %% ../nbs/03_augment.ipynb #c043n
 def augment(
     example: dict,      # not touched
     policy: Policy,
