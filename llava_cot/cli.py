@@ -170,7 +170,7 @@ def _train(source, model, out, schedule, fmt, seed, start, json, **settings) -> 
     net, processor = open_model(model)
     say(f"{len(rows):,} rows to train on, {len(examiner.rows):,} to score on; model {model}; run in {out}\n\n{schedule}\n", json=json)
     where = dict(source, model=str(Path(model).absolute()) if Path(model).is_dir() else str(model))
-    try: run = training.fit(net, processor, rows, schedule, out, **measured(source, examiner, s.eval_every), source=where, fmt=fmt, seed=seed, progress=not json, **settings)
+    try: run = training.fit(net, processor, rows, schedule, out, **measured(source, examiner, s.eval_every), source=where, fmt=fmt, seed=seed, progress=not json and "bar", **settings)
     except KeyboardInterrupt: raise Interrupted(out) from None
     return _finish(run, examiner, start, json)
 
@@ -186,7 +186,7 @@ def _resume(out, start, json) -> dict:
     s = training.Settings.from_dict(recipe["settings"])
     rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
     say(f"going on with the run in {out}", json=json)
-    try: run = training.resume(out, rows, progress=not json, **measured(recipe["source"], examiner, s.eval_every))
+    try: run = training.resume(out, rows, progress=not json and "bar", **measured(recipe["source"], examiner, s.eval_every))
     except KeyboardInterrupt: raise Interrupted(out) from None
     return _finish(run, examiner, start, json)
 

@@ -509,7 +509,7 @@ def finish(run: Run, line: dict, clock: Clock, log: Log, show: Show, accelerator
     log("metrics", at | line)
     log("timing", at | {k: round(v, 5) for k, v in timing.items()} | dict(tokens_per_s=round(line["tokens"] / timing["seconds"], 1)))
     if run.settings.tracker: accelerator.log(watch.tracked(line, timing), step=run.done)
-    show(line, timing["seconds"])
+    show(at | line, timing["seconds"])
 
 
 def asked(stop, accelerator: Accelerator) -> bool:
@@ -525,7 +525,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
                   lengths(reader.rows, reader.processor) if s.group_by_length else None)
     with (stop_politely() as stop, Log(run.out, run.done, accelerator.is_main_process) as log,
-          Show(phase.name, run.update, updates, run.metrics, progress and accelerator.is_local_main_process) as show):
+          Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
             torch.manual_seed(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
@@ -553,7 +553,7 @@ def fit(
     out,                                # a new or empty folder
     *,
     held_out=None, retain=None, measure=None, ability=None, after_phase=None,   # see `Exam`
-    progress: bool = True,              # show a bar
+    progress: bool | str = True,        # show a bar, and in a notebook the curves; "bar": no curves
     source: dict | None = None,         # where data and model came from, for the recipe; a run whose `model` can be opened again needs no first checkpoint
     **settings,                         # the fields of `Settings`: batch_size, accumulate, augment, seed, precision, …
 ) -> Run:
@@ -683,7 +683,7 @@ def resume(
     out,                        # the folder of an interrupted run
     data=None,                  # the rows, or their path; left out, the path in the recipe
     after_phase=None,           # as in `fit`
-    progress: bool = True,
+    progress: bool | str = True,
     *,
     held_out=None, retain=None, measure=None, ability=None,   # as in `fit`
 ) -> Run:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from accelerate.tracking import LoggerType, get_available_trackers
 from fastcore.imports import in_notebook
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoint import RunError, flush, room, write_text
 
@@ -129,9 +129,9 @@ def plot_losses(
 # %% ../nbs/08_watch.ipynb #w044
 class Show:
     "What a person sees of a phase: a bar with tokens a second, and in a notebook the curves."
-    def __init__(self, name: str, at: int, total: int, metrics, on: bool = True, every: float = 5.0):
+    def __init__(self, name: str, at: int, total: int, metrics, on: bool | str = True, every: float = 5.0):   # on="bar": no curves
         self.bar = tqdm(total=total, initial=at, desc=name, unit="update", disable=not on)
-        self.lines, self.every, self.handle, self.drawn = list(metrics()) if on and in_notebook() else None, every, None, time.monotonic()
+        self.lines, self.every, self.handle, self.drawn = list(metrics()) if on is True and in_notebook() else None, every, None, time.monotonic()
 
     def __enter__(self): return self
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import cli, data, models, shapes, train
+from llava_cot import cli, data, models, shapes, train as training
 
 def run(*words, **kw):
     "Exit code, standard output and standard error of the command, in a process of its own."
@@ -116,9 +116,9 @@ def test_train_takes_every_option_of_the_loss_and_the_batches():
 
 
 def test_every_setting_of_a_run_is_an_option():
-    fields_ = {f.name: f.default for f in dataclasses.fields(train.Settings)}
+    fields_ = {f.name: f.default for f in dataclasses.fields(training.Settings)}
     options = inspect.signature(cli.train).parameters
-    assert set(fields_) - {"schedule", "fmt", "augment"} <= set(train.PLAIN) and set(fields_) <= set(options)
+    assert set(fields_) - {"schedule", "fmt", "augment"} <= set(training.PLAIN) and set(fields_) <= set(options)
     assert {k for k in fields_ if k not in ("schedule", "fmt", "augment") and fields_[k] != options[k].default} == set()
 
 
@@ -150,7 +150,7 @@ def test_a_run_measures_itself_and_says_what_was_forgotten():
         code, out, error = here("train", "--data", data_, "--model", "tiny_llava", "--out", tmp / "run", "--schedule", tmp / "schedule.yaml", "--batch_size", 4, "--held_out", 0.3, "--max_new_tokens", 4,
                                 "--eval_every", 2, "--eval_answers", 2, "--retain", tmp / "plain")
         assert code == 0, error
-        evals = train.read_lines(tmp / "run/evals.jsonl")
+        evals = training.read_lines(tmp / "run/evals.jsonl")
         assert [e["update"] for e in evals] == [2, 3, 4, 6, 7] and all(0 <= e["accuracy"] <= 1 for e in evals)
         report, page = json.loads((tmp / "run/report.json").read_text()), (tmp / "run/report.html").read_text()
         first, second = report["phases"]

@@ -5,9 +5,9 @@ from llava_cot.train import *
 import contextlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
 from pathlib import Path
 from unittest import mock
-import datasets, pytest, torch
+import IPython.display, datasets, pytest, torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import checkpoint, data, models, shapes, train
+from llava_cot import checkpoint, data, models, shapes, train, watch
 from llava_cot.augment import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.tokens import Collator, TokensError, TooLong, encode, lengths
@@ -350,6 +350,15 @@ def test_evaluations_are_those_of_the_weights_that_were_kept():
         assert abs(first["before"]["retain_loss"] - before) < 1e-5 and first["after"] == second["before"] and first["before"]["knows"] == 1 and second["accuracy"] == 0.25
         with pytest.raises(train.RunError, match="eval_every: found 3 and no held_out"): train.fit(model, processor, ROWS, BOTH, Path(tmp) / "new", eval_every=3)
         with pytest.raises(train.RunError, match="held_out and retain has other rows"): train.resume(trained.out, ROWS, held_out=some_rows(6), retain=plainly())
+
+
+def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
+    shown, curves = [], lambda figure: [len(line.get_xdata()) for line in figure.axes[0].lines]
+    with tempfile.TemporaryDirectory() as tmp, mock.patch.object(watch, "in_notebook", lambda: True), mock.patch.object(IPython.display, "display", lambda figure, display_id: shown.append(figure)):
+        for progress in (True, "bar", False):
+            with contextlib.redirect_stderr(io.StringIO()) as bar: train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / str(progress), batch_size=2, progress=progress)
+            assert ("finetune: 100%" in bar.getvalue() and "tokens/s" in bar.getvalue()) == bool(progress)
+    assert len(shown) == 2 and max(curves(shown[0])) == 6 and max(curves(shown[1])) == 12
 
 
 def test_a_loss_that_is_no_number_is_skipped_and_named():
