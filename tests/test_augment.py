@@ -125,6 +125,43 @@ def survive(n):
     holds()
     assert len(changed) >= n and sum(changed) > n / 3
 
+NOUNS = "thing object item figure shape element piece one".split()
+MENTION = re.compile(rf"(?:\b(?P<colour>{'|'.join(shapes.RGB)})\b[- ]*)?\b(?P<noun>{'|'.join((*shapes.SHAPES, *NOUNS))})(?P<many>s?)\b|\b(?P<bare>{'|'.join(shapes.RGB)})\b")
+REFERENCE = re.compile(r"(?<!position )(?<!location )(?<!place )\b(?:from|to|of|than|against|with|at|by)(?: the| a| an)? $")   # "the position of X" seeks X
+CUES = dict(
+    forbidden="not no none never without nor fewer less fewest least zero one two three four five six seven eight nine ten first second biggest smallest".split(),
+    number="many number count tally total quantity amount".split(),
+    colour="colour color coloured colored hue shade tint paint painted".split(),
+    place="where direction way place placed position positioned side located location lie lies sit sits relative situated".split(),
+    more="more most outnumber outnumbers exceed greater larger bigger frequent often majority compare".split(),
+    exist="is are there see seen show shows shown appear appears present contain contains exist exists visible include includes find found spot have any depict depicts do does can".split())
+
+def mentions(text):
+    "Things a question names, in order: (word or words as a query has them, many, follows a preposition)."
+    for m in MENTION.finditer(text):
+        colour, noun = m["colour"] or m["bare"], m["noun"]
+        if noun in shapes.SHAPES: yield f"{colour} {noun}" if colour else noun, bool(m["many"]), bool(REFERENCE.search(text[:m.start()]))
+        elif colour: yield colour, bool(m["many"]) or bool(m["bare"]), bool(REFERENCE.search(text[:m.start()]))
+
+def understand(question):
+    "The query an English question asks, from the words in it; `None` where they do not make one."
+    text = " ".join(question.lower().split())
+    named, words = list(mentions(text)), set(re.findall(r"[a-z]+", text))
+    cue = {name: bool(words & set(listed)) for name, listed in CUES.items()}
+    if cue["forbidden"] or "n't" in text: return None
+    if len(named) == 2:
+        (a, many_a, ref_a), (b, many_b, ref_b) = named
+        if many_a and many_b and cue["more"] and not cue["place"]: return shapes.Query("compare", (a, b))
+        if many_a or many_b or not cue["place"] or cue["more"] or ref_a == ref_b: return None
+        return shapes.Query("relation", (b, a) if ref_a else (a, b))
+    if len(named) != 1 or cue["more"]: return None
+    [(what, many, _)] = named
+    whole = " " in what
+    if many: return shapes.Query("count", (what,)) if cue["number"] and not whole and not cue["colour"] and not cue["place"] else None
+    if cue["number"] or cue["place"]: return None
+    if cue["colour"]: return None if whole or what in shapes.RGB else shapes.Query("colour", (what,))
+    return shapes.Query("exist", (what,)) if whole and cue["exist"] else None
+
 
 def test_strength_grows():
     ramped = replace(STRONG, ramp=0.4)
@@ -343,6 +380,33 @@ def test_questions_are_reworded():
     assert one("What is an infant?", conclusion="an infant") == {"What is an infant?"}             # the conclusion says infant
     assert one("Is it a kid or an infant? Is it tiny?") == {"Is it a kid or an infant? Is it very small?"}
     assert one("Where did Kid Rock occur?") == {"Where did Kid Rock happen?"}
+
+
+def test_paraphrases_ask_the_same():
+    policy, asks = Policy(synonyms=1, patterns=1, instructions=1, flip=0.5), {kind: set() for kind in shapes.KINDS}
+    made = [ex for level in ("easy", "hard") for _, ex in shapes.examples(50, 3, level)]
+    for ex in made:
+        query = shapes.read_question(asked(ex))
+        for wording in range(len(shapes.WORDINGS[query.kind])):                                  # every form of every wording
+            for form in forms(shapes.word_question(query, wording)) or [asked(ex)]:
+                asks[query.kind].add(form)
+                assert understand(form) == query, (form, understand(form), query)
+        for epoch in range(8):                                                                   # and what is drawn, with synonyms, instructions and the flip
+            text = asked(augment(ex, policy, 0, epoch))
+            asks[query.kind].add(text)
+            assert understand(text) == query, (text, understand(text), query)
+    assert all(len(found) > 5 * len(made) / len(shapes.KINDS) for found in asks.values()), {kind: len(found) for kind, found in asks.items()}
+
+
+def test_a_wrong_paraphrase_is_caught():
+    wrong = [("How many red things are there?", "How many blue things are there?"), ("How many circles are there?", "Is there a circle?"), ("How many circles are there?", "How many red circles are there?"),
+             ("What colour is the circle?", "Where is the circle?"), ("What colour is the circle?", "What colour is the square?"), ("Is there a red circle?", "How many red circles are there?"),
+             ("Is there a red circle?", "Is there no red circle?"), ("Is there a red circle?", "Is there a circle?"), ("Are there more circles or squares?", "Are there fewer circles or squares?"),
+             ("Are there more circles or squares?", "Are there circles or squares?"), ("Where is the red circle relative to the blue star?", "Where is the blue star relative to the red circle?"),
+             ("Where is the red circle relative to the blue star?", "From the red circle, where is the blue star?"), ("Where is the red circle relative to the blue star?", "Is there a red circle and a blue star?")]
+    for true, false in wrong:
+        assert understand(true) == shapes.read_question(true)
+        assert understand(false) != shapes.read_question(true), (true, false)
 
 
 def test_reasons_are_counted():
