@@ -2,8 +2,10 @@
 import pytest
 from llava_cot.augment import *
 
-import colorsys, copy, hashlib, json, os, random, re, subprocess, sys, tempfile, warnings
+import colorsys, copy, hashlib, json, os, random, re, shutil, socket, subprocess, sys, tempfile, time, warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -161,6 +163,49 @@ def understand(question):
     if cue["number"] or cue["place"]: return None
     if cue["colour"]: return None if whole or what in shapes.RGB else shapes.Query("colour", (what,))
     return shapes.Query("exist", (what,)) if whole and cue["exist"] else None
+
+@contextmanager
+def jupyterlab(folder, code):
+    "The address of a JupyterLab on this machine, open at a notebook of one cell; ended on leaving."
+    cell = dict(cell_type="code", id="one", metadata={}, source=code, execution_count=None, outputs=[])
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    (folder / "one.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    own = {f"JUPYTER{what}_DIR": str(folder / what) for what in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}   # nobody's own settings
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t",
+               f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    try:
+        end, up = time.monotonic() + 60, False
+        while not up:
+            assert server.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()
+            with socket.socket() as s: up = s.connect_ex(("127.0.0.1", port)) == 0
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/lab/tree/one.ipynb?token=t&reset"
+    finally: server.terminate(); server.wait(30)
+
+@contextmanager
+def browser(folder):
+    "A page of headless Chromium with a profile of its own."
+    from playwright.sync_api import sync_playwright
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path, "no chromium here: apt-get install chromium"
+    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+    with sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(folder / "profile", executable_path=path, args=flags, viewport=dict(width=1400, height=1000))
+        try: yield context.pages[0]
+        finally: context.close()
+
+def moves(page, view, name, times):
+    "What the widget shows after each press of → on a slider: the new picture, and the text."
+    handle, seen = page.locator(".widget-hslider", has_text=name).locator(".noUi-handle"), lambda: (view.locator("img").nth(1).get_attribute("src"), view.inner_text())
+    shown = [seen()]
+    for _ in range(times):
+        handle.press("ArrowRight")
+        end = time.monotonic() + 20
+        while (now := seen()) == shown[-1] and time.monotonic() < end: page.wait_for_timeout(50)
+        shown.append(now)
+    return shown
 
 
 def test_strength_grows():
@@ -443,3 +488,22 @@ def test_sliders_change_picture_and_reasons():
     on.click(); assert row.value == 1 and "What kind of animal" in view.value and "names a colour" not in view.value
     on.click(); assert row.value == 1
     with pytest.raises(AugmentError, match="rows is empty"): explore([])
+
+
+@pytest.mark.slow
+def test_widget_in_a_real_jupyterlab():
+    def look():
+        "What is shown as first the slider of hue, then that of rotation is moved."
+        folder = Path(tempfile.mkdtemp())
+        code = "from llava_cot import shapes\nfrom llava_cot.augment import Policy, explore\nexplore([ex for _, ex in shapes.examples(2, 0, size=96)], Policy())"
+        with jupyterlab(folder, code) as address, browser(folder) as page:
+            page.goto(address)
+            page.locator(".jp-CodeCell .cm-content").first.click(timeout=60_000)
+            page.keyboard.press("Shift+Enter")
+            view = page.locator(".jp-OutputArea .widget-html-content")
+            view.locator("img").first.wait_for(timeout=60_000)
+            return moves(page, view, "hue", 2) + moves(page, view, "rotation", 3)
+
+    with ThreadPoolExecutor(1) as pool: (start, *_, hue), (same, *_, turned) = (lambda s: (s[:3], s[3:]))(pool.submit(look).result())
+    assert "names a colour" not in start[1] and re.search(r"hue\s.*refused\s.*names a colour", hue[1]) and hue[0] == start[0]   # refused: the reason appears, the picture stays
+    assert same == hue and turned[0] != hue[0] and re.search(r"rotation\s.*no more than 3\s+degrees", turned[1])              # allowed: another picture, and how far it was turned
