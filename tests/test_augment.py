@@ -2,8 +2,10 @@
 import pytest
 from llava_cot.augment import *
 
-import colorsys, copy, hashlib, json, os, random, re, subprocess, sys, tempfile, warnings
+import colorsys, copy, hashlib, json, os, random, re, shutil, socket, subprocess, sys, tempfile, time, warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -124,6 +126,86 @@ def survive(n):
         changed.append(check_kept(*map(" ".join, (question, ["It is"] + summary, ["It is"] + caption, ["It is"] + reasoning)), conclusion, options, epoch))
     holds()
     assert len(changed) >= n and sum(changed) > n / 3
+
+NOUNS = "thing object item figure shape element piece one".split()
+MENTION = re.compile(rf"(?:\b(?P<colour>{'|'.join(shapes.RGB)})\b[- ]*)?\b(?P<noun>{'|'.join((*shapes.SHAPES, *NOUNS))})(?P<many>s?)\b|\b(?P<bare>{'|'.join(shapes.RGB)})\b")
+REFERENCE = re.compile(r"(?<!position )(?<!location )(?<!place )\b(?:from|to|of|than|against|with|at|by)(?: the| a| an)? $")   # "the position of X" seeks X
+CUES = dict(
+    forbidden="not no none never without nor fewer less fewest least zero one two three four five six seven eight nine ten first second biggest smallest".split(),
+    number="many number count tally total quantity amount".split(),
+    colour="colour color coloured colored hue shade tint paint painted".split(),
+    place="where direction way place placed position positioned side located location lie lies sit sits relative situated".split(),
+    more="more most outnumber outnumbers exceed greater larger bigger frequent often majority compare".split(),
+    exist="is are there see seen show shows shown appear appears present contain contains exist exists visible include includes find found spot have any depict depicts do does can".split())
+
+def mentions(text):
+    "Things a question names, in order: (word or words as a query has them, many, follows a preposition)."
+    for m in MENTION.finditer(text):
+        colour, noun = m["colour"] or m["bare"], m["noun"]
+        if noun in shapes.SHAPES: yield f"{colour} {noun}" if colour else noun, bool(m["many"]), bool(REFERENCE.search(text[:m.start()]))
+        elif colour: yield colour, bool(m["many"]) or bool(m["bare"]), bool(REFERENCE.search(text[:m.start()]))
+
+def understand(question):
+    "The query an English question asks, from the words in it; `None` where they do not make one."
+    text = " ".join(question.lower().split())
+    named, words = list(mentions(text)), set(re.findall(r"[a-z]+", text))
+    cue = {name: bool(words & set(listed)) for name, listed in CUES.items()}
+    if cue["forbidden"] or "n't" in text: return None
+    if len(named) == 2:
+        (a, many_a, ref_a), (b, many_b, ref_b) = named
+        if many_a and many_b and cue["more"] and not cue["place"]: return shapes.Query("compare", (a, b))
+        if many_a or many_b or not cue["place"] or cue["more"] or ref_a == ref_b: return None
+        return shapes.Query("relation", (b, a) if ref_a else (a, b))
+    if len(named) != 1 or cue["more"]: return None
+    [(what, many, _)] = named
+    whole = " " in what
+    if many: return shapes.Query("count", (what,)) if cue["number"] and not whole and not cue["colour"] and not cue["place"] else None
+    if cue["number"] or cue["place"]: return None
+    if cue["colour"]: return None if whole or what in shapes.RGB else shapes.Query("colour", (what,))
+    return shapes.Query("exist", (what,)) if whole and cue["exist"] else None
+
+@contextmanager
+def jupyterlab(folder, code):
+    "The address of a JupyterLab on this machine, open at a notebook of one cell; ended on leaving."
+    cell = dict(cell_type="code", id="one", metadata={}, source=code, execution_count=None, outputs=[])
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    (folder / "one.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    own = {f"JUPYTER{what}_DIR": str(folder / what) for what in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}   # nobody's own settings
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t",
+               f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    try:
+        end, up = time.monotonic() + 60, False
+        while not up:
+            assert server.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()
+            with socket.socket() as s: up = s.connect_ex(("127.0.0.1", port)) == 0
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/lab/tree/one.ipynb?token=t&reset"
+    finally: server.terminate(); server.wait(30)
+
+@contextmanager
+def browser(folder):
+    "A page of headless Chromium with a profile of its own."
+    from playwright.sync_api import sync_playwright
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path, "no chromium here: apt-get install chromium"
+    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+    with sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(folder / "profile", executable_path=path, args=flags, viewport=dict(width=1400, height=1000))
+        try: yield context.pages[0]
+        finally: context.close()
+
+def moves(page, view, name, times):
+    "What the widget shows after each press of → on a slider: the new picture, and the text."
+    handle, seen = page.locator(".widget-hslider", has_text=name).locator(".noUi-handle"), lambda: (view.locator("img").nth(1).get_attribute("src"), view.inner_text())
+    shown = [seen()]
+    for _ in range(times):
+        handle.press("ArrowRight")
+        end = time.monotonic() + 20
+        while (now := seen()) == shown[-1] and time.monotonic() < end: page.wait_for_timeout(50)
+        shown.append(now)
+    return shown
 
 
 def test_strength_grows():
@@ -345,6 +427,33 @@ def test_questions_are_reworded():
     assert one("Where did Kid Rock occur?") == {"Where did Kid Rock happen?"}
 
 
+def test_paraphrases_ask_the_same():
+    policy, asks = Policy(synonyms=1, patterns=1, instructions=1, flip=0.5), {kind: set() for kind in shapes.KINDS}
+    made = [ex for level in ("easy", "hard") for _, ex in shapes.examples(50, 3, level)]
+    for ex in made:
+        query = shapes.read_question(asked(ex))
+        for wording in range(len(shapes.WORDINGS[query.kind])):                                  # every form of every wording
+            for form in forms(shapes.word_question(query, wording)) or [asked(ex)]:
+                asks[query.kind].add(form)
+                assert understand(form) == query, (form, understand(form), query)
+        for epoch in range(8):                                                                   # and what is drawn, with synonyms, instructions and the flip
+            text = asked(augment(ex, policy, 0, epoch))
+            asks[query.kind].add(text)
+            assert understand(text) == query, (text, understand(text), query)
+    assert all(len(found) > 5 * len(made) / len(shapes.KINDS) for found in asks.values()), {kind: len(found) for kind, found in asks.items()}
+
+
+def test_a_wrong_paraphrase_is_caught():
+    wrong = [("How many red things are there?", "How many blue things are there?"), ("How many circles are there?", "Is there a circle?"), ("How many circles are there?", "How many red circles are there?"),
+             ("What colour is the circle?", "Where is the circle?"), ("What colour is the circle?", "What colour is the square?"), ("Is there a red circle?", "How many red circles are there?"),
+             ("Is there a red circle?", "Is there no red circle?"), ("Is there a red circle?", "Is there a circle?"), ("Are there more circles or squares?", "Are there fewer circles or squares?"),
+             ("Are there more circles or squares?", "Are there circles or squares?"), ("Where is the red circle relative to the blue star?", "Where is the blue star relative to the red circle?"),
+             ("Where is the red circle relative to the blue star?", "From the red circle, where is the blue star?"), ("Where is the red circle relative to the blue star?", "Is there a red circle and a blue star?")]
+    for true, false in wrong:
+        assert understand(true) == shapes.read_question(true)
+        assert understand(false) != shapes.read_question(true), (true, false)
+
+
 def test_reasons_are_counted():
     rows = [{**picture(), "id": str(i), "source": s} for i, s in enumerate(("ChartQA", "PISC", "PISC"))]
     rows[2]["messages"] = picture(question="Which of the two is on the left side?", caption="A cat.")["messages"]
@@ -379,3 +488,22 @@ def test_sliders_change_picture_and_reasons():
     on.click(); assert row.value == 1 and "What kind of animal" in view.value and "names a colour" not in view.value
     on.click(); assert row.value == 1
     with pytest.raises(AugmentError, match="rows is empty"): explore([])
+
+
+@pytest.mark.slow
+def test_widget_in_a_real_jupyterlab():
+    def look():
+        "What is shown as first the slider of hue, then that of rotation is moved."
+        folder = Path(tempfile.mkdtemp())
+        code = "from llava_cot import shapes\nfrom llava_cot.augment import Policy, explore\nexplore([ex for _, ex in shapes.examples(2, 0, size=96)], Policy())"
+        with jupyterlab(folder, code) as address, browser(folder) as page:
+            page.goto(address)
+            page.locator(".jp-CodeCell .cm-content").first.click(timeout=60_000)
+            page.keyboard.press("Shift+Enter")
+            view = page.locator(".jp-OutputArea .widget-html-content")
+            view.locator("img").first.wait_for(timeout=60_000)
+            return moves(page, view, "hue", 2) + moves(page, view, "rotation", 3)
+
+    with ThreadPoolExecutor(1) as pool: (start, *_, hue), (same, *_, turned) = (lambda s: (s[:3], s[3:]))(pool.submit(look).result())
+    assert "names a colour" not in start[1] and re.search(r"hue\s.*refused\s.*names a colour", hue[1]) and hue[0] == start[0]   # refused: the reason appears, the picture stays
+    assert same == hue and turned[0] != hue[0] and re.search(r"rotation\s.*no more than 3\s+degrees", turned[1])              # allowed: another picture, and how far it was turned
