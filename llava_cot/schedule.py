@@ -51,12 +51,19 @@ class Phase:
     weight_decay: float = 0.0         # AdamW's, on matrices only: biases and norms are left alone
     betas: tuple = (0.9, 0.999)       # AdamW's memory of gradients and of their squares
     max_grad_norm: float | None = 1.0 # gradients are clipped to this norm; None for no clipping
+    batch_size: int | None = None     # rows a forward sees in this phase; None for the run's
+    accumulate: int | None = None     # forwards per update in this phase; None for the run's
+    augment: str | dict | None = None # a policy's name or its strengths, for this phase; None for the run's
+    data: dict | None = None          # source → how often each of its rows is taken in this phase; None for all rows once
+    optimizer: str = "new"            # "carry" keeps AdamW's memory of the parameters that the phase before has trained
 
     def __post_init__(self):
         _check_phase(self)
         put = lambda field, value: object.__setattr__(self, field, value)
         put("train", Rates({part: float(lr) for part, lr in self.train.items()}))
         put("betas", tuple(float(b) for b in self.betas))
+        for name in ("augment", "data"):
+            if isinstance(v := getattr(self, name), dict): put(name, Rates(v))
         if self.updates is None: put("epochs", 1.0 if self.epochs is None else float(self.epochs))
 
 # %% ../nbs/06_schedule.ipynb #c015
@@ -74,6 +81,10 @@ _RULES = {
     "betas": (lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v),
               "two numbers, each at least 0 and below 1"),
     "max_grad_norm": (lambda v: v is None or _number(v) and v > 0, "a number above 0, or none for no clipping"),
+    **{name: (lambda v: v is None or _number(v) and isinstance(v, int) and v > 0, "a whole number above 0, or none for the run's") for name in ("batch_size", "accumulate")},
+    "augment": (lambda v: v is None or isinstance(v, (str, dict)), "a policy's name, or strengths such as {'crop': 0.1}"),
+    "data": (lambda v: v is None or isinstance(v, dict) and v and all(_number(w) and w >= 0 for w in v.values()) and any(v.values()), "how often each row of a source is taken, such as {'chartqa': 2, 'clevr': 0.5}"),
+    "optimizer": (lambda v: v in ("new", "carry"), "new or carry"),
 }
 
 # %% ../nbs/06_schedule.ipynb #c016
@@ -229,7 +240,9 @@ def to_dict(self: Schedule) -> dict:
     "Plain lists, dicts and numbers; `updates` or `epochs`, whichever is in force."
     def plain(p):
         d = {f.name: getattr(p, f.name) for f in fields(p)} | {"train": dict(p.train), "betas": list(p.betas)}
-        return {k: v for k, v in d.items() if not (k in ("epochs", "updates") and v is None)}
+        d |= {k: dict(v) for k, v in d.items() if isinstance(v, Rates)}
+        unsaid = dict.fromkeys(("epochs", "updates", "batch_size", "accumulate", "augment", "data")) | {"optimizer": "new"}
+        return {k: v for k, v in d.items() if not (k in unsaid and v == unsaid[k])}
     return {"phases": [plain(p) for p in self.phases]}
 
 @patch
@@ -257,7 +270,7 @@ def _phase(d, i, where):
         if k not in keys: raise ScheduleError(f"{where}: phase {d.get('name', i)!r} has an unknown key {k!r}{_nearest(k, keys)}; expected some of {', '.join(keys)}")
     for k in ("name", "train"):
         if k not in d: raise ScheduleError(f"{where}: phase {d.get('name', i)!r} has no {k}; expected one")
-    d = {k: v if k == "name" else _as_number(v) for k, v in d.items()}
+    d = {k: v if k in ("name", "augment") else _as_number(v) for k, v in d.items()}
     if isinstance(d["train"], dict): d["train"] = {part: _as_number(lr) for part, lr in d["train"].items()}
     if isinstance(d.get("betas"), list): d["betas"] = tuple(map(_as_number, d["betas"]))
     return Phase(**d)

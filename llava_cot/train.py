@@ -7,8 +7,8 @@ __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'ba
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
            'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'report', 'finish', 'asked',
-           'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'conclude', 'record', 'read_recipe',
-           'reopen', 'resume']
+           'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'mixed', 'length', 'conclude',
+           'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -256,7 +256,7 @@ class Settings:
     eval_every: int | None = None     # updates between measurements of the held-out loss; None: after each phase
     skip_nonfinite: int = 10          # so many updates in a row may have a loss or gradient that is not finite; they are skipped
     spike: float | None = 8.0         # robust deviations above the last losses that make a spike, reported with its examples; None: no report
-    engine: str | None = None         # the run must get this of accelerate: single, ddp, fsdp2 or deepspeed
+    engine: str | None = None         # the run must get this of accelerate: single, ddp or fsdp2
     tracker: str | None = None        # besides metrics.jsonl: tensorboard, trackio, wandb, … through accelerate
 
     def __post_init__(self):
@@ -294,6 +294,13 @@ def from_dict(cls: Settings, d: dict) -> Settings:
 
 
 @patch
+def own(self: Settings, phase: Phase) -> Settings:
+    "These settings with what a phase has of its own: batch, accumulation, augmentation."
+    policy = self.augment if phase.augment is None else augmentation.Policy.of(dict(phase.augment) if isinstance(phase.augment, dict) else phase.augment)
+    return replace(self, batch_size=phase.batch_size or self.batch_size, accumulate=phase.accumulate or self.accumulate, augment=policy)
+
+
+@patch
 def reader(self: Settings, rows, processor) -> Reader:
     "The rows as these settings read them."
     return Reader(rows, processor, self.fmt, self.max_length, self.augment, self.seed, too_long=self.too_long, control_tokens=self.control_tokens)
@@ -314,13 +321,14 @@ class Run:
     skipped: int = 0                                # updates skipped in a row, their loss or gradient not finite
     best: dict | None = None                        # the evaluation with the lowest held-out loss so far
     before: dict | None = None                      # what the model could do before the phase under way
+    carried: dict | None = None                     # what the last phase's optimizer remembers, where the next carries it
     model: object = None                            # what is trained, and in the end the result
     processor: object = None
 
     @property
     def progress(self) -> dict:
         "What a checkpoint stores of this."
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "settings", "model", "processor")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "settings", "carried", "model", "processor")}
 
     def metrics(self) -> list[dict]:
         "The lines of `metrics.jsonl`."
@@ -337,7 +345,7 @@ def save_checkpoint(
     weights, moments = launch.gather(run.model, optimizer)
     if accelerator.is_main_process:
         folder = run.out / "checkpoints" / f"{run.phase}-{run.done:07d}"
-        state = {k: v.state_dict() for k, v in more.items() if v is not None} | ({"optimizer": moments} if optimizer else {})
+        state = {k: v.state_dict() for k, v in more.items() if v is not None} | ({"optimizer": moments} if optimizer else {}) | ({"carried": run.carried} if run.carried else {})
         with room(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
             models.save(run.model, run.processor, new, weights)
             torch.save(state, new / "optimizer.pt")
@@ -362,7 +370,6 @@ def stop_politely():
 # %% ../nbs/08_train.ipynb #c042
 def clip(accelerator: Accelerator, params: list, limit: float | None) -> float:
     "Clips the gradient of all parameters together to a norm; returns what the norm was."
-    if launch.engine(accelerator) == "deepspeed": return float(accelerator.clip_grad_norm_(params, limit or math.inf))
     accelerator.unscale_gradients()
     norm = torch.nn.utils.clip_grad_norm_(params, limit or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -478,12 +485,13 @@ def plain_reader(run: Run, rows) -> Reader:
     return replace(run.settings, augment=None).reader(rows, run.processor)
 
 # %% ../nbs/08_train.ipynb #c044
-def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None) -> tuple:
+def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
     schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
     optimizer = schedules.optimizer(models.parts(model), phase)
+    if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
-    if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)
+    if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
     else: model, optimizer = accelerator.prepare(model, optimizer)
     if state:
         launch.restore(model, optimizer, state["optimizer"])
@@ -520,8 +528,9 @@ def asked(stop, accelerator: Accelerator) -> bool:
 # %% ../nbs/08_train.ipynb #c045
 def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, exam: Exam, state=None, progress=True) -> None:
     "Trains the phase under way from where it stands to its end; saves on the way. Raises `KeyboardInterrupt` after saving, when asked to stop."
-    s, phase, clock = run.settings, run.settings.schedule[run.phase], Clock()
-    model, optimizer, scheduler = prepare(run.model, phase, updates, accelerator, state)
+    phase, following, clock = run.settings.schedule[run.phase], run.settings.schedule[run.phase + 1:], Clock()
+    s = run.settings.own(phase)
+    (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried), None
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
                   lengths(reader.rows, reader.processor) if s.group_by_length else None)
     with (stop_politely() as stop, Log(run.out, run.done, accelerator.is_main_process) as log,
@@ -541,6 +550,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
             ask = asked(stop, accelerator)
             if ask or run.update == updates or run.done % s.save_every == 0:
                 log.flush()
+                if run.update == updates and following and following[0].optimizer == "carry": run.carried = launch.carried(run.model, optimizer)
                 save_checkpoint(run, accelerator, optimizer if run.update < updates else None, scheduler=scheduler, scaler=accelerator.scaler)
             if ask: raise KeyboardInterrupt
             clock.pause()
@@ -566,6 +576,7 @@ def fit(
     check_folder(out)
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
+    for phase in schedule: settings.own(phase), mixed(data, phase, settings.seed)      # nothing is wrong with a later phase
     keep, dropped = fitting(settings.reader(data, processor))
     run = Run(Path(out), settings, model=model, processor=processor)
     begin(run, accelerator, dict(source=source, rows=data_key(data), exam=exam_keys(exam)), dropped, progress)
@@ -620,15 +631,14 @@ def knows(run: Run, exam: Exam, accelerator: Accelerator) -> dict:
 def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, state=None) -> Run:
     "From where a run stands to its end."
     s = run.settings
-    reader = s.reader(rows, run.processor)
-    per_epoch = math.ceil(len(rows) / (s.batch_size * s.accumulate * accelerator.num_processes))
-    counts = s.schedule.updates(per_epoch)
+    counts = [length(s.own(phase), phase, len(mixed(rows, phase, s.seed)), accelerator.num_processes) for phase in s.schedule]
     if s.tracker: accelerator.init_trackers("llava_cot", config={k: v for k, v in s.to_dict().items() if isinstance(v, (int, float, str))})
     if launch.engine(accelerator) == "fsdp2": launch.shard(run.model, **launch.policy(accelerator))
     else: run.model.to(accelerator.device)
     if run.before is None: run.before = knows(run, exam, accelerator)
     while run.phase < len(s.schedule):
-        n, phase = counts[run.phase], s.schedule[run.phase]
+        (n, per_epoch), phase = counts[run.phase], s.schedule[run.phase]
+        reader = s.own(phase).reader(mixed(rows, phase, s.seed), run.processor)
         if run.update < n: one_phase(run, reader, accelerator, n, exam, state, progress)
         run.model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         accelerator.free_memory()
@@ -639,6 +649,19 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
         run.recent, run.before = [], after
     conclude(run, accelerator)
     return run
+
+
+def mixed(rows, phase: Phase, seed: int):
+    "The rows of a phase: all, or as often as it says of their source."
+    if phase.data is None: return rows
+    if not hasattr(rows, "unique"): raise RunError(f"phase {phase.name!r}: data needs a Dataset with a column source; found {type(rows).__name__}")
+    return datasource.mix([rows], dict(phase.data), seed)
+
+
+def length(s: Settings, phase: Phase, rows: int, processes: int) -> tuple[int, int]:
+    "Updates of a phase, and updates that make an epoch of its rows."
+    per_epoch = math.ceil(rows / (s.batch_size * s.accumulate * processes))
+    return Schedule([phase]).updates(per_epoch)[0], per_epoch
 
 
 def conclude(run: Run, accelerator: Accelerator) -> None:
@@ -702,4 +725,5 @@ def resume(
     progressed = json.loads((found / "progress.json").read_text()) if found else {}
     run = Run(Path(out), settings, **progressed, model=model, processor=processor)
     state = torch.load(found / "optimizer.pt", weights_only=True, mmap=True) if run.update else None
+    run.carried = state.pop("carried", None) if state else None
     return _go(run, select(rows, fitting(settings.reader(rows, processor))[0]), exam, accelerator, progress, state)

@@ -2,10 +2,12 @@
 import pytest
 from llava_cot.launch import *
 
-import functools, os, socket, subprocess, sys, tempfile
+import functools, os, socket, subprocess, sys, tempfile, types
 from pathlib import Path
+import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from llava_cot import data, launch, models, shapes, train
+from accelerate.utils import DistributedType
+from llava_cot import checkpoint, data, launch, models, shapes, train
 from llava_cot.schedule import Phase, Schedule
 
 SCRIPT = """
@@ -48,7 +50,7 @@ def runs(updates, *jobs):
     "The folder where torchrun has run these jobs in two processes, and one process each model with twice the accumulation."
     folder = Path(tempfile.mkdtemp())
     rows = data.load(shapes.write(folder / "shapes", 16))
-    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1)])
+    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="carry")])
     schedule.to_yaml(folder / "schedule.yaml"); (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(folder / "script.py"), str(folder), *jobs]
     done = subprocess.run(command, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True)
@@ -72,13 +74,20 @@ def by_hand(peak, n, warm): return [peak * ((u + 1) / warm if u + 1 < warm else 
 
 
 def test_accelerate_reads_each_configuration_as_what_its_name_says():
-    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2), "8xzero3": ("DEEPSPEED", 8, 1)}
+    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2)}
     assert set(launch.configs()) == set(kinds)
     for name, (kind, processes, machines) in kinds.items():
         c = load_config_from_file(str(launch.configs()[name]))
         assert (c.distributed_type, c.num_processes, c.num_machines) == (kind, processes, machines), name
         if kind == "FSDP": assert c.fsdp_config["fsdp_version"] == 2
-        if kind == "DEEPSPEED": assert c.deepspeed_config["zero_stage"] == 3 and c.deepspeed_config["gradient_accumulation_steps"] == 1
+
+
+def test_an_engine_that_is_not_the_one_asked_for_is_refused():
+    for kind, is2, wanted, what in ((DistributedType.FSDP, False, None, "version 1"), (DistributedType.DEEPSPEED, False, None, "DeepSpeed"), (DistributedType.MULTI_CPU, False, "fsdp2", "found ddp on 2 processes, expected fsdp2"),
+                                    (DistributedType.NO, False, "ddp", "found single"), (DistributedType.FSDP, True, "ddp", "found fsdp2")):
+        given = types.SimpleNamespace(distributed_type=kind, is_fsdp2=is2, num_processes=2)
+        with pytest.raises(checkpoint.RunError, match=what): launch.check_engine(given, wanted)
+    assert launch.check_engine(types.SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, is_fsdp2=False, num_processes=8), "ddp") == "ddp"
 
 
 def test_no_unit_mixes_parts():

@@ -3,6 +3,7 @@ import pytest
 from llava_cot.train import *
 
 import contextlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 import IPython.display, datasets, pytest, torch
@@ -331,6 +332,32 @@ def test_dropped_rows_are_named():
         trained = train.fit(model, processor, ROWS, BOTH, Path(tmp) / "run", batch_size=4, max_length=limit, too_long="drop", progress=False)
         told = json.loads((trained.out / "dropped.json").read_text())
         assert told["ids"] == [r["id"] for r, k in zip(ROWS, n) if k > limit] and told["ids"]
+
+
+def test_what_a_phase_has_of_its_own_survives_an_interruption():
+    def full(**more): return dict(train=dict(vision=1e-3, projector=1e-3, language=1e-3), **more)
+    own_ = Schedule([Phase("align", train={"projector": 2e-3}, epochs=0.5, batch_size=3, accumulate=2, augment={"brightness": 0.3, "ramp": 0.5}),
+                     Phase("mixed", **full(epochs=1, data={"count": 2, "exist": 0}, augment="none", optimizer="carry")), Phase("last", **full(updates=3, batch_size=5, optimizer="carry"))])
+    sources = ROWS.remove_columns("source").add_column("source", [r["id"].split("-")[0] for r in ROWS], feature=ROWS.features["source"])
+    rows_of = {source: sum(s == source for s in sources["source"]) for source in set(sources["source"])}
+    with tempfile.TemporaryDirectory() as tmp:
+        def go(name, at=99, schedule=own_):
+            try:
+                with interrupted(at): return train.fit(*models.tiny_llava(seed=0), sources, schedule, Path(tmp) / name, batch_size=4, augment=STRONG, save_every=2, progress=False)
+            except KeyboardInterrupt: return train.resume(Path(tmp) / name, sources, progress=False)
+        whole = go("whole")
+        second = math.ceil((24 + rows_of["count"] - rows_of["exist"]) / 4)
+        assert [p["updates"] for p in whole.phases] == [2, second, 3]
+        order, told = train.Order(24, 3, 2, 0, 0, 0, 2), whole.metrics()
+        assert told[0]["tokens"] < told[-1]["tokens"] * 6 / 5 * 2 and whole.settings.schedule == own_ == Schedule.from_yaml(own_.to_yaml())
+        for at in (3, 4 + second):
+            again = go(str(at), at)
+            assert again.metrics() == told and all(torch.equal(v, weights(again.model)[k]) for k, v in weights(whole.model).items()), at
+        anew = go("anew", schedule=Schedule([replace(p, optimizer="new") for p in own_]))
+        assert anew.metrics()[:3] == told[:3] and anew.metrics()[3] != told[3]           # the memory makes a difference
+        for wrong, what in ((dict(data={"nothing": 1}), "nothing"), (dict(augment="strongest"), "strongest")):
+            with pytest.raises(ValueError, match=what): go("wrong", schedule=Schedule([own_[0], Phase("b", **full(**wrong))]))
+        assert not (Path(tmp) / "wrong").exists()
 
 
 def test_evaluations_are_those_of_the_weights_that_were_kept():
