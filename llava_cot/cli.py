@@ -269,8 +269,9 @@ def _dry_model(s, net, processor, name, rows) -> list:
     if rows is None: return ok
     keep, dropped = training.fitting(s.reader(rows, processor))
     for i in keep[:4]: s.reader(rows, processor)[0, i]
-    per_epoch = -(-len(keep) // (s.batch_size * s.accumulate))
-    return ok + [f"rows: {len(keep):,} can be trained on, {len(dropped):,} are dropped as too long; updates by phase {s.schedule.updates(per_epoch)} on one process"]
+    left = training.select(rows, keep)
+    updates = [training.length(s.own(p), p, len(training.mixed(left, p, s.seed)), 1)[0] for p in s.schedule]
+    return ok + [f"rows: {len(keep):,} can be trained on, {len(dropped):,} are dropped as too long; updates by phase {updates} on one process"]
 
 # %% ../nbs/12_cli.ipynb #c013d
 def recipes() -> dict:
