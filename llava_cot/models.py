@@ -6,8 +6,8 @@
 __all__ = ['FAMILIES', 'TINY_TEXT', 'LLAVA_TEMPLATE', 'MLLAMA_TEMPLATE', 'QWEN_TEMPLATE', 'ModelError', 'Sight', 'Family',
            'Qwen2_5_VLProcessor', 'family', 'train_tokenizer', 'llava_processor', 'fingerprint', 'check_preprocessing',
            'build_llava', 'tiny_llava', 'mllama_processor', 'tiny_mllama', 'llava_next_processor', 'tiny_llava_next',
-           'qwen_processor', 'tiny_qwen2_5_vl', 'parts', 'part_modules', 'without_gradient', 'save', 'load_processor',
-           'load', 'add_separators', 'tiny_base']
+           'qwen_processor', 'tiny_qwen2_5_vl', 'example_batch', 'parts', 'part_modules', 'without_gradient', 'save',
+           'load_processor', 'load', 'add_separators', 'tiny_base']
 
 # %% ../nbs/05_models.ipynb #c003
 import json, os, re, shutil, tempfile
@@ -402,6 +402,52 @@ def tiny_qwen2_5_vl(
     processor = qwen_processor()
     model = _build(_qwen_config(processor.tokenizer, processor.image_processor.patch_size), processor.tokenizer, seed)
     return _carry(model, processor), processor
+
+# %% ../nbs/05_models.ipynb #p002
+def _square(config): return (config.vision_config.image_size // config.vision_config.patch_size)**2
+
+def _mllama_batch(c, B, T, tiles):
+    side, K = c.vision_config.image_size, c.vision_config.max_num_tiles         # fewer tiles are filled up
+    return 0, dict(pixel_values=torch.zeros(B, 1, K, 3, side, side), aspect_ratio_ids=torch.ones(B, 1, dtype=torch.long),
+        aspect_ratio_mask=torch.ones(B, 1, K, dtype=torch.long), cross_attention_mask=torch.ones(B, T, 1, K, dtype=torch.long))
+
+def _llava_batch(c, B, T, tiles):
+    side = c.vision_config.image_size
+    return _square(c) + (c.vision_feature_select_strategy == "full"), dict(pixel_values=torch.zeros(B, 3, side, side))
+
+def _llava_next_batch(c, B, T, tiles):
+    side, rows = c.vision_config.image_size, int(_square(c)**.5)
+    grids = [(h // side, w // side) for h, w in c.image_grid_pinpoints]
+    h, w = max((g for g in grids if not tiles or g[0]*g[1] <= tiles), key=lambda g: g[0]*g[1], default=min(grids, key=lambda g: g[0]*g[1]))
+    return rows**2 + h*rows*(w*rows + 1), dict(pixel_values=torch.zeros(B, 1 + h*w, 3, side, side), image_sizes=torch.tensor([[h*side, w*side]]*B))
+
+def _qwen_batch(c, B, T, tiles):
+    v, (h, w) = c.vision_config, (32, 32*(tiles or 4))                            # a tile: 448 × 448 pixels, 256 tokens
+    width = v.in_channels * v.temporal_patch_size * v.patch_size**2
+    return h*w // v.spatial_merge_size**2, dict(pixel_values=torch.zeros(B*h*w, width), image_grid_thw=torch.tensor([[1, h, w]]*B))
+
+_BATCHES = {"mllama": _mllama_batch, "llava": _llava_batch, "llava_next": _llava_next_batch, "qwen2_5_vl": _qwen_batch}
+
+# %% ../nbs/05_models.ipynb #p003
+def example_batch(
+    config:PreTrainedConfig,   # of a family in `FAMILIES`
+    batch_size:int=1,          # rows `B`, each with one picture
+    length:int=1024,           # tokens `T` of a row, those of its picture included
+    tiles:int|None=None,       # of a picture: in LLaVA-NeXT, at most so many; in Qwen2.5-VL, squares of 448 pixels; `None`: the most, and 4
+    supervised:float=0.75,     # share of the text that is answer
+) -> dict:                     # as `tokens.Collator` gives it
+    "A batch in the shapes of a real one; rows beyond the first end in one token of padding. Raises `ModelError` where the picture does not fit."
+    family(config)
+    image, inputs = _BATCHES[config.model_type](config, batch_size, length, tiles)
+    if length < image + 8: raise ModelError(f"length: found {length} tokens, but a picture of this {config.model_type} takes {image}; expected at least {image + 8}")
+    ids, seen = torch.ones(batch_size, length, dtype=torch.long), torch.ones(batch_size, length, dtype=torch.long)
+    if image: ids[:, :image] = config.image_token_id
+    labels, start = torch.full_like(ids, -100), length - max(2, round((length - image)*supervised))
+    labels[:, start:], seen[1:, -1] = 1, 0
+    labels[seen == 0] = -100
+    stages = (labels != -100).long()
+    if config.model_type == "qwen2_5_vl": inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    return dict(input_ids=ids, attention_mask=seen, labels=labels, stage_ids=stages) | inputs
 
 # %% ../nbs/05_models.ipynb #c067
 def parts(

@@ -491,7 +491,7 @@ def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=N
     optimizer = schedules.optimizer(models.parts(model), phase)
     if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
-    if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
+    if isinstance(model, launch.FSDPModule): launch.thaw(model); optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
     else: model, optimizer = accelerator.prepare(model, optimizer)
     if state:
         launch.restore(model, optimizer, state["optimizer"])

@@ -93,6 +93,26 @@ def test_generation_in_a_mixed_batch_is_generation_alone():
         assert torch.equal(say(rows), torch.cat([say([r]) for r in rows]))
 
 
+def test_an_example_batch_has_the_shapes_of_a_real_one():
+    wide = {**example(), "images": [Image.new("RGB", (96, 48), (200, 30, 30))]}
+    for tiny, tiles in ((tiny_llava, None), (tiny_llava_next, 2), (tiny_mllama, None)):
+        model, processor = tiny()
+        real = Collator(processor)([encode(wide, processor)]*2)
+        made = example_batch(model.config, 2, real["input_ids"].shape[1], tiles)
+        assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in real.items()}
+        of_image = lambda batch: (batch["input_ids"] == model.config.image_token_id).sum().item()
+        if model.config.model_type != "mllama": assert of_image(made) == of_image(real)        # Mllama's text holds one token for a picture
+    model, processor = tiny_qwen2_5_vl()
+    real, made = Collator(processor)([encode(wide, processor)]*2), example_batch(model.config, 2, 300, 1)
+    assert made.keys() == real.keys() and all(made[k].shape[1:] == real[k].shape[1:] for k in ("pixel_values", "image_grid_thw"))
+    for tiny in TINY:
+        model, _ = tiny()
+        batch = example_batch(model.config, 2, 2000); batch.pop("stage_ids")
+        assert model(**batch).loss.isfinite()
+        assert (batch["labels"][0] != -100).sum() > (batch["labels"][1] != -100).sum()
+    with pytest.raises(ModelError, match="a picture of this llava takes 16; expected at least 24"): example_batch(tiny_llava()[0].config, 1, 20)
+
+
 def test_parts_cover_every_parameter_once():
     tied = build_llava(train_tokenizer([TINY_TEXT]), tie=True)[0]
     assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
