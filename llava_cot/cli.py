@@ -379,14 +379,6 @@ def check(
     if not report.ok: raise SystemExit(1)
     return report.to_dict()
 
-
-def open_processor(model: str):
-    "The processor of a model, without its weights."
-    if model in TINY: return open_model(model)[1]
-    from transformers import AutoProcessor
-    try: return AutoProcessor.from_pretrained(model)
-    except Exception as e: raise CliError(f"model {model}: no processor of it can be opened ({' '.join(str(e).split())[:120]})") from None   # transformers raises what its parts raise
-
 # %% ../nbs/12_cli.ipynb #c018b
 def preview(
     data: str,                         # folder in LLaVA-CoT-100k's layout
