@@ -201,7 +201,8 @@ def optimizer(
         if phase.weight_decay: split = [([p for p in params if p.ndim > 1], phase.weight_decay), ([p for p in params if p.ndim <= 1], 0.0)]
         groups += [dict(params=ps, lr=lr, weight_decay=wd, name=part) for ps, wd in split if ps]
     if not groups: raise ScheduleError(f"phase {phase.name!r}: train leaves nothing to optimize; call freeze with this phase first")
-    return torch.optim.AdamW(groups, betas=phase.betas)
+    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])      # one kernel for all; a planner's tensors have none
+    return torch.optim.AdamW(groups, betas=phase.betas, fused=fused)
 
 # %% ../nbs/06_schedule.ipynb #c048
 def multiplier(
