@@ -346,7 +346,7 @@ def save_checkpoint(
         folder = run.out / "checkpoints" / f"{run.phase}-{run.done:07d}"
         state = {k: v.state_dict() for k, v in more.items() if v is not None} | ({"optimizer": moments} if optimizer else {}) | ({"carried": run.carried} if run.carried else {})
         with room(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights)
+            models.save(run.model, run.processor, new, weights, apart=True)
             torch.save(state, new / "optimizer.pt")
             (new / "progress.json").write_text(json.dumps(run.progress))
         prune(folder, run.settings.keep)
@@ -486,8 +486,9 @@ def plain_reader(run: Run, rows) -> Reader:
 # %% ../nbs/08_train.ipynb #c044
 def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
-    schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
-    optimizer = schedules.optimizer(models.parts(model), phase)
+    schedules.adapt(model, phase, stable_seed("adapters", phase.name))
+    schedules.freeze(model, phase)
+    optimizer = schedules.optimizer(model, phase)
     if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
     if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
@@ -579,7 +580,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
             ask = asked(stop, accelerator)
             if ask or run.update == updates or run.done % s.save_every == 0:
                 log.flush()
-                if run.update == updates and following and following[0].optimizer == "carry": run.carried = launch.carried(run.model, optimizer)
+                if run.update == updates and following and following[0].optimizer == "carry": run.carried = {k: v for k, v in launch.carried(run.model, optimizer).items() if ".lora_" not in k}
                 save_checkpoint(run, accelerator, optimizer if run.update < updates else None, scheduler=scheduler, scaler=accelerator.scaler)
             if ask: raise KeyboardInterrupt
             clock.pause()
@@ -607,6 +608,7 @@ def fit(
         raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
+    schedules.check(model, schedule)
     for phase in schedule: settings.own(phase), mixed(data, phase, settings.seed)      # nothing is wrong with a later phase
     keep, dropped = fitting(settings.reader(data, processor))
     run = Run(Path(out), settings, model=model, processor=processor)
@@ -649,6 +651,8 @@ def _accelerator(settings: Settings, out) -> Accelerator:
     AcceleratorState._reset_state()      # one process may hold several runs, each with its own precision
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out))
     if launch.check_engine(accelerator, settings.engine) == "fsdp2" and settings.cache_vision: raise RunError("cache_vision: not with fsdp2, where all processes must run every layer together; leave it out, or use ddp")
+    for phase in settings.schedule:
+        if phase.lora and launch.engine(accelerator) == "fsdp2": raise RunError(f"phase {phase.name!r}: lora is given and the engine is fsdp2, whose shards cannot take adapters in later; expected single or ddp, as adapters leave little to shard, or a schedule without lora")
     return accelerator
 
 
@@ -673,9 +677,11 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
         if run.update < n: one_phase(run, reader, accelerator, n, exam, state, progress)
         run.model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        trained = sum(p.numel() for named in schedules.trained(run.model, phase).values() for _, p in named)
+        models.merge(run.model)                            # what follows is a model without adapters
         after, asked_of_phase = knows(run, exam, accelerator), exam.after_phase(run.model, run.processor, phase) if exam.after_phase else {}
         forgotten = dict(before=run.before, after=after) if after else {}
-        run.phases.append(record(run, phase, n) | forgotten | asked_of_phase)
+        run.phases.append(record(run, phase, n, trained) | forgotten | asked_of_phase)
         run.phase, run.update, run.seconds, run.epoch, state = run.phase + 1, 0, 0.0, run.epoch + math.ceil(n / per_epoch), None
         run.recent, run.before = [], after
     conclude(run, accelerator)
@@ -705,10 +711,8 @@ def conclude(run: Run, accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers: tracker.finish()      # not end_training: it would end the processes' group, and another run may follow
 
 # %% ../nbs/08_train.ipynb #c050
-def record(run: Run, phase: Phase, updates: int) -> dict:
+def record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
     "What a phase amounted to: seconds, updates, parameters, and the loss by stage over its last tenth."
-    never, parts = models.without_gradient(run.model), models.parts(run.model)
-    trained = sum(p.numel() for part in phase.train for name, p in parts[part] if name not in never)
     lines = [line for line in run.metrics() if line["phase"] == phase.name and line["loss"] is not None][-max(1, updates // 10):]
     stages = {k for line in lines for k in line["loss_by_stage"]}
     mean = lambda k: sum(l["loss_by_stage"][k] for l in lines if k in l["loss_by_stage"]) / sum(k in l["loss_by_stage"] for l in lines)
@@ -755,6 +759,9 @@ def resume(
     model, processor = models.load(found) if found else reopen(out, recipe, settings)
     progressed = json.loads((found / "progress.json").read_text()) if found else {}
     run = Run(Path(out), settings, **progressed, model=model, processor=processor)
+    if found and (found / "adapters.safetensors").exists():
+        schedules.adapt(model, settings.schedule[run.phase])
+        models.load_adapters(model, found)
     state = torch.load(found / "optimizer.pt", weights_only=True, mmap=True) if run.update else None
     run.carried = state.pop("carried", None) if state else None
     return _go(run, select(rows, fitting(settings.reader(rows, processor))[0]), exam, accelerator, progress, state)
