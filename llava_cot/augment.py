@@ -103,7 +103,9 @@ def at(
 _w = str.split
 COLOURS = _w("""red orange yellow green blue purple violet pink brown black white grey gray silver gold golden beige tan cyan magenta teal
     turquoise maroon navy crimson scarlet lavender olive khaki cream amber bronze blond blonde brunette reddish greenish bluish yellowish
-    color colors colored colorful colour colours coloured colourful hue hues tint shade shades rainbow ripe unripe monochrome""")
+    burgundy charcoal coral indigo mauve ivory aqua lime mustard fuchsia lilac peach plum salmon ruby emerald copper brass rust sepia reds greens blues yellows
+    pinkish purplish brownish grayish greyish whitish blackish orangish redder greener bluer yellower pastel vivid vibrant neon muted faded saturated
+    color colors colored colorful colour colours coloured colourful multicolored multicoloured hue hues tint tints shade shades rainbow ripe unripe monochrome""")
 SHADES = _w("""black white grey gray silver brown orange pink beige tan navy maroon gold golden cream olive dark darker darkest darkness light
     lights lighter lightest lighting lit bright brighter brightest brightness brightly pale dim dimly faint shadow shadows shaded sunny sunlight sunlit sunrise
     sunset dusk dawn day daytime daylight night nighttime evening morning afternoon overcast cloudy gloomy glow glowing illuminated""")

@@ -297,7 +297,7 @@ def demo(
     start, out = time.time(), training.new_folder(out)
     for split, n in (("train", n_train), ("test", n_test)): shapes.write(out / "data" / split, n, seed, split=split, progress=not json)
     source = dict(data=str((out / "data/train").absolute()), eval_data=str((out / "data/test").absolute()), held_out=0.0, eval_n=n_test, max_new_tokens=240)
-    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, save_every=100)
+    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, workers=1, save_every=100)
 
 # %% ../nbs/12_cli.ipynb #c017
 def eval(
