@@ -788,6 +788,16 @@ def plot(self: GateReport):  # a matplotlib `Figure`
     fig.supxlabel("share of rows: allowed (dark), bounded (light)", fontsize=8); fig.tight_layout(w_pad=0.2); plt.close(fig)
     return fig
 
+# %% ../nbs/03_augment.ipynb #c058g
+@patch
+def _repr_html_(self: GateReport):
+    "A table, one line a transform: share allowed and bounded in each source, and the most frequent reasons."
+    cell = lambda kind, text: f'<{kind} style="text-align:left;padding:0 .8em 0 0;vertical-align:top">{html.escape(text)}</{kind}>'
+    share = lambda s, t: f"{self.share(s, t, 'allowed'):.0%}" + (f" +{b:.0%}" if (b := self.share(s, t, "bounded")) else "")
+    head = [cell("th", text) for text in ("transform", *(f"{s} ({n:,})" for s, n in self.n.items()), "why not, or not more")]
+    lines = [[cell("th", t), *(cell("td", share(s, t)) for s in self.n), cell("td", "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(3)))] for t in TRANSFORMS]
+    return ('<table style="font-size:85%;border-spacing:0">' + "".join(f"<tr>{''.join(line)}</tr>" for line in (head, *lines)) + "</table><p>Rows allowed +bounded; the rest is refused.</p>")
+
 # %% ../nbs/03_augment.ipynb #c059
 def _pieces(text): return re.findall(r"\s+|[\w'-]+|[^\w\s]", text)
 

@@ -413,6 +413,10 @@ def preview(
     see = tokens.seen_by(processor, fmt, **options)
     varied = lambda row: "".join(augmentation.show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
     page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, **options)
+    if policy:
+        counted = augmentation.reasons(found.select(range(0, len(found), step := len(found) // 2000 + 1)))
+        title = "What may be done to how much of it" + f", from one row in {step}" * (step > 1)
+        page = page.replace("</body>", f"<hr><h2>{title}</h2>{counted._repr_html_()}</body>")
     out.parent.mkdir(parents=True, exist_ok=True)
     training.write_text(out, page)
     result = dict(out=str(out), rows=list(chosen["id"]))

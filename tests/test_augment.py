@@ -512,6 +512,8 @@ def test_reasons_are_counted():
         def __getitem__(self, k): opened.append(k); return super().__getitem__(k)
     reasons([Lazy(rows[0])]); assert "images" not in opened                          # no picture is opened
     assert len(r.plot().axes) == len(TRANSFORMS)
+    page = r._repr_html_()
+    assert page.count("<tr>") == 1 + len(TRANSFORMS) and "PISC (2)" in page and "50%" in page and "&lt;b&gt;" in reasons([{**rows[0], "source": "<b>"}])._repr_html_()
 
 
 def test_previews_show_draws_and_reasons():
