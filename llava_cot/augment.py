@@ -793,10 +793,12 @@ def plot(self: GateReport):  # a matplotlib `Figure`
 def _repr_html_(self: GateReport):
     "A table, one line a transform: share allowed and bounded in each source, and the most frequent reasons."
     cell = lambda kind, text: f'<{kind} style="text-align:left;padding:0 .8em 0 0;vertical-align:top">{html.escape(text)}</{kind}>'
-    share = lambda s, t: f"{self.share(s, t, 'allowed'):.0%}" + (f" +{b:.0%}" if (b := self.share(s, t, "bounded")) else "")
+    def share(s, t):
+        free, held = self.share(s, t, "allowed"), self.share(s, t, "bounded")
+        return " ".join([f"{free:.0%}"] * bool(free) + [f"+{held:.0%}"] * bool(held)) or "–"
     head = [cell("th", text) for text in ("transform", *(f"{s} ({n:,})" for s, n in self.n.items()), "why not, or not more")]
-    lines = [[cell("th", t), *(cell("td", share(s, t)) for s in self.n), cell("td", "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(3)))] for t in TRANSFORMS]
-    return ('<table style="font-size:85%;border-spacing:0">' + "".join(f"<tr>{''.join(line)}</tr>" for line in (head, *lines)) + "</table><p>Rows allowed +bounded; the rest is refused.</p>")
+    lines = [[cell("th", t), *(cell("td", share(s, t)) for s in self.n), cell("td", "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(2)))] for t in TRANSFORMS]
+    return ('<table style="font-size:85%;border-spacing:0">' + "".join(f"<tr>{''.join(line)}</tr>" for line in (head, *lines)) + "</table><p>Rows allowed, +bounded; the rest is refused.</p>")
 
 # %% ../nbs/03_augment.ipynb #c059
 def _pieces(text): return re.findall(r"\s+|[\w'-]+|[^\w\s]", text)
