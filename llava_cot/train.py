@@ -6,9 +6,9 @@
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
-           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'report', 'finish', 'asked',
-           'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'mixed', 'length', 'conclude',
-           'record', 'read_recipe', 'reopen', 'resume']
+           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
+           'report', 'finish', 'asked', 'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows',
+           'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -26,7 +26,6 @@ from pathlib import Path
 import accelerate
 import datasets
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
@@ -38,7 +37,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import augment as augmentation
 from . import data as datasource
-from . import launch, models, schedule as schedules, watch
+from . import launch, lean, models, schedule as schedules, watch
 from .checkpoint import RunError, checkpoints, digest, newest, prune, room, sealed, sweep, write_text
 from .cot import FORMATS, LLAVA_COT, STAGES, CoTFormat
 from .schedule import Phase, Schedule
@@ -52,11 +51,7 @@ def token_losses(
 ) -> tuple:          # losses `(N,)`, float32, and stages `(N,)`, 0 for other and 1..4 for `STAGES`
     "Cross-entropy of each of the `N` supervised tokens of a batch, with the stage it belongs to."
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
-    targets = batch["labels"][:, 1:]
-    keep = F.pad(targets != -100, (0, 1))                       # (B, T): position t predicts token t + 1
-    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.flatten(0, -2)   # (N, V)
-    kept = targets != -100
-    return F.cross_entropy(logits.float(), targets[kept], reduction="none"), batch["stage_ids"][:, 1:][kept]
+    return lean.losses(model, inputs, batch["labels"]), batch["stage_ids"][:, 1:][batch["labels"][:, 1:] != -100]
 
 # %% ../nbs/08_train.ipynb #c013
 def by_stage(
@@ -250,6 +245,9 @@ class Settings:
     augment: object = None            # an `augment.Policy`, or None
     seed: int = 0
     precision: str = "no"             # "no" (float32), "bf16" or "fp16" autocast over float32 weights
+    checkpointing: str = "none"       # layers that compute their activations again instead of keeping them: "none", "language", "all"
+    cache_vision: float | None = None # GB on disk for what a frozen vision part makes of pictures that are not augmented; None: looked at each time
+    cache_folder: str | None = None   # where, to be shared by runs; None: in the run's folder, until the phase is over
     workers: int = 0                  # processes that read and augment; 0 for none
     save_every: int = 200             # updates between checkpoints
     keep: int = 2                     # checkpoints kept, the last ones
@@ -263,9 +261,11 @@ class Settings:
         for name, low in (("batch_size", 1), ("accumulate", 1), ("workers", 0), ("save_every", 1), ("keep", 1), ("eval_every", 1), ("skip_nonfinite", 0)):
             if (v := getattr(self, name)) is None and name == "eval_every": continue
             if not isinstance(v, int) or v < low: raise RunError(f"{name}: found {v!r}, expected a whole number of at least {low}")
-        for name, allowed in (("precision", ("no", "bf16", "fp16")), ("too_long", TOO_LONG), ("control_tokens", CONTROL_TOKENS)):
+        for name, allowed in (("precision", ("no", "bf16", "fp16")), ("too_long", TOO_LONG), ("control_tokens", CONTROL_TOKENS), ("checkpointing", lean.CHECKPOINTING)):
             if (v := getattr(self, name)) not in allowed: raise RunError(f"{name}: found {v!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
         if self.engine not in (None, *launch.ENGINES): raise RunError(f"engine: found {self.engine!r}, expected one of {', '.join(launch.ENGINES)}")
+        if self.cache_vision is not None and not self.cache_vision > 0: raise RunError(f"cache_vision: found {self.cache_vision!r}, expected gigabytes above 0, or none for no cache")
+        if self.cache_folder and not self.cache_vision: raise RunError(f"cache_folder: found {self.cache_folder!r} without cache_vision; give that, too")
         if self.spike is not None and not self.spike > 0: raise RunError(f"spike: found {self.spike!r}, expected a number above 0, or none for no report")
         watch.check_tracker(self.tracker)
         if self.too_long != "refuse" and not self.max_length: raise RunError(f"too_long: found {self.too_long!r} without max_length; give that, too")
@@ -276,7 +276,7 @@ class Settings:
 
 # %% ../nbs/08_train.ipynb #c032a
 PLAIN = ("batch_size", "accumulate", "max_length", "too_long", "control_tokens", "separator_tokens", "stage_weights", "group_by_length",
-         "seed", "precision", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
+         "seed", "precision", "checkpointing", "cache_vision", "cache_folder", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
 
 
 @patch
@@ -347,7 +347,7 @@ def save_checkpoint(
         folder = run.out / "checkpoints" / f"{run.phase}-{run.done:07d}"
         state = {k: v.state_dict() for k, v in more.items() if v is not None} | ({"optimizer": moments} if optimizer else {}) | ({"carried": run.carried} if run.carried else {})
         with room(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights)
+            models.save(run.model, run.processor, new, weights, apart=True)
             torch.save(state, new / "optimizer.pt")
             (new / "progress.json").write_text(json.dumps(run.progress))
         prune(folder, run.settings.keep)
@@ -487,8 +487,9 @@ def plain_reader(run: Run, rows) -> Reader:
 # %% ../nbs/08_train.ipynb #c044
 def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
-    schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
-    optimizer = schedules.optimizer(models.parts(model), phase)
+    schedules.adapt(model, phase, stable_seed("adapters", phase.name))
+    schedules.freeze(model, phase)
+    optimizer = schedules.optimizer(model, phase)
     if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
     if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
@@ -498,6 +499,24 @@ def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=N
         scheduler.load_state_dict(state["scheduler"])
         if "scaler" in state: accelerator.scaler.load_state_dict(state["scaler"])
     return model, optimizer, scheduler
+
+# %% ../nbs/08_train.ipynb #c044l
+def looks_alike(settings: Settings, phase: Phase) -> bool:
+    "Whether a picture gives the same features all through a phase: vision is frozen, and nothing is done to the pixels. `settings` are the phase's own."
+    policy = settings.augment
+    return not any(part.split(".")[0] == "vision" for part in phase.train) and not (policy and any(getattr(policy, t) for t in augmentation.PICTURES))
+
+
+@contextlib.contextmanager
+def thrifty(run: Run, phase: Phase, processes: int = 1):
+    "While inside, the model computes as `checkpointing` and `cache_vision` say. A cache in the run's folder goes when the phase is done."
+    s, model = run.settings.own(phase), getattr(run.model, "module", run.model)
+    folder = Path(s.cache_folder) if s.cache_folder else run.out / "vision"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lean.recomputed(model, s.checkpointing))
+        if s.cache_vision and looks_alike(s, phase): stack.enter_context(lean.seen(model, folder, s.cache_vision * 1e9 / processes))
+        yield
+    if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
 
 # %% ../nbs/08_train.ipynb #c046
 def report(run: Run, line: dict, rows, order: Order, model, group: list, accelerator: Accelerator, log: Log) -> list:
@@ -533,7 +552,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
     (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried), None
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
                   lengths(reader.rows, reader.processor) if s.group_by_length else None)
-    with (stop_politely() as stop, Log(run.out, run.done, accelerator.is_main_process) as log,
+    with (stop_politely() as stop, thrifty(run, phase, accelerator.num_processes), Log(run.out, run.done, accelerator.is_main_process) as log,
           Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
@@ -550,7 +569,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
             ask = asked(stop, accelerator)
             if ask or run.update == updates or run.done % s.save_every == 0:
                 log.flush()
-                if run.update == updates and following and following[0].optimizer == "carry": run.carried = launch.carried(run.model, optimizer)
+                if run.update == updates and following and following[0].optimizer == "carry": run.carried = {k: v for k, v in launch.carried(run.model, optimizer).items() if ".lora_" not in k}
                 save_checkpoint(run, accelerator, optimizer if run.update < updates else None, scheduler=scheduler, scaler=accelerator.scaler)
             if ask: raise KeyboardInterrupt
             clock.pause()
@@ -574,8 +593,11 @@ def fit(
     if not len(data): raise RunError("data: found no rows, expected at least one")
     if settings.eval_every and held_out is None: raise RunError(f"eval_every: found {settings.eval_every} and no held_out rows; give them, too")
     check_folder(out)
+    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in schedule):
+        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
+    schedules.check(model, schedule)
     for phase in schedule: settings.own(phase), mixed(data, phase, settings.seed)      # nothing is wrong with a later phase
     keep, dropped = fitting(settings.reader(data, processor))
     run = Run(Path(out), settings, model=model, processor=processor)
@@ -617,7 +639,9 @@ def select(rows, keep: list):
 def _accelerator(settings: Settings, out) -> Accelerator:
     AcceleratorState._reset_state()      # one process may hold several runs, each with its own precision
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out))
-    launch.check_engine(accelerator, settings.engine)
+    if launch.check_engine(accelerator, settings.engine) == "fsdp2" and settings.cache_vision: raise RunError("cache_vision: not with fsdp2, where all processes must run every layer together; leave it out, or use ddp")
+    for phase in settings.schedule:
+        if phase.lora and launch.engine(accelerator) == "fsdp2": raise RunError(f"phase {phase.name!r}: lora is given and the engine is fsdp2, whose shards cannot take adapters in later; expected single or ddp, as adapters leave little to shard, or a schedule without lora")
     return accelerator
 
 
@@ -642,9 +666,11 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
         if run.update < n: one_phase(run, reader, accelerator, n, exam, state, progress)
         run.model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        trained = sum(p.numel() for named in schedules.trained(run.model, phase).values() for _, p in named)
+        models.merge(run.model)                            # what follows is a model without adapters
         after, asked_of_phase = knows(run, exam, accelerator), exam.after_phase(run.model, run.processor, phase) if exam.after_phase else {}
         forgotten = dict(before=run.before, after=after) if after else {}
-        run.phases.append(record(run, phase, n) | forgotten | asked_of_phase)
+        run.phases.append(record(run, phase, n, trained) | forgotten | asked_of_phase)
         run.phase, run.update, run.seconds, run.epoch, state = run.phase + 1, 0, 0.0, run.epoch + math.ceil(n / per_epoch), None
         run.recent, run.before = [], after
     conclude(run, accelerator)
@@ -674,10 +700,8 @@ def conclude(run: Run, accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers: tracker.finish()      # not end_training: it would end the processes' group, and another run may follow
 
 # %% ../nbs/08_train.ipynb #c050
-def record(run: Run, phase: Phase, updates: int) -> dict:
+def record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
     "What a phase amounted to: seconds, updates, parameters, and the loss by stage over its last tenth."
-    never, parts = models.without_gradient(run.model), models.parts(run.model)
-    trained = sum(p.numel() for part in phase.train for name, p in parts[part] if name not in never)
     lines = [line for line in run.metrics() if line["phase"] == phase.name and line["loss"] is not None][-max(1, updates // 10):]
     stages = {k for line in lines for k in line["loss_by_stage"]}
     mean = lambda k: sum(l["loss_by_stage"][k] for l in lines if k in l["loss_by_stage"]) / sum(k in l["loss_by_stage"] for l in lines)
@@ -724,6 +748,9 @@ def resume(
     model, processor = models.load(found) if found else reopen(out, recipe, settings)
     progressed = json.loads((found / "progress.json").read_text()) if found else {}
     run = Run(Path(out), settings, **progressed, model=model, processor=processor)
+    if found and (found / "adapters.safetensors").exists():
+        schedules.adapt(model, settings.schedule[run.phase])
+        models.load_adapters(model, found)
     state = torch.load(found / "optimizer.pt", weights_only=True, mmap=True) if run.update else None
     run.carried = state.pop("carried", None) if state else None
     return _go(run, select(rows, fitting(settings.reader(rows, processor))[0]), exam, accelerator, progress, state)
