@@ -82,7 +82,7 @@ def backward(
 ) -> torch.Tensor:                # `(5, 2)`: sums and counts by stage over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
     weights = weights_of(stage_weights, accelerator.device)
-    count = sum(weights[b["stage_ids"][:, 1:][b["labels"][:, 1:] != -100]].sum() for b in batches)
+    count = sum((weights[b["stage_ids"][:, 1:]] * (b["labels"][:, 1:] != -100)).sum() for b in batches)
     total = accelerator.reduce(count, "sum")
     total = torch.where(total > 0, total, 1.0)
     sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
