@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'TINY_TEXT', 'LLAVA_TEMPLATE', 'MLLAMA_TEMPLATE', 'QWEN_T
            'llava_next_processor', 'tiny_llava_next', 'qwen_processor', 'tiny_qwen2_5_vl', 'example_batch', 'parts',
            'part_modules', 'without_gradient', 'part_of', 'layers', 'selected_modules', 'select', 'linears', 'adapters',
            'need_peft', 'add_adapters', 'merged', 'merge', 'adapter_state', 'load_adapters', 'save', 'load_processor',
-           'load', 'add_separators', 'tiny_base']
+           'load_config', 'load', 'add_separators', 'tiny_base']
 
 # %% ../nbs/05_models.ipynb #c003
 import functools, json, os, re, shutil, tempfile
@@ -724,6 +724,14 @@ def load_processor(
     processor = _processor(name, local, config.model_type)
     check_preprocessing(family(config).sees(config), processor, name)
     return processor
+
+def load_config(
+    name_or_path:str|Path, # a folder, or a name on the hub
+) -> PreTrainedConfig:
+    "The config alone; what is wrong with it is a `ModelError`, as in `load`."
+    name = str(name_or_path)
+    if not (local := Path(name).is_dir()): _on_hub(name)
+    return _config(name, local)
 
 # %% ../nbs/05_models.ipynb #c092
 def load(

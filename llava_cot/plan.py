@@ -108,7 +108,9 @@ def __torch_dispatch__(self: Ledger, func, types, args=(), kwargs=None):
         n = formula(*args, **kwargs, out_val=out)
         self.flops += n
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1: self.again += n     # a forward inside a backward
-    if isinstance(out, torch.Tensor): self.hold(out)
+    if isinstance(out, torch.Tensor):
+        if self.mode and out.numel() > _SMALL and type(out) is torch.Tensor: out = self.mode.from_tensor(out)
+        self.hold(out)
     else: [self.hold(t) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     return out
 
