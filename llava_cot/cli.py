@@ -105,6 +105,10 @@ def train(
     stage_weights: dict[str, float] | None = None, # stage (or OTHER): weight of its tokens in the loss
     group_by_length: bool = False,     # batches of rows of like length, for less padding
     precision: str = "no",             # no, bf16 or fp16
+    weights: str = "float32",          # what the model is kept in: float32, bf16, or bf16_stochastic (needs torchao)
+    compile: bool = False,             # torch.compile for each layer
+    liger: bool = False,               # Liger's kernels, on a GPU
+    find_batch_size: bool = False,     # where the batch does not fit the memory: a part of it and more accumulation
     augment: str = "none",             # none, light, strong, or a YAML file of strengths
     workers: int = 0,                  # processes that read and augment
     save_every: int = 200,             # updates between checkpoints

@@ -413,7 +413,7 @@ def save(
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (new := tmp/"new").mkdir()
-        model.save_pretrained(new, state_dict=state_dict)
+        model.save_pretrained(new, state_dict=state_dict, max_shard_size="5GB")   # what is on a GPU is copied shard by shard
         processor.save_pretrained(new)
         (new/"fingerprint.json").write_text(json.dumps(fingerprint(processor), indent=1) + "\n")
         if folder.exists(): os.replace(folder, tmp/"old")
