@@ -266,9 +266,11 @@ def _dry_model(s, net, processor, name, rows) -> list:
     "What fits together of schedule, model, processor and rows."
     from llava_cot import models, schedule as schedules, train as training
     ok = [f"model: {name} is a {net.config.model_type} with {sum(p.numel() for p in net.parameters()):,} parameters; its processor fits"]
+    schedules.check(net, s.schedule)
     for phase in s.schedule:
-        counts = schedules.freeze(models.parts(net), models.part_modules(net), phase, models.without_gradient(net))
-        schedules.optimizer(models.parts(net), phase)
+        schedules.adapt(net, phase)
+        counts = schedules.freeze(net, phase)
+        models.merge(net)
         ok.append(f"phase {phase.name}: trains {sum(counts.values()):,} parameters of {', '.join(part for part, n in counts.items() if n)}")
     if rows is None: return ok
     keep, dropped = training.fitting(s.reader(rows, processor))
@@ -382,14 +384,6 @@ def check(
     if json: print(json_module.dumps(report.to_dict()))
     if not report.ok: raise SystemExit(1)
     return report.to_dict()
-
-
-def open_processor(model: str):
-    "The processor of a model, without its weights."
-    if model in TINY: return open_model(model)[1]
-    from transformers import AutoProcessor
-    try: return AutoProcessor.from_pretrained(model)
-    except Exception as e: raise CliError(f"model {model}: no processor of it can be opened ({' '.join(str(e).split())[:120]})") from None   # transformers raises what its parts raise
 
 # %% ../nbs/12_cli.ipynb #c018b
 def preview(

@@ -13,7 +13,7 @@ import sys
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from . import launch
+from . import lean
 from .checkpoint import RunError
 
 # %% ../nbs/08_machine.ipynb #m011
@@ -69,7 +69,7 @@ def stochastic(
 # %% ../nbs/08_machine.ipynb #m031
 def compile_layers(model) -> None:
     "`torch.compile` of each layer, in place."
-    for layer in launch.layers(model): layer.compile(dynamic=True)
+    for layer in lean.layers(model): layer.compile(dynamic=True)
 
 # %% ../nbs/08_machine.ipynb #m033
 def _liger() -> dict:

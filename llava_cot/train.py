@@ -6,9 +6,9 @@
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
-           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'report', 'finish', 'asked',
-           'warn', 'try_batch', 'smaller', 'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows',
-           'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
+           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
+           'report', 'finish', 'asked', 'warn', 'try_batch', 'smaller', 'one_phase', 'fit', 'begin', 'exam_keys',
+           'data_key', 'select', 'knows', 'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -27,7 +27,6 @@ from pathlib import Path
 import accelerate
 import datasets
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator
@@ -40,7 +39,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import augment as augmentation
 from . import data as datasource
-from . import launch, machine, models, schedule as schedules, watch
+from . import launch, lean, machine, models, schedule as schedules, watch
 from .checkpoint import RunError, checkpoints, digest, newest, prune, room, sealed, sweep, write_text
 from .cot import FORMATS, LLAVA_COT, STAGES, CoTFormat
 from .schedule import Phase, Schedule
@@ -54,11 +53,7 @@ def token_losses(
 ) -> tuple:          # losses `(N,)`, float32, and stages `(N,)`, 0 for other and 1..4 for `STAGES`
     "Cross-entropy of each of the `N` supervised tokens of a batch, with the stage it belongs to."
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
-    targets = batch["labels"][:, 1:]
-    keep = F.pad(targets != -100, (0, 1))                       # (B, T): position t predicts token t + 1
-    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.flatten(0, -2)   # (N, V)
-    kept = targets != -100
-    return F.cross_entropy(logits.float(), targets[kept], reduction="none"), batch["stage_ids"][:, 1:][kept]
+    return lean.losses(model, inputs, batch["labels"]), batch["stage_ids"][:, 1:][batch["labels"][:, 1:] != -100]
 
 # %% ../nbs/08_train.ipynb #c013
 def by_stage(
@@ -252,6 +247,9 @@ class Settings:
     augment: object = None            # an `augment.Policy`, or None
     seed: int = 0
     precision: str = "no"             # "no" (float32), "bf16" or "fp16" autocast over float32 weights
+    checkpointing: str = "none"       # layers that compute their activations again instead of keeping them: "none", "language", "all"
+    cache_vision: float | None = None # GB on disk for what a frozen vision part makes of pictures that are not augmented; None: looked at each time
+    cache_folder: str | None = None   # where, to be shared by runs; None: in the run's folder, until the phase is over
     weights: str = "float32"          # what the model is kept in: "float32", "bf16", or "bf16_stochastic" (torchao); see `machine`
     compile: bool = False             # torch.compile for each layer
     liger: bool = False               # Liger's kernels, on a GPU
@@ -269,9 +267,11 @@ class Settings:
         for name, low in (("batch_size", 1), ("accumulate", 1), ("workers", 0), ("save_every", 1), ("keep", 1), ("eval_every", 1), ("skip_nonfinite", 0)):
             if (v := getattr(self, name)) is None and name == "eval_every": continue
             if not isinstance(v, int) or v < low: raise RunError(f"{name}: found {v!r}, expected a whole number of at least {low}")
-        for name, allowed in (("precision", ("no", "bf16", "fp16")), ("too_long", TOO_LONG), ("control_tokens", CONTROL_TOKENS)):
+        for name, allowed in (("precision", ("no", "bf16", "fp16")), ("too_long", TOO_LONG), ("control_tokens", CONTROL_TOKENS), ("checkpointing", lean.CHECKPOINTING)):
             if (v := getattr(self, name)) not in allowed: raise RunError(f"{name}: found {v!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}")
         if self.engine not in (None, *launch.ENGINES): raise RunError(f"engine: found {self.engine!r}, expected one of {', '.join(launch.ENGINES)}")
+        if self.cache_vision is not None and not self.cache_vision > 0: raise RunError(f"cache_vision: found {self.cache_vision!r}, expected gigabytes above 0, or none for no cache")
+        if self.cache_folder and not self.cache_vision: raise RunError(f"cache_folder: found {self.cache_folder!r} without cache_vision; give that, too")
         if self.spike is not None and not self.spike > 0: raise RunError(f"spike: found {self.spike!r}, expected a number above 0, or none for no report")
         watch.check_tracker(self.tracker)
         machine.check(self.weights, self.precision)
@@ -283,7 +283,7 @@ class Settings:
 
 # %% ../nbs/08_train.ipynb #c032a
 PLAIN = ("batch_size", "accumulate", "max_length", "too_long", "control_tokens", "separator_tokens", "stage_weights", "group_by_length",
-         "seed", "precision", "weights", "compile", "liger", "find_batch_size", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
+         "seed", "precision", "weights", "compile", "liger", "find_batch_size", "checkpointing", "cache_vision", "cache_folder", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
 
 
 @patch
@@ -354,7 +354,7 @@ def save_checkpoint(
         folder = run.out / "checkpoints" / f"{run.phase}-{run.done:07d}"
         state = {k: v.state_dict() for k, v in more.items() if v is not None} | ({"optimizer": moments} if optimizer else {}) | ({"carried": run.carried} if run.carried else {})
         with room(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights)
+            models.save(run.model, run.processor, new, weights, apart=True)
             torch.save(state, new / "optimizer.pt")
             (new / "progress.json").write_text(json.dumps(run.progress))
         prune(folder, run.settings.keep)
@@ -495,8 +495,9 @@ def plain_reader(run: Run, rows) -> Reader:
 # %% ../nbs/08_train.ipynb #c044
 def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None, s: Settings | None = None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
-    schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
-    optimizer = schedules.optimizer(models.parts(model), phase)
+    schedules.adapt(model, phase, stable_seed("adapters", phase.name))
+    schedules.freeze(model, phase)
+    optimizer = schedules.optimizer(model, phase)
     if s and s.weights == "bf16_stochastic": optimizer = machine.stochastic(optimizer, s.seed)
     if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
@@ -506,6 +507,24 @@ def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=N
         scheduler.load_state_dict(state["scheduler"])
         if "scaler" in state: accelerator.scaler.load_state_dict(state["scaler"])
     return model, optimizer, scheduler
+
+# %% ../nbs/08_train.ipynb #c044l
+def looks_alike(settings: Settings, phase: Phase) -> bool:
+    "Whether a picture gives the same features all through a phase: vision is frozen, and nothing is done to the pixels. `settings` are the phase's own."
+    policy = settings.augment
+    return not any(part.split(".")[0] == "vision" for part in phase.train) and not (policy and any(getattr(policy, t) for t in augmentation.PICTURES))
+
+
+@contextlib.contextmanager
+def thrifty(run: Run, phase: Phase, processes: int = 1):
+    "While inside, the model computes as `checkpointing` and `cache_vision` say. A cache in the run's folder goes when the phase is done."
+    s, model = run.settings.own(phase), getattr(run.model, "module", run.model)
+    folder = Path(s.cache_folder) if s.cache_folder else run.out / "vision"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lean.recomputed(model, s.checkpointing))
+        if s.cache_vision and looks_alike(s, phase): stack.enter_context(lean.seen(model, folder, s.cache_vision * 1e9 / processes))
+        yield
+    if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
 
 # %% ../nbs/08_train.ipynb #c046
 def report(run: Run, line: dict, rows, order: Order, model, group: list, accelerator: Accelerator, log: Log) -> list:
@@ -540,18 +559,20 @@ def warn(phase: Phase, optimizer, accelerator: Accelerator) -> None:
         for line in machine.concerns(phase, optimizer.optimizer): print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def try_batch(size: int, model, reader: Reader, phase: Phase, accelerator: Accelerator) -> None:
+def try_batch(size: int, model, reader: Reader, phase: Phase, accelerator: Accelerator, checkpointing: str = "none") -> None:
     "Forward and backward over the `size` longest rows, with AdamW's memory set aside; raises what the device does when it is full."
-    schedules.freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
+    schedules.adapt(model, phase)
+    schedules.freeze(model, phase)
     trained, n = [p for p in model.parameters() if p.requires_grad], lengths(reader.rows, reader.processor)
     memory = [torch.empty_like(p) for p in trained for _ in range(2 + (accelerator.num_processes > 1))]     # two moments, and what DDP sends
     rows = sorted(range(len(n)), key=lambda i: -n[i])[:size]
     batch = Collator(reader.processor)([reader.encode(reader.rows[i]) for i in rows])
     try:
-        with accelerator.autocast(): losses, _ = token_losses(model, {k: v.to(accelerator.device) for k, v in batch.items()})
+        with accelerator.autocast(), lean.recomputed(model, checkpointing): losses, _ = token_losses(model, {k: v.to(accelerator.device) for k, v in batch.items()})
         losses.sum().backward()
     finally:
         for p in trained: p.grad = None
+        for name, layer in models.adapters(model).items(): model.set_submodule(name, layer.base_layer)      # taken off as they were put on
         del memory
 
 # %% ../nbs/08_train.ipynb #c044p
@@ -563,7 +584,7 @@ def smaller(s: Settings, model, processor, rows, accelerator: Accelerator, progr
     for phase in s.schedule:
         own = s.own(phase)
         reader = replace(own, augment=None).reader(mixed(rows, phase, s.seed), processor)
-        size, _ = machine.largest_batch(lambda n: try_batch(n, model, reader, phase, accelerator), own.batch_size, own.accumulate)
+        size, _ = machine.largest_batch(lambda n: try_batch(n, model, reader, phase, accelerator, s.checkpointing), own.batch_size, own.accumulate)
         size = min(gather_object([size]))                                             # the same for all processes
         while own.batch_size % size: size -= 1
         times = own.accumulate * (own.batch_size // size)
@@ -581,7 +602,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
     if s.weights != "float32": warn(phase, optimizer, accelerator)
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
                   lengths(reader.rows, reader.processor) if s.group_by_length else None)
-    with (stop_politely() as stop, Log(run.out, run.done, accelerator.is_main_process) as log,
+    with (stop_politely() as stop, thrifty(run, phase, accelerator.num_processes), Log(run.out, run.done, accelerator.is_main_process) as log,
           Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
@@ -598,7 +619,7 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
             ask = asked(stop, accelerator)
             if ask or run.update == updates or run.done % s.save_every == 0:
                 log.flush()
-                if run.update == updates and following and following[0].optimizer == "carry": run.carried = launch.carried(run.model, optimizer)
+                if run.update == updates and following and following[0].optimizer == "carry": run.carried = {k: v for k, v in launch.carried(run.model, optimizer).items() if ".lora_" not in k}
                 save_checkpoint(run, accelerator, optimizer if run.update < updates else None, scheduler=scheduler, scaler=accelerator.scaler)
             if ask: raise KeyboardInterrupt
             clock.pause()
@@ -622,8 +643,11 @@ def fit(
     if not len(data): raise RunError("data: found no rows, expected at least one")
     if settings.eval_every and held_out is None: raise RunError(f"eval_every: found {settings.eval_every} and no held_out rows; give them, too")
     check_folder(out)
+    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in schedule):
+        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
+    schedules.check(model, schedule)
     for phase in schedule: settings.own(phase), mixed(data, phase, settings.seed)      # nothing is wrong with a later phase
     keep, dropped = fitting(settings.reader(data, processor))
     machine.ready(model, settings.weights, settings.compile, settings.liger)
@@ -667,10 +691,14 @@ def select(rows, keep: list):
 def _accelerator(settings: Settings, out) -> Accelerator:
     AcceleratorState._reset_state()      # one process may hold several runs, each with its own precision
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out))
-    if launch.check_engine(accelerator, settings.engine) == "zero3":
+    found = launch.check_engine(accelerator, settings.engine)
+    machine.able(settings.weights, settings.liger)
+    if found == "zero3":
         launch.check_zero(settings)
         unset_hf_deepspeed_config()                # models are opened whole
-    machine.able(settings.weights, settings.liger)
+    if found == "fsdp2" and settings.cache_vision: raise RunError("cache_vision: not with fsdp2, where all processes must run every layer together; leave it out, or use ddp")
+    for phase in settings.schedule:
+        if phase.lora and launch.engine(accelerator) == "fsdp2": raise RunError(f"phase {phase.name!r}: lora is given and the engine is fsdp2, whose shards cannot take adapters in later; expected single or ddp, as adapters leave little to shard, or a schedule without lora")
     return accelerator
 
 
@@ -697,9 +725,11 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
         accelerator.free_memory()
         if launch.is_zero(run.model):              # dissolved: opened again from the checkpoint that ended the phase
             run.model = machine.ready(models.load(checkpoints(run.out)[-1])[0], s.weights, s.compile, s.liger).to(accelerator.device)
+        trained = sum(p.numel() for named in schedules.trained(run.model, phase).values() for _, p in named)
+        models.merge(run.model)                            # what follows is a model without adapters
         after, asked_of_phase = knows(run, exam, accelerator), exam.after_phase(run.model, run.processor, phase) if exam.after_phase else {}
         forgotten = dict(before=run.before, after=after) if after else {}
-        run.phases.append(record(run, phase, n) | forgotten | asked_of_phase)
+        run.phases.append(record(run, phase, n, trained) | forgotten | asked_of_phase)
         run.phase, run.update, run.seconds, run.epoch, state = run.phase + 1, 0, 0.0, run.epoch + math.ceil(n / per_epoch), None
         run.recent, run.before = [], after
     conclude(run, accelerator)
@@ -729,10 +759,8 @@ def conclude(run: Run, accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers: tracker.finish()      # not end_training: it would end the processes' group, and another run may follow
 
 # %% ../nbs/08_train.ipynb #c050
-def record(run: Run, phase: Phase, updates: int) -> dict:
+def record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
     "What a phase amounted to: seconds, updates, parameters, and the loss by stage over its last tenth."
-    never, parts = models.without_gradient(run.model), models.parts(run.model)
-    trained = sum(p.numel() for part in phase.train for name, p in parts[part] if name not in never)
     lines = [line for line in run.metrics() if line["phase"] == phase.name and line["loss"] is not None][-max(1, updates // 10):]
     stages = {k for line in lines for k in line["loss_by_stage"]}
     mean = lambda k: sum(l["loss_by_stage"][k] for l in lines if k in l["loss_by_stage"]) / sum(k in l["loss_by_stage"] for l in lines)
@@ -781,6 +809,9 @@ def resume(
     if found: machine.ready(model, settings.weights, settings.compile, settings.liger)
     progressed = json.loads((found / "progress.json").read_text()) if found else {}
     run = Run(Path(out), settings, **progressed, model=model, processor=processor)
+    if found and (found / "adapters.safetensors").exists():
+        schedules.adapt(model, settings.schedule[run.phase])
+        models.load_adapters(model, found)
     state = torch.load(found / "optimizer.pt", weights_only=True, mmap=True) if run.update else None
     run.carried = state.pop("carried", None) if state else None
     return _go(run, select(rows, fitting(settings.reader(rows, processor))[0]), exam, accelerator, progress, state)

@@ -164,6 +164,11 @@ def understand(question):
     if cue["colour"]: return None if whole or what in shapes.RGB else shapes.Query("colour", (what,))
     return shapes.Query("exist", (what,)) if whole and cue["exist"] else None
 
+ERROR = '.jp-OutputArea-output:has-text("Traceback")'
+READY = """() => document.querySelector(".jp-Notebook-ExecutionIndicator")?.dataset.status == "idle"
+        && document.querySelector(".jp-Toolbar-kernelName")?.getAttribute("aria-label")?.startsWith("Python 3")"""
+
+
 @contextmanager
 def jupyterlab(folder, code):
     "The address of a JupyterLab on this machine, open at a notebook of one cell; ended on leaving."
@@ -498,10 +503,12 @@ def test_widget_in_a_real_jupyterlab():
         code = "from llava_cot import shapes\nfrom llava_cot.augment import Policy, explore\nexplore([ex for _, ex in shapes.examples(2, 0, size=96)], Policy())"
         with jupyterlab(folder, code) as address, browser(folder) as page:
             page.goto(address)
-            page.locator(".jp-CodeCell .cm-content").first.click(timeout=60_000)
+            page.wait_for_function(READY, timeout=180_000)      # a cell that is run before its kernel is there is not run at all
+            page.locator(".jp-CodeCell .cm-content").first.click()
             page.keyboard.press("Shift+Enter")
             view = page.locator(".jp-OutputArea .widget-html-content")
-            view.locator("img").first.wait_for(timeout=60_000)
+            page.locator(f".widget-html-content img, {ERROR}").first.wait_for(timeout=180_000)
+            assert not page.locator(ERROR).count(), page.locator(ERROR).first.inner_text()
             return moves(page, view, "hue", 2) + moves(page, view, "rotation", 3)
 
     with ThreadPoolExecutor(1) as pool: (start, *_, hue), (same, *_, turned) = (lambda s: (s[:3], s[3:]))(pool.submit(look).result())

@@ -49,7 +49,7 @@ def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
         assert json.loads((tmp / "out/report.json").read_text())["counts"] == found["counts"] and "<table" in (tmp / "out/report.html").read_text()
 
         assert len(data.load(tmp / "clean")) == 7 and json.loads((tmp / "clean/dropped.jsonl").read_text())["reasons"][0]["kind"] == "json"
-        for words, expected in ((["check", tmp / "nowhere"], "nowhere"), (["check", good, "--against", tmp / "no"], "no such"), (["check", good, "--model", tmp], "no processor"),
+        for words, expected in ((["check", tmp / "nowhere"], "nowhere"), (["check", good, "--against", tmp / "no"], "no such"), (["check", good, "--model", tmp], "no model folder"),
                                 (["check", good, "--write_clean", tmp / "bad"], "not empty"), (["check", good, "--fmt", "x"], "fmt"), (["check"], "path")):
             err = io.StringIO()
             with contextlib.redirect_stderr(err): code = cli.main([str(w) for w in words])

@@ -4,7 +4,7 @@ from llava_cot.machine import *
 import contextlib, importlib.util, sys, types
 from unittest import mock
 import pytest, torch
-from llava_cot import launch, machine, models, schedule
+from llava_cot import machine, models, schedule
 from llava_cot.checkpoint import RunError
 from llava_cot.schedule import Phase
 
@@ -45,7 +45,7 @@ def test_squares_that_cannot_shrink_are_told_of():
     assert squares(0.999) == 1 and squares(0.99) < 0.05
     for beta, told in ((0.999, True), (0.997, True), (0.99, False), (0.95, False)):
         phase = Phase("a", train={"projector": 1e-1}, betas=(0.9, beta))
-        lines = machine.concerns(phase, schedule.optimizer(models.parts(models.tiny_llava()[0]), phase))
+        lines = machine.concerns(phase, schedule.optimizer(models.tiny_llava()[0], phase))
         assert [("cannot shrink" in line) for line in lines] == [True] * told
 
 

@@ -44,8 +44,8 @@ def test_plan_is_what_a_real_update_holds():
         planned = plan(model, "two_phase")
         assert all(p.requires_grad == r and torch.equal(p, old) for p, (r, old) in zip(model.parameters(), before))    # planning changes nothing
         for phase, expected in zip(PRESETS["two_phase"], planned):
-            counts = freeze(models.parts(model), models.part_modules(model), phase, models.without_gradient(model))
-            opt = optimizer(models.parts(model), phase)
+            counts = freeze(model, phase)
+            opt = optimizer(model, phase)
             model(**batch).loss.backward(); opt.step()
             assert counts == expected.trainable
             assert held(model.parameters()) == expected.weights

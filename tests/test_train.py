@@ -9,7 +9,7 @@ from unittest import mock
 import IPython.display, datasets, pytest, torch
 from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import checkpoint, data, launch, models, shapes, train, watch
+from llava_cot import checkpoint, data, lean, models, shapes, train, watch
 from llava_cot.augment import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.tokens import Collator, TokensError, TooLong, encode, lengths
@@ -413,6 +413,41 @@ def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
     assert len(shown) == 2 and max(curves(shown[0])) == 6 and max(curves(shown[1])) == 12
 
 
+@pytest.mark.slow
+def test_checkpointing_and_cached_features_change_nothing():
+    full_ = dict(vision=1e-3, projector=1e-3, language=1e-3)
+    lean_ = Schedule([Phase("align", train={"projector": 2e-3}, updates=9), Phase("words", train={"language": 1e-3}, updates=4, augment={"brightness": 0.3}), Phase("all", train=full_, updates=3)])
+    with tempfile.TemporaryDirectory() as tmp:
+        def go(name, tiny, at=99, **options):
+            try:
+                with interrupted(at): return train.fit(*tiny(seed=0), ROWS, lean_, Path(tmp) / name, batch_size=8, save_every=4, progress=False, **options)
+            except KeyboardInterrupt:
+                left = list((Path(tmp) / name).glob("vision/*/*.safetensors"))
+                for f in left[::2]: f.unlink()                                          # some are lost
+                assert bool(left) == (at < 9)
+                return train.resume(Path(tmp) / name, ROWS, progress=False)
+        apart = lambda a, b: max((v - weights(b.model)[k]).abs().max().item() for k, v in weights(a.model).items())
+        for tiny in (models.tiny_llava, models.tiny_mllama):
+            name, spare = tiny.__name__, dict(cache_vision=0.5, cache_folder=str(Path(tmp) / "shared"))
+            plain = go(f"{name}-plain", tiny)
+            again = go(f"{name}-again", tiny, checkpointing="all")
+            assert apart(plain, again) == 0 and again.metrics() == plain.metrics()
+            cached, broken = go(f"{name}-cached", tiny, cache_vision=0.5), [go(f"{name}-{at}", tiny, at, cache_vision=0.5) for at in (6, 12)]
+            assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(plain.metrics()[:9], cached.metrics()[:9], strict=True)) and apart(plain, cached) < 1e-3
+            assert all(apart(cached, b) == 0 and b.metrics() == cached.metrics() for b in broken) and not list(Path(tmp).glob("*/vision"))
+            shared = [go(f"{name}-shared{i}", tiny, **spare) for i in (1, 2)]
+            assert apart(cached, shared[0]) == apart(cached, shared[1]) == 0
+        kept_ = list((Path(tmp) / "shared").rglob("*.safetensors"))
+        assert 24 <= len(kept_) <= 48 and len({f.parent for f in kept_}) == 2                 # each picture once, for each of the two models; no augmented one
+
+
+def test_a_cache_that_no_phase_could_use_is_refused():
+    with tempfile.TemporaryDirectory() as tmp:
+        for schedule_, options in ((Schedule([Phase("all", train=dict(vision=1e-3), updates=2)]), {}), (BOTH, dict(augment=STRONG))):
+            with pytest.raises(train.RunError, match="cache_vision: found 1.0 and no phase"): train.fit(*models.tiny_llava(), some_rows(4), schedule_, Path(tmp) / "run", cache_vision=1.0, progress=False, **options)
+        assert not list(Path(tmp).iterdir())
+
+
 def test_a_loss_that_is_no_number_is_skipped_and_named():
     with tempfile.TemporaryDirectory() as tmp:
         processor, rows_, found = models.tiny_llava()[1], some_rows(12), []
@@ -530,23 +565,23 @@ def test_weights_in_16_bits_train_and_survive_an_interruption():
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_run_and_survive_an_interruption():
     found = []
-    for options in (dict(at=99), dict(at=99, compile=True), dict(at=9, compile=True)):
+    for options in (dict(at=99), dict(at=99, compile=True), dict(at=9, compile=True), dict(at=99, compile=True, checkpointing="all")):
         torch.compiler.reset()
         at = options.pop("at")
         with tempfile.TemporaryDirectory() as tmp:
             try:
                 with interrupted(at): run_ = train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / "run", batch_size=4, save_every=4, progress=False, **options)
             except KeyboardInterrupt: torch.compiler.reset(); run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
-            assert all((m._compiled_call_impl is not None) == ("compile" in options) for m in launch.layers(run_.model))
+            assert all((m._compiled_call_impl is not None) == ("compile" in options) for m in lean.layers(run_.model))
             found.append((weights(run_.model), run_.metrics()))
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[1][1])) <= 1e-5
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[1][1])) <= 1e-5 and max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[3][1])) <= 1e-5
     assert found[1][1] == found[2][1] and all(torch.equal(v, found[2][0][k]) for k, v in found[1][0].items())
 
 
 def test_wrong_input_writes_nothing():
     with tempfile.TemporaryDirectory() as tmp:
         model, processor = models.tiny_llava(seed=0)
-        for options in (dict(batch_size=0), dict(precision="fp8"), dict(workers=-1), dict(too_long="cut"), dict(too_long="drop"), dict(control_tokens="x"), dict(keep=0), dict(eval_every=0), dict(spike=-1.0), dict(engine="fsdp"), dict(engine="fsdp2"), dict(tracker="x"),
+        for options in (dict(batch_size=0), dict(precision="fp8"), dict(workers=-1), dict(too_long="cut"), dict(too_long="drop"), dict(control_tokens="x"), dict(keep=0), dict(eval_every=0), dict(spike=-1.0), dict(engine="fsdp"), dict(engine="fsdp2"), dict(tracker="x"), dict(checkpointing="some"), dict(cache_vision=-1.0), dict(cache_folder="x"),
                         dict(stage_weights={"CONCLUSIONS": 1}), dict(stage_weights={"CAPTION": -1}), dict(stage_weights=dict.fromkeys(train.STAGE_NAMES, 0))):
             with pytest.raises(train.RunError, match=next(iter(options))): train.fit(model, processor, some_rows(4), BOTH, Path(tmp) / "run", progress=False, **options)
         processor.image_processor.image_mean = [0.1] * 3
