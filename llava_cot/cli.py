@@ -117,7 +117,7 @@ def train(
     eval_answers: int = 0,             # of these rows, so many are also answered each time
     skip_nonfinite: int = 10,          # so many updates in a row may be skipped for a loss or gradient that is not finite
     spike: float | None = 8.0,         # a loss so many robust deviations above the last ones is reported with its examples
-    engine: str | None = None,         # what accelerate must give: single, ddp, fsdp2
+    engine: str | None = None,         # what accelerate must give: single, ddp, fsdp2, zero3
     tracker: str | None = None,        # tensorboard, trackio, wandb, …: besides metrics.jsonl
     eval_data: str | None = None,      # folder of held-out rows to score on
     held_out: float = 0.05,            # without eval_data: share of images held out for scoring; 0 for none

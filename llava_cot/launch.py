@@ -181,13 +181,16 @@ def restore(self: Zero, state: dict) -> None:
 
 def zero_weights(model) -> dict:
     "Name → whole float32 weights, on the main process. All processes must call it."
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
     found, main = {}, torch.distributed.get_rank() == 0
     for name, p in model.named_parameters():
-        with GatheredParameters([p]): whole = safe_get_full_fp32_param(p) if p.requires_grad else p.detach()
-        if main: found[name] = whole.reshape(p.ds_shape).cpu().clone()
-    return found | {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+        with deepspeed.zero.GatheredParameters([p]):
+            whole = safe_get_full_fp32_param(p) if p.requires_grad else p.detach()
+            if main: found[name] = whole.reshape(p.ds_shape).cpu().clone()
+    kept = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    return found | {name: b for name, b in model.named_buffers() if name in kept}
+
 
 # %% ../nbs/08_launch.ipynb #l037
 def prepare(model, optimizer, accelerator: Accelerator, max_grad_norm: float | None = None) -> tuple:

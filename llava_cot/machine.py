@@ -115,7 +115,7 @@ def largest_batch(
     size = batch_size
     def smaller():
         nonlocal size
-        size = next((n for n in range(size - 1, 0, -1) if size % n == 0), 0)
+        size = next((n for n in range(size - 1, 0, -1) if batch_size % n == 0), 0)
         return size
     def go(batch_size): attempt(batch_size)
     try: find_executable_batch_size(go, starting_batch_size=batch_size, reduce_batch_size_fn=smaller)()
