@@ -109,6 +109,9 @@ def train(
     compile: bool = False,             # torch.compile for each layer
     liger: bool = False,               # Liger's kernels, on a GPU
     find_batch_size: bool = False,     # where the batch does not fit the memory: a part of it and more accumulation
+    checkpointing: str = "none",       # layers that compute activations again instead of keeping them: none, language, all
+    cache_vision: float | None = None, # GB on disk for what a frozen vision part makes of each picture
+    cache_folder: str | None = None,   # where, to be shared by runs; in the run's folder when left out
     augment: str = "none",             # none, light, strong, or a YAML file of strengths
     workers: int = 0,                  # processes that read and augment
     save_every: int = 200,             # updates between checkpoints
@@ -240,7 +243,7 @@ def _dry(source, model, out, schedule, fmt, json, settings) -> dict:
     from llava_cot import models, train as training
     from llava_cot.schedule import Schedule
     s = training.Settings(Schedule.load(schedule), _format(fmt), **settings)
-    training.check_folder(out)
+    training.check_folder(out); training.check_cache(s)
     ok, unchecked, rows, net = [f"settings, and a schedule of {len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}", f"out: {out} is new"], [], None, None
     for name in ("data", "eval_data", "retain"):
         if name == "data" and not source[name]: unchecked.append("data: not given")
@@ -303,7 +306,7 @@ def demo(
     start, out = time.time(), training.new_folder(out)
     for split, n in (("train", n_train), ("test", n_test)): shapes.write(out / "data" / split, n, seed, split=split, progress=not json)
     source = dict(data=str((out / "data/train").absolute()), eval_data=str((out / "data/test").absolute()), held_out=0.0, eval_n=n_test, max_new_tokens=240)
-    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, save_every=100)
+    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, workers=1, save_every=100)
 
 # %% ../nbs/12_cli.ipynb #c017
 def eval(
@@ -411,6 +414,10 @@ def preview(
     see = tokens.seen_by(processor, fmt, **options)
     varied = lambda row: "".join(augmentation.show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
     page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, **options)
+    if policy:
+        counted = augmentation.reasons(found.select(range(0, len(found), step := len(found) // 2000 + 1)))
+        title = "What may be done to how much of it" + f", from one row in {step}" * (step > 1)
+        page = page.replace("</body>", f"<hr><h2>{title}</h2>{counted._repr_html_()}</body>")
     out.parent.mkdir(parents=True, exist_ok=True)
     training.write_text(out, page)
     result = dict(out=str(out), rows=list(chosen["id"]))

@@ -6,9 +6,10 @@
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
-           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
-           'report', 'finish', 'asked', 'warn', 'try_batch', 'smaller', 'one_phase', 'fit', 'begin', 'exam_keys',
-           'data_key', 'select', 'knows', 'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
+           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'check_cache',
+           'thrifty', 'by_length', 'seed_dropout', 'report', 'finish', 'asked', 'warn', 'try_batch', 'smaller',
+           'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'mixed', 'length', 'conclude',
+           'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -84,7 +85,7 @@ def backward(
 ) -> torch.Tensor:                # `(5, 2)`: sums and counts by stage over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
     weights = weights_of(stage_weights, accelerator.device)
-    count = sum(weights[b["stage_ids"][:, 1:][b["labels"][:, 1:] != -100]].sum() for b in batches)
+    count = sum((weights[b["stage_ids"][:, 1:]] * (b["labels"][:, 1:] != -100)).sum() for b in batches)
     total = accelerator.reduce(count, "sum")
     total = torch.where(total > 0, total, 1.0)
     sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
@@ -124,9 +125,10 @@ def epoch_order(
 class Order:
     "For each update from `start` on: per micro-batch, the `(epoch, row)` pairs this process reads."
     def __init__(self, n: int, batch_size: int, accumulate: int, seed: int, first_epoch: int = 0,
-                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None):
+                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None,
+                 within: list | None = None):    # lengths of the rows: of `lengths`, batches are made; by `within`, an update's rows are put into its batches
         self.n, self.batch_size, self.accumulate, self.seed, self.first_epoch = n, batch_size, accumulate, seed, first_epoch
-        self.start, self.stop, self.rank, self.world, self.lengths = start, stop, rank, world, lengths
+        self.start, self.stop, self.rank, self.world, self.lengths, self.within = start, stop, rank, world, lengths, within
         self.update_size, self.known = batch_size * accumulate * world, {}
 
     def __len__(self): return (self.stop - self.start) * self.accumulate
@@ -141,14 +143,12 @@ class Order:
 
     def at(self, update: int) -> list:
         "The batches of one update, those of all processes, in order."
-        epoch, order, found = -1, [], []
-        for k in range(self.accumulate * self.world):
-            rows = []
-            for p in range(start := update * self.update_size + k * self.batch_size, start + self.batch_size):
-                if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
-                rows.append((self.first_epoch + epoch, order[p % self.n]))
-            found.append(rows)
-        return found
+        epoch, order, rows = -1, [], []
+        for p in range(start := update * self.update_size, start + self.update_size):
+            if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
+            rows.append((self.first_epoch + epoch, order[p % self.n]))
+        if self.within: rows.sort(key=lambda address: -self.within[address[1]])
+        return [rows[i:i + self.batch_size] for i in range(0, self.update_size, self.batch_size)]
 
     def __iter__(self):
         for update in range(self.start, self.stop): yield from self.at(update)[self.rank::self.world]
@@ -515,6 +515,12 @@ def looks_alike(settings: Settings, phase: Phase) -> bool:
     return not any(part.split(".")[0] == "vision" for part in phase.train) and not (policy and any(getattr(policy, t) for t in augmentation.PICTURES))
 
 
+def check_cache(settings: Settings) -> None:
+    "Raises `RunError` where features would be kept that no phase could use."
+    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in settings.schedule):
+        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+
+
 @contextlib.contextmanager
 def thrifty(run: Run, phase: Phase, processes: int = 1):
     "While inside, the model computes as `checkpointing` and `cache_vision` say. A cache in the run's folder goes when the phase is done."
@@ -525,6 +531,18 @@ def thrifty(run: Run, phase: Phase, processes: int = 1):
         if s.cache_vision and looks_alike(s, phase): stack.enter_context(lean.seen(model, folder, s.cache_vision * 1e9 / processes))
         yield
     if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
+
+# %% ../nbs/08_train.ipynb #c044m
+def by_length(settings: Settings, reader: Reader, processes: int) -> dict:
+    "What `Order` is told of the rows' lengths, where it can use them."
+    if settings.group_by_length: return dict(lengths=lengths(reader.rows, reader.processor))
+    return dict(within=lengths(reader.rows, reader.processor)) if settings.accumulate * processes > 1 else {}
+
+
+def seed_dropout(seed: int) -> None:
+    "`torch.manual_seed` for the devices there are; on a machine without GPU that one keeps a note of every call."
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available(): torch.cuda.manual_seed(seed)
 
 # %% ../nbs/08_train.ipynb #c046
 def report(run: Run, line: dict, rows, order: Order, model, group: list, accelerator: Accelerator, log: Log) -> list:
@@ -601,12 +619,12 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
     (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried, s), None
     if s.weights != "float32": warn(phase, optimizer, accelerator)
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
-                  lengths(reader.rows, reader.processor) if s.group_by_length else None)
+                  **by_length(s, reader, accelerator.num_processes))
     with (stop_politely() as stop, thrifty(run, phase, accelerator.num_processes), Log(run.out, run.done, accelerator.is_main_process) as log,
           Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
-            torch.manual_seed(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
+            seed_dropout(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
             group = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(s.accumulate)]
             clock.lap("data")
             examples = []
@@ -643,8 +661,7 @@ def fit(
     if not len(data): raise RunError("data: found no rows, expected at least one")
     if settings.eval_every and held_out is None: raise RunError(f"eval_every: found {settings.eval_every} and no held_out rows; give them, too")
     check_folder(out)
-    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in schedule):
-        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+    check_cache(settings)
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
     schedules.check(model, schedule)

@@ -758,12 +758,3 @@ def test_llava_cot_100k_in_sixteen_parts():
         shuffled, like = (padding(Order(len(tokens), 32, 1, seed=0, stop=2 * len(tokens) // 32, lengths=given), tokens) for given in (None, tokens))
         print(f"padding at batch 32: {like[0]:.1%}, in random order {shuffled[0]:.1%}; batches of epoch 1 that epoch 2 has again: {len(set.intersection(*like[1]))} of {len(like[1][0]):,}")
         assert like[0] <= 0.03 < shuffled[0] and not set.intersection(*like[1])
-
-
-@pytest.mark.slow
-def test_a_large_file_loads_quickly():
-    with tempfile.TemporaryDirectory() as d:
-        write(d, [row(f"r{i}", "drawn/red.png", "q " * 40, staged("red", "A caption of some length. " * 20)) for i in range(100_000)])
-        t = time.process_time()
-        ds = load(d)
-        assert len(ds) == 100_000 and ds[99_999]["images"][0].size == (96, 64) and time.process_time() - t < 40
