@@ -185,11 +185,9 @@ def _first_step(model, optimizer, mode, ledger):
     optimizer.zero_grad()
     return held
 
-def _rehearse(model, mode, phase, s, batch, accelerator, ledger, cuda: bool) -> dict:
+def _rehearse(model, mode, phase, s, batch, accelerator, ledger) -> dict:
     "One update of a phase in the ledger; what it holds between forward and step, the batches it holds at a time, and the FLOPs of an update."
-    prepared, optimizer, scheduler = train.prepare(model, phase, 1, accelerator)
-    for g in getattr(optimizer, "optimizer", optimizer).param_groups:
-        if cuda and g["fused"] is None and g["foreach"] is None: g["foreach"] = True          # torch's own choice on a GPU
+    prepared, optimizer, scheduler = train.prepare(model, phase, 1, accelerator, s=s)
     for t in (*model.parameters(), *model.buffers()): ledger.hold(t, "weights")
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold(p.grad, "gradients")) for p in model.parameters() if p.requires_grad]
     held = _first_step(model, optimizer, mode, ledger)
@@ -272,14 +270,17 @@ def _asked(schedule, gpus, mfu, settings):
     if not isinstance(gpus, int) or gpus < 1: raise PlanError(f"gpus: found {gpus!r}, expected a whole number of at least 1")
     if not 0 < mfu <= 1: raise PlanError(f"mfu: found {mfu!r}, expected a share of the GPU's rate, above 0 and at most 1")
     s = train.Settings(schedule, **settings)
+    if s.weights == "bf16_stochastic": s = replace(s, weights="bf16")                      # torchao's AdamW holds what torch's holds
     adapted = [p.name for p in schedule if p.lora]
     engine = s.engine or ("single" if gpus == 1 else "ddp" if adapted else "fsdp2")
     if engine == "fsdp2" and adapted: raise PlanError(f"engine: found fsdp2, and phase {adapted[0]!r} has lora, which the loop does not shard; expected ddp")
+    if engine == "zero3": raise PlanError("engine: found zero3, which cannot be rehearsed in one process; plan fsdp2, which shards the same")
     if (engine == "single") != (gpus == 1): raise PlanError(f"engine: found {engine} with gpus {gpus}, expected single with one, and ddp or fsdp2 with more")
     return replace(s, engine=engine)
 
-def _of(model_or_config, dtype):
+def _of(model_or_config, dtype, weights):
     "The config and the type of what is planned."
+    if weights != "float32": dtype = dtype or "bfloat16"
     if not isinstance(model_or_config, (PreTrainedModel, PreTrainedConfig)):
         raise PlanError(f"model: found a {type(model_or_config).__name__}; expected a transformers model or config")
     if dtype is not None and dtype not in _DTYPES: raise PlanError(f"dtype: found {dtype!r}; expected one of {', '.join(_DTYPES)}")
@@ -299,26 +300,26 @@ def plan(
     gpus: int = 1,                # processes; more than one share the model by FSDP2, unless `engine` says ddp
     gpu: str | None = None,       # of `GPUS`
     mfu: float = 0.4,             # share of the GPU's rate that the run will get
-    dtype: str | None = None,     # of the weights: float32, bfloat16, float16; a model's own when left out, float32 for a config
-    device: str = "cuda",         # where the run will be: cuda or cpu, which choose AdamW's loop differently
+    dtype: str | None = None,     # of the weights: float32, bfloat16, float16; when left out, what the setting `weights` says, or a model's own
     **settings,                   # of `train.Settings`: batch_size, accumulate, precision, checkpointing, engine, …
 ) -> Plan:
     "What each phase will hold and compute, by rehearsing its update. Raises `PlanError`, `ScheduleError`, `ModelError`, `RunError`."
-    s, (config, dtype), (gpu, card) = _asked(schedule, gpus, mfu, settings), _of(model_or_config, dtype), _gpu(gpu)
+    s, (gpu, card) = _asked(schedule, gpus, mfu, settings), _gpu(gpu)
+    config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
     shape = lambda own: batch or models.example_batch(config, own.batch_size, length, tiles, supervised)
     with _alone(s.precision, s.engine, gpus) as accelerator, _mesh(gpus) if s.engine == "fsdp2" else contextlib.nullcontext() as mesh:
         model, mode = pretend(config, dtype)
         count, ledger = {part: sum(p.numel() for _, p in named) for part, named in models.parts(model).items()}, Ledger(config.get_text_config().vocab_size, mode)
         if mesh: _sharded(model, s.precision, mesh, ledger)
-        phases = [_planned(model, mode, phase, s.own(phase), shape(s.own(phase)), accelerator, ledger, device == "cuda") for phase in s.schedule]
+        phases = [_planned(model, mode, phase, s.own(phase), shape(s.own(phase)), accelerator, ledger) for phase in s.schedule]
     setting = dict(length=batch["input_ids"].shape[1] if batch else length, precision=s.precision, checkpointing=s.checkpointing, engine=s.engine, gpus=gpus, gpu=gpu, mfu=mfu)
     return Plan(config.model_type, dtype, count, tuple(_timed(p, phase, s, rows, gpus, card, mfu) for p, phase in zip(phases, s.schedule)), setting)
 
 # %% ../nbs/07_plan.ipynb #g017
-def _planned(model, mode, phase, s, batch, accelerator, ledger, cuda) -> PhasePlan:
+def _planned(model, mode, phase, s, batch, accelerator, ledger) -> PhasePlan:
     "The plan of one phase; `s` are its own settings."
-    r = _rehearse(model, mode, phase, s, batch, accelerator, ledger, cuda)
+    r = _rehearse(model, mode, phase, s, batch, accelerator, ledger)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
     most, at = ledger.most, dict(ledger.at_peak)

@@ -124,14 +124,14 @@ def test_four_numbers_for_each_weight():
     big = plan(llama, Schedule([PRESETS["two_phase"][1]]), batch_size=1, length=128, checkpointing="all")
     n, [finetune] = sum(big.parameters.values()), big
     assert 4 * n <= finetune.weights < 4.001 * n and finetune.gradients == 4 * n and 8 * n < finetune.optimizer < 8.0001 * n
-    assert finetune.peak > 20 * n                            # AdamW's step on a GPU
+    assert 16 * n < finetune.peak < 16.6 * n
     assert finetune.trainable == big.parameters and big.peak == finetune.peak and len(big) == 1
 
 
 def test_planned_peak_is_what_the_allocator_gives_out():
     for make, phase, rows, settings in CASES:
         batch = models.example_batch(make(), rows, 256)
-        planned, found = plan(make(), Schedule([phase]), batch=batch, device="cpu", **settings), allocated(make(), phase, batch, **settings)
+        planned, found = plan(make(), Schedule([phase]), batch=batch, **settings), allocated(make(), phase, batch, **settings)
         assert abs(planned.peak / found - 1) < 0.05, (make.__name__, phase.name, settings, planned.peak, found)
         assert planned.peak == sum(planned[0].at_peak.values()) <= sum(getattr(planned[0], k) for k in KINDS)
 
@@ -141,9 +141,9 @@ def test_flops_are_those_of_torchs_counter():
         config = make(); config._attn_implementation = "eager"          # torch's counter knows no attention of the CPU
         batch, counter = models.example_batch(config, 2, 128), FlopCounterMode(display=False)
         two_updates(config, phase, batch, lambda: counter)
-        plain, twice = (plan(config, Schedule([phase]), batch=batch, device="cpu", checkpointing=c)[0] for c in ("none", "all"))
+        plain, twice = (plan(config, Schedule([phase]), batch=batch, checkpointing=c)[0] for c in ("none", "all"))
         assert plain.flops == counter.get_total_flops() and plain.again == 0
-        assert plan(config, Schedule([phase]), batch=batch, device="cpu", accumulate=5)[0].flops == 5 * plain.flops
+        assert plan(config, Schedule([phase]), batch=batch, accumulate=5)[0].flops == 5 * plain.flops
         assert (twice.again > 0) and twice.flops == plain.flops + twice.again
     fused = plan(small_mllama(), Schedule([ALIGN]), length=128, batch_size=2)[0]
     config = small_mllama(); config._attn_implementation = "eager"
@@ -155,7 +155,7 @@ def test_planned_shards_are_what_two_processes_hold():
     with tempfile.TemporaryDirectory() as folder:
         for make, precision, accumulate, checkpointing in ((small_llava, "no", 1, "none"), (small_mllama, "bf16", 1, "all"), (small_llava, "bf16", 2, "none")):
             found = shared(make(), folder, precision, accumulate, checkpointing)
-            planned = plan(make(), "two_phase", batch_size=2, length=256, gpus=2, device="cpu", precision=precision, accumulate=accumulate, checkpointing=checkpointing)[1].peak
+            planned = plan(make(), "two_phase", batch_size=2, length=256, gpus=2, precision=precision, accumulate=accumulate, checkpointing=checkpointing)[1].peak
             assert abs(planned / found - 1) < 0.05, (make.__name__, precision, accumulate, checkpointing, planned, found)
 
 
@@ -179,6 +179,7 @@ def test_adapters_are_counted():
     assert lora.trainable["language"] == adapters and lora.trainable["projector"] == full.trainable["projector"]
     assert lora.weights == full.weights + 4 * adapters and lora.gradients == 4 * (adapters + lora.trainable["projector"]) and lora.held < full.held / 3
     half = plan(llava, "lora", length=256, dtype="bfloat16")[0]
+    assert half == plan(llava, "lora", length=256, weights="bf16")[0] == plan(llava, "lora", length=256, weights="bf16_stochastic")[0]
     assert half.gradients == 4 * adapters + 2 * lora.trainable["projector"]        # adapters are float32 whatever the model is
     with pytest.raises(PlanError, match="engine: found fsdp2, and phase 'lora' has lora"): plan(llava, "lora", gpus=2, engine="fsdp2")
     assert plan(llava, "lora", length=256, gpus=2).setting["engine"] == "ddp"
@@ -231,7 +232,7 @@ def test_plan_plots_prints_and_serialises():
 def test_plan_refuses():
     model, _ = tiny_llava()
     for match, kwargs in (("dtype: found 'fp8'", dict(dtype="fp8")), ("gpu: found 'TPU', expected one of H100", dict(gpu="TPU")), ("gpus: found 0", dict(gpus=0)), ("mfu: found 40", dict(mfu=40)),
-                          ("engine: found single with gpus 2", dict(gpus=2, engine="single")), ("length: found 16 tokens, but a picture of this llava takes 16", dict(length=16)), ("precision: found 'int8'", dict(precision="int8"))):
+                          ("engine: found single with gpus 2", dict(gpus=2, engine="single")), ("engine: found zero3", dict(gpus=2, engine="zero3")), ("length: found 16 tokens, but a picture of this llava takes 16", dict(length=16)), ("precision: found 'int8'", dict(precision="int8"))):
         with pytest.raises(ValueError, match=match): plan(model, "two_phase", **kwargs)
     with pytest.raises(PlanError, match="model: found a str"): plan("model", "two_phase")
     with pytest.raises(ValueError, match="two_phase"): plan(model, "two_phases")
