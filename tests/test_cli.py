@@ -158,6 +158,63 @@ def test_a_run_measures_itself_and_says_what_was_forgotten():
         assert "plain rows" in page and f"{second['after']['retain_loss']:.4f}" in page and "best/" in page
 
 
+def test_plan_reads_what_train_reads():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        data_, model = write_rows(tmp / "rows", 40), tmp / "model"
+        model.mkdir(); models.tiny_mllama()[0].config.save_pretrained(model)                    # a config is enough
+        (tmp / "run.yaml").write_text(f"data: {data_}\nmodel: {model}\nbatch_size: 2\naccumulate: 2\nprecision: bf16\ncheckpointing: all\nmax_length: 200\nheld_out: 0.5\nout: {tmp / 'run'}\n")
+        code, out, error = here("plan", "--config", tmp / "run.yaml", "--gpu", "h100", "--gpus", 2, "--engine", "ddp", "--json")
+        found = json.loads(out)
+        assert code == 0 and found["family"] == "mllama" and found["length"] == 200 and found["gpus"] == 2 and found["checkpointing"] == "all" and found["gpu"] == "H100-80GB", error
+        assert [(p["batch_size"], p["accumulate"], p["updates"]) for p in found["phases"]] == [(2, 2, 3)] * 2 and found["peak"] == max(p["peak"] for p in found["phases"])      # 20 rows by 8
+        assert "fits: " in error and "each of 2 GPUs by ddp" in error and not (tmp / "run").exists()
+        code, out, error = here("plan", "--config", tmp / "run.yaml", "--gpu", "A100-40GB", "--advise", "--rows", 1000)
+        assert code == 0 and "A100-40GB, of which" in out and out.count("checkpointing ") == 2 and "4 × 1" in out, (out, error)
+        for words, why in ((["--gpu", "TPU"], "gpu: found 'TPU', expected one of H100"), (["--advise"], "--gpu"), (["--schedule", "two_phases"], "two_phase"), (["--model", tmp / "none"], "none"),
+                           (["--length", 4], "length: found 4"), (["--engine", "fsdp2"], "engine: found fsdp2 with gpus 1"), (["--batch_size", 0], "batch_size")):
+            code, out, error = here("plan", "--config", tmp / "run.yaml", *words)
+            assert code == 2 and why in error and len(error.splitlines()) == 1, (words, error)
+        code, out, error = here("plan", "--rows", 10)
+        assert code == 2 and "--model is missing" in error
+
+
+def test_every_recipe_passes_a_dry_run():
+    assert set(cli.recipes()) == {"demo", "llava_cot_100k_8xH100", "llava_cot_100k_1xH200", "lora_24gb"}
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        data_ = write_rows(tmp / "rows", 24)
+        for name, file in cli.recipes().items():
+            code, out, error = here("train", "--config", name, "--data", data_, "--out", tmp / "run", "--dry-run", "--json")
+            found = json.loads(out)
+            assert code == 0 and any("settings" in t for t in found["ok"]) and any("data: 2" in t for t in found["ok"]), (name, error)
+            assert {t.split(":")[0] for t in found["unchecked"]} <= {"model", "engine"}, (name, found)
+            text = Path(file).read_text()
+            assert text.startswith("# ") and name in text.split("\nmodel:")[0]                      # says what it is for and how it is called
+            local = ["--model", "tiny_mllama" if "11B" in text.split("\nschedule")[0] else "tiny_llava"]     # in place of weights from the hub
+            code, out, error = here("train", "--config", name, *(local if name != "demo" else []), "--data", data_, "--out", tmp / "run", "--dry-run")
+            assert code == 0 and "its processor fits" in out and "updates by phase" in out, (name, error)
+            (tmp / "misspelt.yaml").write_text(text + "batch_sise: 4\n")
+            code, out, error = here("train", "--config", tmp / "misspelt.yaml", "--dry-run")
+            assert code == 2 and "batch_sise" in error
+        assert not (tmp / "run").exists()
+
+
+def test_help_imports_none_of_the_large_libraries():
+    large = "torch transformers datasets accelerate peft safetensors numpy pandas pyarrow PIL matplotlib huggingface_hub tokenizers IPython"
+    script = """
+import contextlib, io, sys
+from llava_cot import cli
+with contextlib.redirect_stdout(io.StringIO()):
+    try: {}
+    except SystemExit: pass
+print(*sorted({{m.split('.')[0] for m in sys.modules}} & set('{}'.split())))
+"""
+    for does in ("cli.recipes()", "cli.main(['--help'])", "cli.main(['train', '--help'])", "cli.main(['plan', '--help'])"):
+        p = subprocess.run([sys.executable, "-c", script.format(does, large)], capture_output=True, text=True)
+        assert p.returncode == 0 and p.stdout.strip() == "", (does, p.stdout, p.stderr)
+
+
 def test_wrong_input_is_one_line_and_writes_nothing():
     def spoil(folder, how):
         file = folder / "train.jsonl"
