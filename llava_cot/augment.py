@@ -103,7 +103,9 @@ def at(
 _w = str.split
 COLOURS = _w("""red orange yellow green blue purple violet pink brown black white grey gray silver gold golden beige tan cyan magenta teal
     turquoise maroon navy crimson scarlet lavender olive khaki cream amber bronze blond blonde brunette reddish greenish bluish yellowish
-    color colors colored colorful colour colours coloured colourful hue hues tint shade shades rainbow ripe unripe monochrome""")
+    burgundy charcoal coral indigo mauve ivory aqua lime mustard fuchsia lilac peach plum salmon ruby emerald copper brass rust sepia reds greens blues yellows
+    pinkish purplish brownish grayish greyish whitish blackish orangish redder greener bluer yellower pastel vivid vibrant neon muted faded saturated
+    color colors colored colorful colour colours coloured colourful multicolored multicoloured hue hues tint tints shade shades rainbow ripe unripe monochrome""")
 SHADES = _w("""black white grey gray silver brown orange pink beige tan navy maroon gold golden cream olive dark darker darkest darkness light
     lights lighter lightest lighting lit bright brighter brightest brightness brightly pale dim dimly faint shadow shadows shaded sunny sunlight sunlit sunrise
     sunset dusk dawn day daytime daylight night nighttime evening morning afternoon overcast cloudy gloomy glow glowing illuminated""")
@@ -785,6 +787,18 @@ def plot(self: GateReport):  # a matplotlib `Figure`
         ax.set_title(t, fontsize=8); ax.set_xlim(0, 1); ax.set_xticks([0, 1], ["0", "1"], fontsize=7); ax.tick_params(axis="y", labelsize=8)
     fig.supxlabel("share of rows: allowed (dark), bounded (light)", fontsize=8); fig.tight_layout(w_pad=0.2); plt.close(fig)
     return fig
+
+# %% ../nbs/03_augment.ipynb #c058g
+@patch
+def _repr_html_(self: GateReport):
+    "A table, one line a transform: share allowed and bounded in each source, and the most frequent reasons."
+    cell = lambda kind, text: f'<{kind} style="text-align:left;padding:0 .8em 0 0;vertical-align:top">{html.escape(text)}</{kind}>'
+    def share(s, t):
+        free, held = self.share(s, t, "allowed"), self.share(s, t, "bounded")
+        return " ".join([f"{free:.0%}"] * bool(free) + [f"+{held:.0%}"] * bool(held)) or "–"
+    head = [cell("th", text) for text in ("transform", *(f"{s} ({n:,})" for s, n in self.n.items()), "why not, or not more")]
+    lines = [[cell("th", t), *(cell("td", share(s, t)) for s in self.n), cell("td", "; ".join(f"{reason} {k:,}" for reason, k in self.why[t].most_common(2)))] for t in TRANSFORMS]
+    return ('<table style="font-size:85%;border-spacing:0">' + "".join(f"<tr>{''.join(line)}</tr>" for line in (head, *lines)) + "</table><p>Rows allowed, +bounded; the rest is refused.</p>")
 
 # %% ../nbs/03_augment.ipynb #c059
 def _pieces(text): return re.findall(r"\s+|[\w'-]+|[^\w\s]", text)

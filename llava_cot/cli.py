@@ -299,7 +299,7 @@ def demo(
     start, out = time.time(), training.new_folder(out)
     for split, n in (("train", n_train), ("test", n_test)): shapes.write(out / "data" / split, n, seed, split=split, progress=not json)
     source = dict(data=str((out / "data/train").absolute()), eval_data=str((out / "data/test").absolute()), held_out=0.0, eval_n=n_test, max_new_tokens=240)
-    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, save_every=100)
+    return _train(source, "tiny_base", out, "demo", "llava_cot", seed, start, json, batch_size=32, workers=1, save_every=100)
 
 # %% ../nbs/12_cli.ipynb #c017
 def eval(
@@ -381,14 +381,6 @@ def check(
     if not report.ok: raise SystemExit(1)
     return report.to_dict()
 
-
-def open_processor(model: str):
-    "The processor of a model, without its weights."
-    if model in TINY: return open_model(model)[1]
-    from transformers import AutoProcessor
-    try: return AutoProcessor.from_pretrained(model)
-    except Exception as e: raise CliError(f"model {model}: no processor of it can be opened ({' '.join(str(e).split())[:120]})") from None   # transformers raises what its parts raise
-
 # %% ../nbs/12_cli.ipynb #c018b
 def preview(
     data: str,                         # folder in LLaVA-CoT-100k's layout
@@ -415,6 +407,10 @@ def preview(
     see = tokens.seen_by(processor, fmt, **options)
     varied = lambda row: "".join(augmentation.show_draw(row, policy, 0, epoch, see).html for epoch in range(3))
     page = tokens.show_page(chosen, processor, fmt, f"{Path(data).name}, as {model} gets it", below=varied if policy else None, **options)
+    if policy:
+        counted = augmentation.reasons(found.select(range(0, len(found), step := len(found) // 2000 + 1)))
+        title = "What may be done to how much of it" + f", from one row in {step}" * (step > 1)
+        page = page.replace("</body>", f"<hr><h2>{title}</h2>{counted._repr_html_()}</body>")
     out.parent.mkdir(parents=True, exist_ok=True)
     training.write_text(out, page)
     result = dict(out=str(out), rows=list(chosen["id"]))

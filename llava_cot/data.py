@@ -7,12 +7,12 @@ __all__ = ['ZIP_LIMITS', 'FEATURES', 'WARNINGS', 'NEAR_BITS', 'NEAR_LEVELS', 'Da
            'question', 'answer_text', 'Found', 'DataReport', 'conclusion_form', 'check', 'split', 'reformat', 'mix']
 
 # %% ../nbs/01_data.ipynb #d002
-import base64, hashlib, html, io, itertools, json, math, multiprocessing, os, re, shutil, struct, tempfile, time, zipfile, zlib
+import base64, gc, hashlib, html, io, itertools, json, math, multiprocessing, os, re, shutil, struct, tempfile, time, zipfile, zlib
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -178,11 +178,10 @@ ZIP_LIMITS = {"members": 5_000_000,      # files in one zip
               "bytes": 256 * 2**20,      # of one file, unpacked
               "ratio": 200}              # unpacked to packed, of files above 1 MiB
 
-def _refusal(member: zipfile.ZipInfo) -> str|None:
-    "Why a member of a zip is not safe to read, or None."
-    name, limit = member.filename, ZIP_LIMITS
-    tidy = os.path.normpath(name)
-    if os.path.isabs(tidy) or tidy.split(os.sep)[0] == ".." or "\0" in name: return "points outside the folder it would be unpacked to"
+def _refusal(member: zipfile.ZipInfo, path: str) -> str|None:
+    "Why a member of a zip, whose tidy path is `path`, is not safe to read, or None."
+    limit = ZIP_LIMITS
+    if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "\0" in path: return "points outside the folder it would be unpacked to"
     if member.file_size > limit["bytes"]: return f"declares {member.file_size:,} bytes, above the limit of {limit['bytes']:,} (ZIP_LIMITS['bytes'])"
     if member.file_size > max(2**20, limit["ratio"] * member.compress_size):
         return f"unpacks {member.compress_size:,} bytes to {member.file_size:,}, above the limit of {limit['ratio']} to 1 (ZIP_LIMITS['ratio'])"
@@ -190,6 +189,15 @@ def _refusal(member: zipfile.ZipInfo) -> str|None:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): return f"is packed by method {member.compress_type}, expected deflated or stored"
 
 # %% ../nbs/01_data.ipynb #d014
+@contextmanager
+def _uncollected():
+    "While many objects are made that all stay, the garbage collector would walk along them again and again for nothing."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally: gc.enable() if on else None
+
+@_uncollected()
 def _members(archive: str) -> dict[str, str]:
     "Image path → the URL of its bytes, for all members of a zip. A top folder image… may be left out of the path, as on disk."
     paths, name, found = _parts(archive), os.path.basename(archive), {}
@@ -202,11 +210,12 @@ def _members(archive: str) -> dict[str, str]:
         if len(members) > (n := ZIP_LIMITS["members"]): raise DataError(f"{name}: holds {len(members):,} files, above the limit of {n:,} (ZIP_LIMITS['members'])")
         if sum(m.compress_size for m in members) > f.ends[-1]: raise DataError(f"{name}: its files claim more bytes than the zip has; they overlap, as in a zip bomb")
         _check_order(f, members)
+    start = f"{ZipImages.protocol}://{quote(archive, safe='')}!"
     for m in members:
-        if why := _refusal(m): raise DataError(f"{name}: member {m.filename[:80]!r} {why}")
+        path = os.path.normpath(m.filename)
+        if why := _refusal(m, path): raise DataError(f"{name}: member {m.filename[:80]!r} {why}")
         if m.is_dir(): continue
-        url = f"{ZipImages.protocol}://{quote(archive, safe='')}!{quote(m.filename)}?{m.header_offset}-{m.compress_size}-{m.file_size}-{m.CRC}-{m.compress_type}"
-        found[path := os.path.normpath(m.filename)] = url
+        url = found[path] = f"{start}{quote(m.filename)}?{m.header_offset}-{m.compress_size}-{m.file_size}-{m.CRC}-{m.compress_type}"
         top, _, rest = path.partition(os.sep)
         if top.startswith("image") and rest: found.setdefault(rest, url)
     return found
@@ -232,21 +241,21 @@ def _odd(f: Parts) -> str|None:
 
 # %% ../nbs/01_data.ipynb #d018
 @lru_cache(maxsize=8)
-def _opened(archive: str) -> Parts: return Parts(_parts(archive))
+def _opened(archive: str) -> Parts: return Parts(_parts(unquote(archive)))
 
 def _member(url: str) -> bytes:
     "The bytes that a URL from `_members` stands for. Raises `DataError` where they are not what was declared."
     archive, _, rest = url.removeprefix(f"{ZipImages.protocol}://").partition("!")
     name, _, numbers = rest.rpartition("?")
     at, packed, size, crc, method = map(int, numbers.split("-"))
-    f, what = _opened(unquote(archive)), f"image {unquote(name)!r} in {os.path.basename(unquote(archive))}"
-    head = f.pread(30, at)
-    if head[:4] != b"PK\3\4" or len(head) < 30: raise DataError(f"{what} is not at its place; has the file changed since it was opened?")
+    def bad(why): return DataError(f"image {unquote(name)!r} in {os.path.basename(unquote(archive))} {why}")
+    head = (f := _opened(archive)).pread(30, at)
+    if head[:4] != b"PK\3\4" or len(head) < 30: raise bad("is not at its place; has the file changed since it was opened?")
     raw = f.pread(packed, at + 30 + sum(struct.unpack("<HH", head[26:])))
     try: data = zlib.decompressobj(-15).decompress(raw, size + 1) if method else raw   # never more than declared, and one byte to see that
-    except zlib.error as e: raise DataError(f"{what} cannot be unpacked: {e}") from None
-    if len(data) != size: raise DataError(f"{what} holds {'more' if len(data) > size else 'fewer'} bytes than the {size:,} it declares")
-    if zlib.crc32(data) != crc: raise DataError(f"{what} is damaged: its checksum differs")
+    except zlib.error as e: raise bad(f"cannot be unpacked: {e}") from None
+    if len(data) != size: raise bad(f"holds {'more' if len(data) > size else 'fewer'} bytes than the {size:,} it declares")
+    if zlib.crc32(data) != crc: raise bad("is damaged: its checksum differs")
     return data
 
 # %% ../nbs/01_data.ipynb #d019
@@ -265,18 +274,19 @@ def _read(path: str) -> bytes:
     with fsspec.open(path) if "://" in path else open(path, "rb") as f: return f.read()
 
 # %% ../nbs/01_data.ipynb #d027
-_ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}   # how a whole image begins → what stands near its end
 
 def _unreadable(image: str|os.PathLike|bytes) -> str|None:
     "What keeps Pillow from reading this image, or None."
     if isinstance(image, str) and "://" in image: image = _read(image)
     try:
-        with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as f, PILImage.open(f) as image:
-            here = f.tell()
+        with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as f:
+            start = f.read(8)
             f.seek(max(0, f.seek(0, os.SEEK_END) - 1024))
-            ended = _ENDS.get(image.format, b"\0no mark") in f.read()
-            f.seek(here)
-            if not ended: image.load()
+            end = f.read()
+            if any(start.startswith(a) and b in end for a, b in _MARKS.items()): return None
+            f.seek(0)
+            with PILImage.open(f) as image: image.load()
     except PILImage.UnidentifiedImageError: return "not an image"
     except Exception as e: return _short(e)   # Pillow raises what its plugins raise
 
@@ -462,7 +472,10 @@ def _answer_problems(messages, fmt):
 # %% ../nbs/01_data.ipynb #d039
 _WORKER = {}   # in a worker process: what it works with, set once when the process starts
 
-def _start(given): _WORKER["given"] = given
+def _start(given):
+    _WORKER["given"] = given
+    gc.freeze()          # what was inherited stays: walking along it would cost time, and copy its memory
+    gc.enable()
 def _work(function, portion): return function(_WORKER["given"], portion)
 
 def _spread(function: Callable, portions: Iterable, given, workers: int|None = None) -> Iterator:
@@ -512,6 +525,7 @@ def _image_problem(source, image, path) -> Problem|None:
     return why and Problem("unreadable_image", None, f"image {image if isinstance(image, str) else image[1]!r} cannot be read: {why}")
 
 # %% ../nbs/01_data.ipynb #d043
+@_uncollected()
 def load(
     path: str|os.PathLike,                # a folder (train.jsonl, parquet, or saved by `datasets`), a file, or a name on the hub
     fmt: CoTFormat|None = LLAVA_COT,      # format the answers must parse in; None asks nothing of them
@@ -808,6 +822,7 @@ def _row_findings(row: _Seen, gallery: _Gallery, seen: dict, source) -> Iterator
     for first in sorted(again): yield "duplicate_question", f"asks what {source.where(first)} asks too, about the same image"
 
 # %% ../nbs/01_data.ipynb #d080
+@_uncollected()
 def check(
     path: str|os.PathLike,                # as for `load`
     fmt: CoTFormat|None = LLAVA_COT,

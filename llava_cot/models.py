@@ -12,7 +12,7 @@ __all__ = ['FAMILIES', 'TINY_TEXT', 'LLAVA_TEMPLATE', 'MLLAMA_TEMPLATE', 'QWEN_T
            'add_separators', 'tiny_base']
 
 # %% ../nbs/05_models.ipynb #c003
-import json, os, re, shutil, tempfile
+import functools, json, os, re, shutil, tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import combinations
@@ -84,14 +84,20 @@ def _qwen_sees(config):
     return {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size, "merge_size": vision.spatial_merge_size}
 
 # %% ../nbs/05_models.ipynb #c020
-def _blank_rows(language, args, kwargs):
-    "Zero the vision states of rows that attend to no image, so that cross-attention adds exactly nothing to them."
-    states, seen = kwargs.get("cross_attention_states"), kwargs.get("full_text_row_masked_out_mask")
+def _blank_rows(language, args, kwargs, tiles=1):
+    "Zero the vision states of rows that attend to no image, so that cross-attention adds exactly nothing to them; hide the blank images of the others."
+    states, mask, seen = (kwargs.get(k) for k in ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask"))
     if states is None or seen is None: return None
-    some = seen.flatten(1).any(1).repeat_interleave(len(states)//len(seen))          # (B,) -> (B·tiles,)
-    return args, {**kwargs, "cross_attention_states": states * some.to(states.dtype).view(-1, 1, 1)}
+    some = seen.flatten(1).any(1).repeat_interleave(images := len(states)//len(seen))          # (B,) -> (B·tiles,)
+    if images > tiles:                                                                         # room for more than one image
+        slots = mask.shape[-1]*tiles//images                                                   # of one: (B, 1, T, images·slots)
+        there = ((mask == 0) & (seen != 0)).any(2, keepdim=True).unflatten(-1, (-1, slots)).any(-1).repeat_interleave(slots, -1)
+        mask = mask.masked_fill((seen == 0) & ~there, torch.finfo(mask.dtype).min)
+    return args, {**kwargs, "cross_attention_mask": mask, "cross_attention_states": states * some.to(states.dtype).view(-1, 1, 1)}
 
-def _mllama_prepare(model): model.model.language_model.register_forward_pre_hook(_blank_rows, with_kwargs=True)
+def _mllama_prepare(model):
+    hook = functools.partial(_blank_rows, tiles=model.config.vision_config.max_num_tiles)
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
 
 # %% ../nbs/05_models.ipynb #c021a
 class Qwen2_5_VLProcessor(qwen.Qwen2_5_VLProcessor):

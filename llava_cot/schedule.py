@@ -244,7 +244,8 @@ def optimizer(
         decay = phase.weight_decay.get(key, 0.0) if isinstance(phase.weight_decay, dict) else phase.weight_decay
         split = [([p for _, p in named if p.ndim > 1], decay), ([p for _, p in named if p.ndim <= 1], 0.0)] if decay else [([p for _, p in named], 0.0)]
         groups += [dict(params=ps, lr=phase.train[key], weight_decay=wd, name=key) for ps, wd in split if ps]
-    return torch.optim.AdamW(groups, betas=phase.betas)
+    fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])      # one kernel for all; a planner's tensors have none
+    return torch.optim.AdamW(groups, betas=phase.betas, fused=fused)
 
 # %% ../nbs/06_schedule.ipynb #c048
 def multiplier(

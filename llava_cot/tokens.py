@@ -8,10 +8,11 @@ __all__ = ['STAGE_NAMES', 'TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'PADS', 'PER_
            'image_tokens', 'lengths']
 
 # %% ../nbs/04_tokens.ipynb #c003
-import base64, copy, html, io, os, re
+import base64, copy, html, io, re
 from bisect import bisect_right
 from itertools import groupby
 from typing import NamedTuple
+import fsspec
 import ipywidgets as widgets
 import torch
 from datasets import Image as Stored
@@ -534,9 +535,9 @@ def image_tokens(
 
 def _size(rows, i, k, raw):
     "(width, height) of the k-th picture of row i, from its file's head if it has one."
-    if raw is None or (raw["bytes"] is None and not os.path.isfile(raw["path"])): return rows[i]["images"][k].size
-    source = raw["path"] if raw["bytes"] is None else io.BytesIO(raw["bytes"])
-    with Image.open(source) as picture: return picture.size
+    if raw is None: return rows[i]["images"][k].size
+    path, stored = raw["path"], raw["bytes"]
+    with io.BytesIO(stored) if stored is not None else fsspec.open(path) if "://" in path else open(path, "rb") as file, Image.open(file) as picture: return picture.size
 
 # %% ../nbs/04_tokens.ipynb #c093c
 def _columns(rows):

@@ -7,8 +7,8 @@ __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'ba
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
            'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
-           'report', 'finish', 'asked', 'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows',
-           'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
+           'by_length', 'seed_dropout', 'report', 'finish', 'asked', 'one_phase', 'fit', 'begin', 'exam_keys',
+           'data_key', 'select', 'knows', 'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -122,9 +122,10 @@ def epoch_order(
 class Order:
     "For each update from `start` on: per micro-batch, the `(epoch, row)` pairs this process reads."
     def __init__(self, n: int, batch_size: int, accumulate: int, seed: int, first_epoch: int = 0,
-                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None):
+                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None,
+                 within: list | None = None):    # lengths of the rows: of `lengths`, batches are made; by `within`, an update's rows are put into its batches
         self.n, self.batch_size, self.accumulate, self.seed, self.first_epoch = n, batch_size, accumulate, seed, first_epoch
-        self.start, self.stop, self.rank, self.world, self.lengths = start, stop, rank, world, lengths
+        self.start, self.stop, self.rank, self.world, self.lengths, self.within = start, stop, rank, world, lengths, within
         self.update_size, self.known = batch_size * accumulate * world, {}
 
     def __len__(self): return (self.stop - self.start) * self.accumulate
@@ -139,14 +140,12 @@ class Order:
 
     def at(self, update: int) -> list:
         "The batches of one update, those of all processes, in order."
-        epoch, order, found = -1, [], []
-        for k in range(self.accumulate * self.world):
-            rows = []
-            for p in range(start := update * self.update_size + k * self.batch_size, start + self.batch_size):
-                if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
-                rows.append((self.first_epoch + epoch, order[p % self.n]))
-            found.append(rows)
-        return found
+        epoch, order, rows = -1, [], []
+        for p in range(start := update * self.update_size, start + self.update_size):
+            if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
+            rows.append((self.first_epoch + epoch, order[p % self.n]))
+        if self.within: rows.sort(key=lambda address: -self.within[address[1]])
+        return [rows[i:i + self.batch_size] for i in range(0, self.update_size, self.batch_size)]
 
     def __iter__(self):
         for update in range(self.start, self.stop): yield from self.at(update)[self.rank::self.world]
@@ -518,6 +517,18 @@ def thrifty(run: Run, phase: Phase, processes: int = 1):
         yield
     if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
 
+# %% ../nbs/08_train.ipynb #c044m
+def by_length(settings: Settings, reader: Reader, processes: int) -> dict:
+    "What `Order` is told of the rows' lengths, where it can use them."
+    if settings.group_by_length: return dict(lengths=lengths(reader.rows, reader.processor))
+    return dict(within=lengths(reader.rows, reader.processor)) if settings.accumulate * processes > 1 else {}
+
+
+def seed_dropout(seed: int) -> None:
+    "`torch.manual_seed` for the devices there are; on a machine without GPU that one keeps a note of every call."
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available(): torch.cuda.manual_seed(seed)
+
 # %% ../nbs/08_train.ipynb #c046
 def report(run: Run, line: dict, rows, order: Order, model, group: list, accelerator: Accelerator, log: Log) -> list:
     "Writes to `events.jsonl` what is remarkable about an update, with the examples that carry it; returns those."
@@ -551,12 +562,12 @@ def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, 
     s = run.settings.own(phase)
     (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried), None
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
-                  lengths(reader.rows, reader.processor) if s.group_by_length else None)
+                  **by_length(s, reader, accelerator.num_processes))
     with (stop_politely() as stop, thrifty(run, phase, accelerator.num_processes), Log(run.out, run.done, accelerator.is_main_process) as log,
           Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
-            torch.manual_seed(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
+            seed_dropout(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
             group = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(s.accumulate)]
             clock.lap("data")
             examples = []

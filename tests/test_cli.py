@@ -49,7 +49,7 @@ def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
         assert json.loads((tmp / "out/report.json").read_text())["counts"] == found["counts"] and "<table" in (tmp / "out/report.html").read_text()
 
         assert len(data.load(tmp / "clean")) == 7 and json.loads((tmp / "clean/dropped.jsonl").read_text())["reasons"][0]["kind"] == "json"
-        for words, expected in ((["check", tmp / "nowhere"], "nowhere"), (["check", good, "--against", tmp / "no"], "no such"), (["check", good, "--model", tmp], "no processor"),
+        for words, expected in ((["check", tmp / "nowhere"], "nowhere"), (["check", good, "--against", tmp / "no"], "no such"), (["check", good, "--model", tmp], "no model folder"),
                                 (["check", good, "--write_clean", tmp / "bad"], "not empty"), (["check", good, "--fmt", "x"], "fmt"), (["check"], "path")):
             err = io.StringIO()
             with contextlib.redirect_stderr(err): code = cli.main([str(w) for w in words])
@@ -97,7 +97,7 @@ def test_preview_shows_rows_of_ones_own_data():
         assert code == 0 and "2 of 12 rows" in out and "refused" not in (tmp / "p.html").read_text()
         code, out, error = here("preview", "--data", data_, "--model", "tiny_llava", "--rows", "1:3", "--augment", "strong", "--out", tmp / "p.html")
         page = (tmp / "p.html").read_text()
-        assert code == 0 and page.count("<section>") == 2 + 2 * 3 and page.count("after, epoch") == 6 and "as the model sees it" in page and "<td" in page, error
+        assert code == 0 and page.count("<section>") == 2 + 2 * 3 and page.count("after, epoch") == 6 and "as the model sees it" in page and "(12)</th>" in page, error
 
 
 def test_train_takes_every_option_of_the_loss_and_the_batches():

@@ -67,6 +67,19 @@ def pictured(processor, sides=((48, 48), (70, 40), (40, 100))):
     return [encode({**ex, "images": [image.resize(sides[i % len(sides)]) for image in ex["images"]]}, processor) for i, ex in drawn]
 
 
+def test_padding_is_masked_only_where_it_can_be_seen():
+    masked = lambda rows: "attention_mask" in lean.unpadded({"attention_mask": torch.tensor(rows), "input_ids": None})
+    assert not masked([[1, 1, 1], [1, 0, 0]]) and not masked([[1, 1]]) and masked([[1, 1, 1], [0, 1, 1]]) and masked([[1, 0, 1]])
+    for tiny in (models.tiny_llava, models.tiny_mllama, models.tiny_llava_next, models.tiny_qwen2_5_vl):
+        model, processor = tiny(seed=0)
+        rows = [encode(ex, processor) for _, ex in shapes.examples(4)]
+        assert len({len(r["input_ids"]) for r in rows}) > 1
+        batch = Collator(processor)(rows)
+        right = lean.losses(model, {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}, batch["labels"])
+        alone = torch.cat([lean.losses(model, {k: v for k, v in Collator(processor)([r]).items() if k not in ("labels", "stage_ids")}, Collator(processor)([r])["labels"]) for r in rows])
+        assert torch.allclose(right, alone, atol=1e-5)
+
+
 def test_losses_in_chunks_are_the_same_losses_and_gradients():
     def both(model, batch, way):
         "Losses and all gradients."

@@ -80,11 +80,13 @@ def test_pictures_change_what_the_models_say():
 
 def test_a_row_without_image_computes_what_it_does_alone():
     model, processor = tiny_mllama()
-    batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
-    there = batch["attention_mask"][1] == 1
-    labels, stages = batch.pop("labels"), batch.pop("stage_ids")
-    alone = model(input_ids=batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:]).logits[0]
-    assert (model(**batch).logits[1] - alone)[there].abs().max() < 1e-5
+    rows = [encode(example(images), processor) for images in ([picture(), picture("green")], [], [picture()])]
+    batch, alone = Collator(processor)(rows), Collator(processor)(rows[2:])
+    for b in (batch, alone): b.pop("labels"), b.pop("stage_ids")
+    together, text = model(**batch).logits, {k: batch[k][1:2] for k in ("input_ids", "attention_mask")}
+    there = batch["attention_mask"] == 1
+    assert (together[1] - model(**text).logits[0])[there[1]].abs().max() < 1e-5
+    assert (together[2][there[2]] - model(**alone).logits[0]).abs().max() < 1e-5
 
 
 def test_generation_in_a_mixed_batch_is_generation_alone():

@@ -201,6 +201,26 @@ def test_batches_of_like_length_pad_little_and_are_new_each_epoch():
         for epoch in range(4): assert sorted(r for e, r in read if e == epoch) == list(range(n))
 
 
+def test_the_rows_of_an_update_are_sorted_and_stay_the_same_rows():
+    lengths_ = long_tailed(999)
+    plain, like = (train.Order(len(lengths_), 4, 3, seed=1, stop=300, world=2, within=w) for w in (None, lengths_))
+    for u in (0, 41, 83, 299):                                                           # 41 and 83: over the end of an epoch
+        assert sorted(r for b in plain.at(u) for r in b) == sorted(r for b in like.at(u) for r in b) and [len(b) for b in like.at(u)] == [4] * 6
+        sizes = [lengths_[r] for b in like.at(u) for _, r in b]
+        assert sizes == sorted(sizes, reverse=True)
+    assert padding([b for u in range(300) for b in like.at(u)], lengths_) < 0.4 * padding([b for u in range(300) for b in plain.at(u)], lengths_)
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        net, its = tiny(seed=0)
+        few, accelerator = [encode(ex, its) for _, ex in shapes.examples(12)], train.Accelerator(cpu=True)
+        found = []
+        for order in (train.Order(12, 4, 3, 0, stop=1), train.Order(12, 4, 3, 0, stop=1, within=[len(e["input_ids"]) for e in few])):
+            net.zero_grad()
+            sums = train.backward(net, [Collator(its)([few[r] for _, r in b]) for b in order], accelerator)
+            found.append((sums, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+        (sums, gradient_), (again, other) = found
+        assert torch.allclose(sums, again, rtol=1e-5) and (gradient_ - other).norm() < 1e-5 * gradient_.norm()
+
+
 def test_estimated_lengths_are_good_enough_to_group_by():
     words, its = talkative(1600), models.tiny_llava()[1]
     guess, true = lengths(words, its), [len(encode(r, its)["input_ids"]) for r in words]
