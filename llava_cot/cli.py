@@ -105,6 +105,9 @@ def train(
     stage_weights: dict[str, float] | None = None, # stage (or OTHER): weight of its tokens in the loss
     group_by_length: bool = False,     # batches of rows of like length, for less padding
     precision: str = "no",             # no, bf16 or fp16
+    checkpointing: str = "none",       # layers that compute activations again instead of keeping them: none, language, all
+    cache_vision: float | None = None, # GB on disk for what a frozen vision part makes of each picture
+    cache_folder: str | None = None,   # where, to be shared by runs; in the run's folder when left out
     augment: str = "none",             # none, light, strong, or a YAML file of strengths
     workers: int = 0,                  # processes that read and augment
     save_every: int = 200,             # updates between checkpoints
@@ -236,7 +239,7 @@ def _dry(source, model, out, schedule, fmt, json, settings) -> dict:
     from llava_cot import models, train as training
     from llava_cot.schedule import Schedule
     s = training.Settings(Schedule.load(schedule), _format(fmt), **settings)
-    training.check_folder(out)
+    training.check_folder(out); training.check_cache(s)
     ok, unchecked, rows, net = [f"settings, and a schedule of {len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}", f"out: {out} is new"], [], None, None
     for name in ("data", "eval_data", "retain"):
         if name == "data" and not source[name]: unchecked.append("data: not given")

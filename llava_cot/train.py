@@ -6,9 +6,10 @@
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
-           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
-           'by_length', 'seed_dropout', 'report', 'finish', 'asked', 'one_phase', 'fit', 'begin', 'exam_keys',
-           'data_key', 'select', 'knows', 'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
+           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'check_cache',
+           'thrifty', 'by_length', 'seed_dropout', 'report', 'finish', 'asked', 'one_phase', 'fit', 'begin',
+           'exam_keys', 'data_key', 'select', 'knows', 'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen',
+           'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -82,7 +83,7 @@ def backward(
 ) -> torch.Tensor:                # `(5, 2)`: sums and counts by stage over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
     weights = weights_of(stage_weights, accelerator.device)
-    count = sum(weights[b["stage_ids"][:, 1:][b["labels"][:, 1:] != -100]].sum() for b in batches)
+    count = sum((weights[b["stage_ids"][:, 1:]] * (b["labels"][:, 1:] != -100)).sum() for b in batches)
     total = accelerator.reduce(count, "sum")
     total = torch.where(total > 0, total, 1.0)
     sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
@@ -506,6 +507,12 @@ def looks_alike(settings: Settings, phase: Phase) -> bool:
     return not any(part.split(".")[0] == "vision" for part in phase.train) and not (policy and any(getattr(policy, t) for t in augmentation.PICTURES))
 
 
+def check_cache(settings: Settings) -> None:
+    "Raises `RunError` where features would be kept that no phase could use."
+    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in settings.schedule):
+        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+
+
 @contextlib.contextmanager
 def thrifty(run: Run, phase: Phase, processes: int = 1):
     "While inside, the model computes as `checkpointing` and `cache_vision` say. A cache in the run's folder goes when the phase is done."
@@ -604,8 +611,7 @@ def fit(
     if not len(data): raise RunError("data: found no rows, expected at least one")
     if settings.eval_every and held_out is None: raise RunError(f"eval_every: found {settings.eval_every} and no held_out rows; give them, too")
     check_folder(out)
-    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in schedule):
-        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+    check_cache(settings)
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
     schedules.check(model, schedule)
