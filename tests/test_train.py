@@ -415,7 +415,7 @@ def test_a_run_with_selections_and_adapters_that_is_killed_ends_as_if_never_kill
     with tempfile.TemporaryDirectory() as tmp, Runs(Path(tmp), (1, 1)) as runs:
         ADAPTING.to_yaml(runs.folder / "schedule.yaml")
         whole = runs.start("fit", "whole")
-        for update, number in ((3, signal.SIGKILL), (7, signal.SIGKILL), (10, signal.SIGTERM), (11, signal.SIGKILL), (13, signal.SIGKILL)):       # before, in, and at the end of the first phase with adapters, in the second
+        for update, number in ((7, signal.SIGKILL), (11, signal.SIGKILL), (13, signal.SIGTERM)):       # in and at the end of the first phase with adapters, in the second
             out = runs.folder / str(update)
             pid = runs.start("fit", out.name)
             until(lambda: lines(out) >= update)
@@ -423,13 +423,13 @@ def test_a_run_with_selections_and_adapters_that_is_killed_ends_as_if_never_kill
             assert runs.wait(pid) == (130 if number == signal.SIGTERM else -9) and update <= lines(out) < 19
             assert runs.wait(runs.start("resume", out.name)) == 0
         assert runs.wait(whole) == 0
-        for update in (3, 7, 10, 11, 13): same(runs.folder / str(update), runs.folder / "whole")
+        for update in (7, 11, 13): same(runs.folder / str(update), runs.folder / "whole")
 
 
 def test_a_run_interrupted_anywhere_among_adapters_is_the_run_that_was_not():
     for tiny in (models.tiny_llava, models.tiny_mllama):
         found = []
-        for stop in (99, 5, 8, 11, 12, 15, 16):
+        for stop in (99, 8, 12, 15):                   # in the first phase with adapters, at its end, in the second
             with tempfile.TemporaryDirectory() as tmp:
                 try:
                     with interrupted(stop): trained = train.fit(*tiny(seed=0), ROWS, ADAPTING, Path(tmp) / "run", batch_size=2, accumulate=2, save_every=3, keep=1, progress=False)
