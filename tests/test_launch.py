@@ -11,7 +11,9 @@ from llava_cot import checkpoint, data, launch, models, shapes, train
 from llava_cot.schedule import Phase, Schedule
 
 SCRIPT = """
-import os, signal, sys, torch, torch.distributed
+import functools, os, signal, sys, torch, torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from pathlib import Path
 from unittest import mock
 from llava_cot import data, launch, models, train
@@ -23,23 +25,32 @@ exam = dict(held_out=rows.select(range(5)))
 
 def fit(tiny, out, **options): return train.fit(*getattr(models, tiny)(seed=0), rows, schedule, folder / out, batch_size=2, progress=False, eval_every=8, **exam, **options)
 
-def stopped(tiny, out):
+def stopped(tiny, out, **options):
     count, own = iter(range(sum(p.updates for p in schedule) // 3)), train.one_update
     def update(*args, **options):
         if next(count, None) is None and rank == 1: os.kill(os.getpid(), signal.SIGTERM)      # only one of the two is asked to stop
         return own(*args, **options)
     try:
-        with mock.patch.object(train, "one_update", update): fit(tiny, out)
+        with mock.patch.object(train, "one_update", update): fit(tiny, out, **options)
     except KeyboardInterrupt: return train.resume(folder / out, rows, progress=False, **exam)
 
 for job in sys.argv[2:]:
     tiny, engine = job.split("-")
     if engine == "ddp": fit(tiny, job, engine="ddp")
+    elif engine == "found":
+        own = train.token_losses
+        def tight(model, batch, *args, **options):
+            if len(batch["input_ids"]) > 2 - rank: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")      # the second has less
+            return own(model, batch, *args, **options)
+        with mock.patch.object(train, "token_losses", tight): fit(tiny, job, find_batch_size=True)
+    elif engine == "zero3":
+        with mock.patch.object(train, "Accelerator", functools.partial(Accelerator, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])): stopped(tiny, job, engine="zero3")
     else:
         with mock.patch.object(launch, "engine", lambda accelerator: "fsdp2"): model = stopped(tiny, job).model
         (folder / f"{job}-units-{rank}").write_text(str(sum(isinstance(m, launch.FSDPModule) for m in model.modules())))
 torch.distributed.destroy_process_group()
 """
+ZERO = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", ACCELERATE_DEEPSPEED_ZERO3_INIT="false", DS_ACCELERATOR="cpu")     # what accelerate launch makes of 8xzero3.yaml
 ALL = dict(vision=1e-3, projector=1e-3, language=1e-3)
 
 def free_port():
@@ -49,11 +60,11 @@ def free_port():
 def runs(updates, *jobs):
     "The folder where torchrun has run these jobs in two processes, and one process each model with twice the accumulation."
     folder = Path(tempfile.mkdtemp())
-    rows = data.load(shapes.write(folder / "shapes", 16))
-    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="carry")])
+    rows, zero = data.load(shapes.write(folder / "shapes", 16)), jobs[0].endswith("zero3")
+    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="new" if zero else "carry")])
     schedule.to_yaml(folder / "schedule.yaml"); (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(folder / "script.py"), str(folder), *jobs]
-    done = subprocess.run(command, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | (ZERO if zero else dict(ACCELERATE_USE_CPU="true")) | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     for tiny in dict.fromkeys(job.split("-")[0] for job in jobs):
         train.fit(*getattr(models, tiny)(seed=0), rows, schedule, folder / f"{tiny}-one", batch_size=2, accumulate=2, progress=False, held_out=rows.select(range(5)), eval_every=8)
@@ -74,20 +85,21 @@ def by_hand(peak, n, warm): return [peak * ((u + 1) / warm if u + 1 < warm else 
 
 
 def test_accelerate_reads_each_configuration_as_what_its_name_says():
-    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2)}
+    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2), "8xzero3": ("DEEPSPEED", 8, 1)}
     assert set(launch.configs()) == set(kinds)
     for name, (kind, processes, machines) in kinds.items():
         c = load_config_from_file(str(launch.configs()[name]))
         assert (c.distributed_type, c.num_processes, c.num_machines) == (kind, processes, machines), name
         if kind == "FSDP": assert c.fsdp_config["fsdp_version"] == 2
+        if kind == "DEEPSPEED": assert c.deepspeed_config["zero_stage"] == 3 and not c.deepspeed_config["zero3_init_flag"]
 
 
 def test_an_engine_that_is_not_the_one_asked_for_is_refused():
-    for kind, is2, wanted, what in ((DistributedType.FSDP, False, None, "version 1"), (DistributedType.DEEPSPEED, False, None, "DeepSpeed"), (DistributedType.MULTI_CPU, False, "fsdp2", "found ddp on 2 processes, expected fsdp2"),
-                                    (DistributedType.NO, False, "ddp", "found single"), (DistributedType.FSDP, True, "ddp", "found fsdp2")):
-        given = types.SimpleNamespace(distributed_type=kind, is_fsdp2=is2, num_processes=2)
-        with pytest.raises(checkpoint.RunError, match=what): launch.check_engine(given, wanted)
-    assert launch.check_engine(types.SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, is_fsdp2=False, num_processes=8), "ddp") == "ddp"
+    def given(kind, is2=False, n=2, stage=3): return types.SimpleNamespace(distributed_type=kind, is_fsdp2=is2, num_processes=n, state=types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=stage)))
+    for found, wanted, what in ((given(DistributedType.FSDP), None, "version 1"), (given(DistributedType.DEEPSPEED, stage=2), None, "ZeRO stage 2, expected 3"), (given(DistributedType.DEEPSPEED), "fsdp2", "found zero3"), (given(DistributedType.MULTI_CPU), "fsdp2", "found ddp on 2 processes, expected fsdp2"),
+                                    (given(DistributedType.NO), "ddp", "found single"), (given(DistributedType.FSDP, True), "ddp", "found fsdp2")):
+        with pytest.raises(checkpoint.RunError, match=what): launch.check_engine(found, wanted)
+    assert launch.check_engine(given(DistributedType.MULTI_GPU, n=8), "ddp") == "ddp" and launch.check_engine(given(DistributedType.DEEPSPEED), "zero3") == "zero3"
 
 
 def test_no_unit_mixes_parts():
@@ -104,8 +116,15 @@ def test_no_unit_mixes_parts():
         assert any("lm_head" in n or "embed_tokens" in n for n in rest) and not any(".layers." in n for n in rest)
 
 
+def test_what_zero3_cannot_have_is_refused():
+    def wanted(**options): return train.Settings(Schedule([Phase("a", train={"projector": 1e-3}, updates=1), Phase("b", train={"projector": 1e-3}, updates=1, optimizer=options.pop("optimizer", "new"))]), **options)
+    launch.check_zero(wanted(precision="bf16"))
+    for options, what in ((dict(weights="bf16"), "weights: found bf16 with the engine zero3"), (dict(precision="fp16"), "precision: found fp16"), (dict(optimizer="carry"), "phase 'b': the optimizer is to be carried")):
+        with pytest.raises(checkpoint.RunError, match=what): launch.check_zero(wanted(**options))
+
+
 def test_two_processes_are_one_with_twice_the_accumulation():
-    found = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2")
+    found = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2", "tiny_llava-found")
     print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
     assert max(x for each in found.values() for x in each) <= 1e-5
     assert [(runs((5, 9), *found) / f"tiny_mllama-fsdp2-units-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
@@ -118,5 +137,13 @@ def test_two_processes_are_one_with_twice_the_accumulation():
 @pytest.mark.slow
 def test_two_processes_are_one_over_50_updates_in_both_families():
     found = apart((12, 38), "tiny_llava-ddp", "tiny_mllama-ddp", "tiny_llava-fsdp2", "tiny_mllama-fsdp2")
+    print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
+    assert max(x for each in found.values() for x in each) <= 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3_are_one():
+    pytest.importorskip("deepspeed")
+    found = apart((5, 9), "tiny_llava-zero3", "tiny_mllama-zero3")
     print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
     assert max(x for each in found.values() for x in each) <= 1e-5

@@ -2,13 +2,14 @@
 import pytest
 from llava_cot.train import *
 
-import contextlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
+import contextlib, importlib.util, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 import IPython.display, datasets, pytest, torch
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import checkpoint, data, models, shapes, train, watch
+from llava_cot import checkpoint, data, lean, models, shapes, train, watch
 from llava_cot.augment import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.tokens import Collator, TokensError, TooLong, encode, lengths
@@ -136,6 +137,13 @@ def no_room(out, at):
     with mock.patch.object(train, "one_update", update):
         try: yield
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+def small_memory(rows, own=train.token_losses):
+    "A device that holds so many rows."
+    def losses_of(model, batch):
+        if len(batch["input_ids"]) > rows: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(model, batch)
+    return mock.patch.object(train, "token_losses", losses_of)
 
 
 def test_loss_is_the_models_own():
@@ -297,20 +305,22 @@ def test_a_killed_run_ends_as_if_never_killed():
 def test_killed_at_25_random_moments():
     with tempfile.TemporaryDirectory() as tmp, Runs(Path(tmp), (24, 26)) as runs:
         draw, whole, killed = random.Random(0), runs.folder / "whole", []
-        pid = runs.start("fit", "whole"); until((whole / "recipe.yaml").exists); begun = time.monotonic()
-        assert runs.wait(pid) == 0
-        length = time.monotonic() - begun
+        assert runs.wait(runs.start("fit", "whole")) == 0
         for k in range(25):
-            out, at = runs.folder / f"run{k}", length * (k + draw.random()) / 25
-            pid = runs.start("fit", out.name); until((out / "recipe.yaml").exists)
-            time.sleep(at); os.kill(pid, signal.SIGKILL)
-            killed.append((runs.wait(pid), lines(out)))
-            pid = runs.start("resume", out.name); time.sleep(length * draw.random()); os.kill(pid, signal.SIGKILL); runs.wait(pid)
+            out, at = runs.folder / f"run{k}", 0 if k == 0 else 50 if k == 24 else draw.randint(0, 46)
+            half = lambda: [*out.glob("checkpoints/.tmp-*"), *out.glob("best/.tmp-*")]
+            reached = lambda update: lambda: (out / "model").exists() or (out / "recipe.yaml").exists() and lines(out) >= update
+            pid = runs.start("fit", out.name); until(reached(at))
+            if at: time.sleep(0.2 * draw.random())
+            if k % 5 == 3: until(half)                                                     # into the writing of a checkpoint
+            os.kill(pid, signal.SIGKILL)
+            killed.append((runs.wait(pid), lines(out), bool(half())))
+            pid = runs.start("resume", out.name); time.sleep(draw.random()); until(reached(draw.randint(at, 50))); os.kill(pid, signal.SIGKILL); runs.wait(pid)
             assert runs.wait(runs.start("resume", out.name)) == 0
             same(out, whole)
             shutil.rmtree(out)
-        print("killed at updates", [n for _, n in killed])
-        assert sum(code == -9 for code, _ in killed) >= 20 and len({n for _, n in killed}) >= 10
+        print("killed at updates", [n for _, n, _ in killed], "while writing a checkpoint:", sum(half for *_, half in killed))
+        assert sum(code == -9 for code, *_ in killed) >= 22 and len({n for _, n, _ in killed}) >= 10 and killed[0][1] == 0 and sum(half for *_, half in killed) >= 4
 
 
 def test_plain_transformers_opens_the_result():
@@ -397,6 +407,21 @@ def test_evaluations_are_those_of_the_weights_that_were_kept():
         assert abs(first["before"]["retain_loss"] - before) < 1e-5 and first["after"] == second["before"] and first["before"]["knows"] == 1 and second["accuracy"] == 0.25
         with pytest.raises(train.RunError, match="eval_every: found 3 and no held_out"): train.fit(model, processor, ROWS, BOTH, Path(tmp) / "new", eval_every=3)
         with pytest.raises(train.RunError, match="held_out and retain has other rows"): train.resume(trained.out, ROWS, held_out=some_rows(6), retain=plainly())
+
+
+def test_a_tracker_shows_what_the_log_says():
+    with tempfile.TemporaryDirectory() as tmp:
+        try:
+            with interrupted(9): train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / "run", batch_size=4, save_every=4, progress=False, tracker="tensorboard")
+        except KeyboardInterrupt: run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+        found = {}
+        for file in (Path(tmp) / "run").rglob("events.out.tfevents.*"):
+            log = event_accumulator.EventAccumulator(str(file)).Reload()
+            for name in log.Tags()["scalars"]: found.setdefault(name, {}).update({e.step: e.value for e in log.Scalars(name)})
+        for line in run_.metrics():
+            assert found["loss"][line["update"]] == pytest.approx(line["loss"], rel=1e-6) and found["loss/CAPTION"][line["update"]] == pytest.approx(line["loss_by_stage"]["CAPTION"], rel=1e-6)
+            assert found["lr/projector"][line["update"]] == pytest.approx(line["lr"]["projector"], rel=1e-6)
+        assert len(found["loss"]) == 12 and len(found["lr/vision"]) == 6
 
 
 def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
@@ -515,6 +540,62 @@ def test_a_run_begins_again_with_the_model_it_was_given_or_not_at_all():
         with interrupted(3), pytest.raises(KeyboardInterrupt): start_("other")
         models.save(*models.tiny_llava(seed=1), base)
         with pytest.raises(train.RunError, match="is no longer the model that the run began with"): train.resume(Path(tmp) / "other", ROWS, progress=False)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_stays_the_same():
+    ends = {}
+    short = Schedule([replace(BOTH[0], batch_size=3), BOTH[1]])
+    with tempfile.TemporaryDirectory() as tmp:
+        def go(name, at=99, fits=99, **options):
+            with small_memory(fits):
+                try:
+                    with interrupted(at): return train.fit(*models.tiny_llava(seed=0), ROWS, options.pop("schedule", short), Path(tmp) / name, save_every=4, augment=STRONG, progress=False, **options)
+                except KeyboardInterrupt: return train.resume(Path(tmp) / name, ROWS, progress=False)
+        large, given = go("large", batch_size=8), go("given", batch_size=2, accumulate=4, schedule=Schedule([replace(BOTH[0], batch_size=1, accumulate=3), BOTH[1]]))
+        for at in (99, 3, 9):
+            found = go(f"found{at}", at, fits=2, batch_size=8, find_batch_size=True)
+            assert [(p.batch_size, p.accumulate) for p in found.settings.schedule] == [(1, 3), (2, 4)] and found.settings.batch_size == 8
+            assert found.metrics() == given.metrics() and all(torch.equal(v, weights(given.model)[k]) for k, v in weights(found.model).items())
+        assert max((v - weights(large.model)[k]).abs().max() for k, v in weights(found.model).items()) <= 1e-5
+        whole = go("whole", fits=8, batch_size=8, find_batch_size=True)
+        assert whole.settings.schedule == short and whole.metrics() == large.metrics()
+        with pytest.raises(train.RunError, match="find_batch_size: .* single row"): go("none", fits=0, batch_size=8, find_batch_size=True)
+        assert not (Path(tmp) / "none").exists()
+
+
+def test_weights_in_16_bits_train_and_survive_an_interruption():
+    torchao_there = importlib.util.find_spec("torchao") is not None
+    some = Schedule([Phase("align", train={"projector": 2e-3}, updates=4, betas=(0.9, 0.95)), Phase("finetune", train=dict(vision=1e-6, projector=1e-3, language=1e-3), updates=5, betas=(0.9, 0.95), optimizer="carry")])
+    for kind, precision in (("bf16", "no"), ("bf16_stochastic", "bf16"))[:1 + torchao_there]:
+        found = []
+        for at in (99, 3, 7):
+            with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stderr(io.StringIO()) as told, torch.compiler.set_stance("force_eager"):
+                try:
+                    with interrupted(at): run_ = train.fit(*models.tiny_llava(seed=0), ROWS, some, Path(tmp) / "run", batch_size=4, weights=kind, precision=precision, save_every=2, progress=False)
+                except KeyboardInterrupt: run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+                assert {p.dtype for p in run_.model.parameters()} == {torch.bfloat16} and "bfloat16" in (run_.out / "model/config.json").read_text()
+                found.append((weights(run_.model), run_.metrics()))
+            assert ("of the bf16 weights of vision stand still" in told.getvalue()) == (kind == "bf16") and "weights of projector" not in told.getvalue()
+        for w, told in found: assert told == found[0][1] and all(torch.equal(v, found[0][0][k]) for k, v in w.items())
+        assert found[0][1][-1]["loss"] < found[0][1][0]["loss"]
+        moved = [not torch.equal(v, weights(models.tiny_llava(seed=0)[0].bfloat16())[k]) for k, v in found[0][0].items()]
+        assert any(moved)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_run_and_survive_an_interruption():
+    found = []
+    for options in (dict(at=99), dict(at=99, compile=True), dict(at=9, compile=True), dict(at=99, compile=True, checkpointing="all")):
+        torch.compiler.reset()
+        at = options.pop("at")
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                with interrupted(at): run_ = train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / "run", batch_size=4, save_every=4, progress=False, **options)
+            except KeyboardInterrupt: torch.compiler.reset(); run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+            assert all((m._compiled_call_impl is not None) == ("compile" in options) for m in lean.layers(run_.model))
+            found.append((weights(run_.model), run_.metrics()))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[1][1])) <= 1e-5 and max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[3][1])) <= 1e-5
+    assert found[1][1] == found[2][1] and all(torch.equal(v, found[2][0][k]) for k, v in found[1][0].items())
 
 
 def test_wrong_input_writes_nothing():
