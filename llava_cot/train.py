@@ -532,7 +532,7 @@ def thrifty(run: Run, phase: Phase, processes: int = 1):
         yield
     if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
 
-# %% ../nbs/08_train.ipynb #c044n
+# %% ../nbs/08_train.ipynb #c044lb
 def by_length(settings: Settings, reader: Reader, processes: int) -> dict:
     "What `Order` is told of the rows' lengths, where it can use them."
     if settings.group_by_length: return dict(lengths=lengths(reader.rows, reader.processor))
