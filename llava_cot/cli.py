@@ -105,6 +105,13 @@ def train(
     stage_weights: dict[str, float] | None = None, # stage (or OTHER): weight of its tokens in the loss
     group_by_length: bool = False,     # batches of rows of like length, for less padding
     precision: str = "no",             # no, bf16 or fp16
+    weights: str = "float32",          # what the model is kept in: float32, bf16, or bf16_stochastic (needs torchao)
+    compile: bool = False,             # torch.compile for each layer
+    liger: bool = False,               # Liger's kernels, on a GPU
+    find_batch_size: bool = False,     # where the batch does not fit the memory: a part of it and more accumulation
+    checkpointing: str = "none",       # layers that compute activations again instead of keeping them: none, language, all
+    cache_vision: float | None = None, # GB on disk for what a frozen vision part makes of each picture
+    cache_folder: str | None = None,   # where, to be shared by runs; in the run's folder when left out
     augment: str = "none",             # none, light, strong, or a YAML file of strengths
     workers: int = 0,                  # processes that read and augment
     save_every: int = 200,             # updates between checkpoints
@@ -113,7 +120,7 @@ def train(
     eval_answers: int = 0,             # of these rows, so many are also answered each time
     skip_nonfinite: int = 10,          # so many updates in a row may be skipped for a loss or gradient that is not finite
     spike: float | None = 8.0,         # a loss so many robust deviations above the last ones is reported with its examples
-    engine: str | None = None,         # what accelerate must give: single, ddp, fsdp2
+    engine: str | None = None,         # what accelerate must give: single, ddp, fsdp2, zero3
     tracker: str | None = None,        # tensorboard, trackio, wandb, …: besides metrics.jsonl
     eval_data: str | None = None,      # folder of held-out rows to score on
     held_out: float = 0.05,            # without eval_data: share of images held out for scoring; 0 for none
@@ -236,7 +243,7 @@ def _dry(source, model, out, schedule, fmt, json, settings) -> dict:
     from llava_cot import models, train as training
     from llava_cot.schedule import Schedule
     s = training.Settings(Schedule.load(schedule), _format(fmt), **settings)
-    training.check_folder(out)
+    training.check_folder(out); training.check_cache(s)
     ok, unchecked, rows, net = [f"settings, and a schedule of {len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}", f"out: {out} is new"], [], None, None
     for name in ("data", "eval_data", "retain"):
         if name == "data" and not source[name]: unchecked.append("data: not given")

@@ -679,7 +679,7 @@ def _count_tokens(rows: list[_Seen], tokenizer):
     for s in rows: s.lengths = [next(counts) for _ in s.lengths]
 
 # %% ../nbs/01_data.ipynb #d067
-NEAR_BITS, NEAR_LEVELS = 4, 6    # near duplicates differ in at most so many bits of 64, and on average so many of 255 levels of colour
+NEAR_BITS, NEAR_LEVELS = 6, 6    # near duplicates differ in at most so many bits of 64, and on average so many of 255 levels of colour
 
 @dataclass
 class _Picture:

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'WHOLE', 'configs', 'engine', 'check_engine', 'units', 'shard', 'gather', 'restore', 'policy', 'carried',
-           'carry']
+           'carry', 'is_zero', 'Zero', 'zero_weights', 'prepare', 'check_zero']
 
 # %% ../nbs/08_launch.ipynb #l003
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from fastcore.basics import patch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,7 +24,7 @@ from . import models
 from .checkpoint import RunError
 
 # %% ../nbs/08_launch.ipynb #l011
-ENGINES = ("single", "ddp", "fsdp2")
+ENGINES = ("single", "ddp", "fsdp2", "zero3")
 
 
 def configs() -> dict[str, Path]:
@@ -34,7 +36,7 @@ def engine(accelerator: Accelerator) -> str:
     "Which of `ENGINES` accelerate gives; `fsdp1` and `deepspeed`, which are none, by their names, too."
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP: return "fsdp2" if accelerator.is_fsdp2 else "fsdp1"
-    if kind == DistributedType.DEEPSPEED: return "deepspeed"
+    if kind == DistributedType.DEEPSPEED: return "zero3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "deepspeed"
     return "single" if kind == DistributedType.NO else "ddp"
 
 
@@ -42,7 +44,7 @@ def check_engine(accelerator: Accelerator, wanted: str | None = None) -> str:
     "The engine; raises `RunError` where it is not the one that was asked for."
     found, n = engine(accelerator), accelerator.num_processes
     if found == "fsdp1": raise RunError("engine: accelerate gives FSDP version 1, expected 2; set fsdp_version: 2 in its config")
-    if found == "deepspeed": raise RunError("engine: accelerate gives DeepSpeed, whose sharded state this loop cannot save and take up again; expected fsdp2, which shards the same: see 8xfsdp2.yaml")
+    if found == "deepspeed": raise RunError(f"engine: accelerate gives DeepSpeed with ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}, expected 3; set zero_stage: 3 in its config, as 8xzero3.yaml does")
     if wanted not in (None, found): raise RunError(f"engine: found {found} on {n} process{'es' * (n > 1)}, expected {wanted}; start the run with accelerate launch "
                                                    f"--config_file and one of: {', '.join(map(str, configs().values()))}")
     return found
@@ -81,6 +83,7 @@ def gather(
     optimizer=None,   # prepared or not
 ) -> tuple:           # what `save_pretrained` takes as `state_dict`, and the optimizer's state; `None` for what is not asked for
     "The whole state of model and optimizer, on the main process. All processes must call it."
+    if is_zero(model): return zero_weights(model), optimizer and optimizer.gather()
     inner = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(model, FSDPModule): return None, inner and inner.state_dict()
     return get_model_state_dict(model, options=WHOLE), inner and get_optimizer_state_dict(model, inner, options=WHOLE)
@@ -88,6 +91,7 @@ def gather(
 
 def restore(model, optimizer, state: dict) -> None:
     "Puts what `gather` gave for the optimizer back."
+    if is_zero(model): return optimizer.restore(state)
     inner = getattr(optimizer, "optimizer", optimizer)
     if isinstance(model, FSDPModule): set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
     else: inner.load_state_dict(state)
@@ -115,3 +119,97 @@ def carry(model, optimizer, memory: dict) -> None:
     mine = {p for g in inner.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         if p in mine and name in memory: inner.state[p] = {k: like(v, p) for k, v in memory[name].items()}
+
+# %% ../nbs/08_launch.ipynb #l035
+def is_zero(model) -> bool:
+    "Whether a DeepSpeed engine has taken the model's parameters apart."
+    return hasattr(next(model.parameters()), "ds_id")
+
+
+class Zero:
+    "A ZeRO-3 engine in the words of an optimizer."
+    def __init__(self, engine): self.engine, self.inner, self.given = engine, engine.optimizer.optimizer, False
+
+    @property
+    def param_groups(self): return self.inner.param_groups
+
+    @property
+    def trained(self): return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
+
+    def backward(self, loss, **_):
+        self.engine.backward(loss)
+        self.given = True
+
+    def zero_grad(self):
+        self.engine.optimizer.zero_grad()
+        self.given = False
+
+    def step(self):
+        if self.given: self.engine.step()         # clips, steps, forgets the gradient; one that was not finite has been taken away
+
+    def norm(self, accelerator: Accelerator) -> float:
+        "The norm of the gradient of all parameters together."
+        from deepspeed.utils import safe_get_local_grad
+        squares = sum(safe_get_local_grad(p).double().square().sum() for _, p in self.trained)
+        return float(accelerator.reduce(squares.to(accelerator.device), "sum").sqrt())
+
+# %% ../nbs/08_launch.ipynb #l036
+@patch
+def gather(self: Zero) -> dict:
+    "Name → whole moments; the number of steps; the rates. All processes must call it."
+    from deepspeed.utils import safe_get_full_optimizer_state
+    steps = [float(s["step"]) for s in self.inner.state.values()]
+    moments = {name: {k: safe_get_full_optimizer_state(p, k).cpu() for k in ("exp_avg", "exp_avg_sq")} for name, p in self.trained} if steps else {}
+    return dict(steps=max(steps, default=0.0), lr=[float(g["lr"]) for g in self.param_groups], moments=moments)
+
+
+@patch
+def restore(self: Zero, state: dict) -> None:
+    "Puts back what `gather` gave, each process its own slice."
+    from deepspeed.utils import safe_set_local_optimizer_state
+    for group, lr in zip(self.param_groups, state["lr"]): group["lr"] = lr
+    if not state["moments"]: return
+    for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
+        self.inner.state[flat] = dict(step=torch.tensor(state["steps"]), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, p in self.trained:
+        n = p.ds_tensor.numel()                                                        # the last slice is filled up with zeros
+        for k, whole in state["moments"][name].items():
+            mine = F.pad(whole.flatten(), (0, n * world - whole.numel()))[rank * n:(rank + 1) * n]
+            safe_set_local_optimizer_state(p, mine.to(p.ds_tensor.device), k)
+
+
+def zero_weights(model) -> dict:
+    "Name → whole float32 weights, on the main process. All processes must call it."
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+    found, main = {}, torch.distributed.get_rank() == 0
+    for name, p in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([p]):
+            whole = safe_get_full_fp32_param(p) if p.requires_grad else p.detach()
+            if main: found[name] = whole.reshape(p.ds_shape).cpu().clone()
+    kept = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    return found | {name: b for name, b in model.named_buffers() if name in kept}
+
+
+# %% ../nbs/08_launch.ipynb #l037
+def prepare(model, optimizer, accelerator: Accelerator, max_grad_norm: float | None = None) -> tuple:
+    "Model and optimizer as the engine wants them for a phase."
+    if isinstance(model, FSDPModule): return model, accelerator.prepare_optimizer(optimizer)      # sharded before the first phase
+    if engine(accelerator) != "zero3": return accelerator.prepare(model, optimizer)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config |= dict(train_micro_batch_size_per_gpu=1, gradient_clipping=max_grad_norm or 0.0)      # the first only counts tokens in its own log
+    if config.get("bf16", {}).get("enabled"): config |= dict(bf16=dict(enabled=False), torch_autocast=dict(enabled=True, dtype="bfloat16"))    # weights stay float32, as everywhere else
+    model, _ = accelerator.prepare(model, optimizer)
+    accelerator.deepspeed_engine_wrapped = Zero(model)                                            # what `accelerator.backward` asks
+    return model, accelerator.deepspeed_engine_wrapped
+
+
+def check_zero(settings) -> None:
+    "Raises `RunError` for settings that ZeRO-3 cannot have here."
+    for name, allowed in (("weights", ("float32",)), ("precision", ("no", "bf16"))):
+        if (v := getattr(settings, name)) not in allowed: raise RunError(f"{name}: found {v} with the engine zero3, expected {' or '.join(allowed)}; or take fsdp2")
+    if settings.cache_vision: raise RunError("cache_vision: not with zero3, where all processes must run every layer together; leave it out, or use ddp")
+    for phase in settings.schedule:
+        if phase.lora: raise RunError(f"phase {phase.name!r}: lora is given and the engine is zero3; expected single or ddp, as adapters leave little to shard")
+        if phase.optimizer == "carry": raise RunError(f"phase {phase.name!r}: the optimizer is to be carried over, which the engine zero3 cannot; take fsdp2, or optimizer: new")

@@ -611,7 +611,8 @@ def save(
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (new := tmp/"new").mkdir()
-        model.save_pretrained(new, state_dict=merged(model, state_dict, apart) if adapters(model) else state_dict)
+        model.save_pretrained(new, state_dict=merged(model, state_dict, apart) if adapters(model) else state_dict,
+            max_shard_size="5GB")                                    # what is on a GPU is copied shard by shard
         if apart and adapters(model): save_file(adapter_state(model, state_dict), new/"adapters.safetensors")
         processor.save_pretrained(new)
         (new/"fingerprint.json").write_text(json.dumps(fingerprint(processor), indent=1) + "\n")

@@ -6,9 +6,10 @@
 __all__ = ['PLAIN', 'token_losses', 'by_stage', 'stage_means', 'weights_of', 'backward', 'stable_seed', 'epoch_order', 'Order',
            'Reader', 'Ramped', 'loader', 'fitting', 'versions', 'check_folder', 'new_folder', 'Settings', 'Run',
            'save_checkpoint', 'stop_politely', 'clip', 'one_update', 'row_losses', 'examples_of', 'event', 'remember',
-           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'thrifty',
-           'report', 'finish', 'asked', 'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows',
-           'mixed', 'length', 'conclude', 'record', 'read_recipe', 'reopen', 'resume']
+           'give_up', 'held_out_loss', 'Exam', 'evaluate_now', 'plain_reader', 'prepare', 'looks_alike', 'check_cache',
+           'thrifty', 'by_length', 'seed_dropout', 'report', 'finish', 'asked', 'warn', 'try_batch', 'smaller',
+           'one_phase', 'fit', 'begin', 'exam_keys', 'data_key', 'select', 'knows', 'mixed', 'length', 'conclude',
+           'record', 'read_recipe', 'reopen', 'resume']
 
 # %% ../nbs/08_train.ipynb #c003
 import contextlib
@@ -20,6 +21,7 @@ import platform
 import random
 import shutil
 import signal
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -33,11 +35,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import augment as augmentation
 from . import data as datasource
-from . import launch, lean, models, schedule as schedules, watch
+from . import launch, lean, machine, models, schedule as schedules, watch
 from .checkpoint import RunError, checkpoints, digest, newest, prune, room, sealed, sweep, write_text
 from .cot import FORMATS, LLAVA_COT, STAGES, CoTFormat
 from .schedule import Phase, Schedule
@@ -82,7 +85,7 @@ def backward(
 ) -> torch.Tensor:                # `(5, 2)`: sums and counts by stage over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
     weights = weights_of(stage_weights, accelerator.device)
-    count = sum(weights[b["stage_ids"][:, 1:][b["labels"][:, 1:] != -100]].sum() for b in batches)
+    count = sum((weights[b["stage_ids"][:, 1:]] * (b["labels"][:, 1:] != -100)).sum() for b in batches)
     total = accelerator.reduce(count, "sum")
     total = torch.where(total > 0, total, 1.0)
     sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
@@ -122,9 +125,10 @@ def epoch_order(
 class Order:
     "For each update from `start` on: per micro-batch, the `(epoch, row)` pairs this process reads."
     def __init__(self, n: int, batch_size: int, accumulate: int, seed: int, first_epoch: int = 0,
-                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None):
+                 start: int = 0, stop: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None,
+                 within: list | None = None):    # lengths of the rows: of `lengths`, batches are made; by `within`, an update's rows are put into its batches
         self.n, self.batch_size, self.accumulate, self.seed, self.first_epoch = n, batch_size, accumulate, seed, first_epoch
-        self.start, self.stop, self.rank, self.world, self.lengths = start, stop, rank, world, lengths
+        self.start, self.stop, self.rank, self.world, self.lengths, self.within = start, stop, rank, world, lengths, within
         self.update_size, self.known = batch_size * accumulate * world, {}
 
     def __len__(self): return (self.stop - self.start) * self.accumulate
@@ -139,14 +143,12 @@ class Order:
 
     def at(self, update: int) -> list:
         "The batches of one update, those of all processes, in order."
-        epoch, order, found = -1, [], []
-        for k in range(self.accumulate * self.world):
-            rows = []
-            for p in range(start := update * self.update_size + k * self.batch_size, start + self.batch_size):
-                if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
-                rows.append((self.first_epoch + epoch, order[p % self.n]))
-            found.append(rows)
-        return found
+        epoch, order, rows = -1, [], []
+        for p in range(start := update * self.update_size, start + self.update_size):
+            if p // self.n != epoch: epoch = p // self.n; order = self.epoch(epoch)
+            rows.append((self.first_epoch + epoch, order[p % self.n]))
+        if self.within: rows.sort(key=lambda address: -self.within[address[1]])
+        return [rows[i:i + self.batch_size] for i in range(0, self.update_size, self.batch_size)]
 
     def __iter__(self):
         for update in range(self.start, self.stop): yield from self.at(update)[self.rank::self.world]
@@ -248,13 +250,17 @@ class Settings:
     checkpointing: str = "none"       # layers that compute their activations again instead of keeping them: "none", "language", "all"
     cache_vision: float | None = None # GB on disk for what a frozen vision part makes of pictures that are not augmented; None: looked at each time
     cache_folder: str | None = None   # where, to be shared by runs; None: in the run's folder, until the phase is over
+    weights: str = "float32"          # what the model is kept in: "float32", "bf16", or "bf16_stochastic" (torchao); see `machine`
+    compile: bool = False             # torch.compile for each layer
+    liger: bool = False               # Liger's kernels, on a GPU
+    find_batch_size: bool = False     # where the batch does not fit: a part of it, and more accumulation
     workers: int = 0                  # processes that read and augment; 0 for none
     save_every: int = 200             # updates between checkpoints
     keep: int = 2                     # checkpoints kept, the last ones
     eval_every: int | None = None     # updates between measurements of the held-out loss; None: after each phase
     skip_nonfinite: int = 10          # so many updates in a row may have a loss or gradient that is not finite; they are skipped
     spike: float | None = 8.0         # robust deviations above the last losses that make a spike, reported with its examples; None: no report
-    engine: str | None = None         # the run must get this of accelerate: single, ddp or fsdp2
+    engine: str | None = None         # the run must get this of accelerate: single, ddp, fsdp2 or zero3
     tracker: str | None = None        # besides metrics.jsonl: tensorboard, trackio, wandb, … through accelerate
 
     def __post_init__(self):
@@ -268,6 +274,7 @@ class Settings:
         if self.cache_folder and not self.cache_vision: raise RunError(f"cache_folder: found {self.cache_folder!r} without cache_vision; give that, too")
         if self.spike is not None and not self.spike > 0: raise RunError(f"spike: found {self.spike!r}, expected a number above 0, or none for no report")
         watch.check_tracker(self.tracker)
+        machine.check(self.weights, self.precision)
         if self.too_long != "refuse" and not self.max_length: raise RunError(f"too_long: found {self.too_long!r} without max_length; give that, too")
         for name, w in (self.stage_weights or {}).items():
             if name not in STAGE_NAMES: raise RunError(f"stage_weights: found {name!r}, expected any of {', '.join(STAGE_NAMES)}")
@@ -276,7 +283,7 @@ class Settings:
 
 # %% ../nbs/08_train.ipynb #c032a
 PLAIN = ("batch_size", "accumulate", "max_length", "too_long", "control_tokens", "separator_tokens", "stage_weights", "group_by_length",
-         "seed", "precision", "checkpointing", "cache_vision", "cache_folder", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
+         "seed", "precision", "weights", "compile", "liger", "find_batch_size", "checkpointing", "cache_vision", "cache_folder", "workers", "save_every", "keep", "eval_every", "skip_nonfinite", "spike", "engine", "tracker")    # settings that YAML holds as they are
 
 
 @patch
@@ -370,6 +377,7 @@ def stop_politely():
 # %% ../nbs/08_train.ipynb #c042
 def clip(accelerator: Accelerator, params: list, limit: float | None) -> float:
     "Clips the gradient of all parameters together to a norm; returns what the norm was."
+    if zero := getattr(accelerator, "deepspeed_engine_wrapped", None): return zero.norm(accelerator)     # it clips in its step
     accelerator.unscale_gradients()
     norm = torch.nn.utils.clip_grad_norm_(params, limit or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -378,7 +386,7 @@ def clip(accelerator: Accelerator, params: list, limit: float | None) -> float:
 def one_update(model, batches: list, optimizer, scheduler, phase: Phase, accelerator: Accelerator, stage_weights=None,
                clock: Clock | None = None, suspect=None) -> dict:
     "Forward and backward over the micro-batches, clip, step; returns the update's line for `metrics.jsonl`. `suspect(line)` is called before the step."
-    clock, lr = clock or Clock(), {g["name"]: g["lr"] for g in optimizer.param_groups}
+    clock, lr = clock or Clock(), {g["name"]: float(g["lr"]) for g in optimizer.param_groups}
     sums = backward(model, batches, accelerator, stage_weights)
     total = (sums * weights_of(stage_weights, sums.device)[:, None]).sum(0)
     loss = (total[0] / total[1] if total[1] > 0 else total[1]).item()
@@ -485,15 +493,15 @@ def plain_reader(run: Run, rows) -> Reader:
     return replace(run.settings, augment=None).reader(rows, run.processor)
 
 # %% ../nbs/08_train.ipynb #c044
-def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None) -> tuple:
+def prepare(model, phase: Phase, updates: int, accelerator: Accelerator, state=None, carried=None, s: Settings | None = None) -> tuple:
     "The model frozen for a phase, its optimizer and scheduler, prepared by accelerate and in the state of a checkpoint, if any."
     schedules.adapt(model, phase, stable_seed("adapters", phase.name))
     schedules.freeze(model, phase)
     optimizer = schedules.optimizer(model, phase)
+    if s and s.weights == "bf16_stochastic": optimizer = machine.stochastic(optimizer, s.seed)
     if carried and phase.optimizer == "carry": launch.carry(model, optimizer, carried)
     scheduler = schedules.scheduler(optimizer, phase, updates)      # not prepared: accelerate would step it once per process
-    if isinstance(model, launch.FSDPModule): optimizer = accelerator.prepare_optimizer(optimizer)   # sharded in `_go`
-    else: model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = launch.prepare(model, optimizer, accelerator, phase.max_grad_norm)
     if state:
         launch.restore(model, optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -507,6 +515,12 @@ def looks_alike(settings: Settings, phase: Phase) -> bool:
     return not any(part.split(".")[0] == "vision" for part in phase.train) and not (policy and any(getattr(policy, t) for t in augmentation.PICTURES))
 
 
+def check_cache(settings: Settings) -> None:
+    "Raises `RunError` where features would be kept that no phase could use."
+    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in settings.schedule):
+        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+
+
 @contextlib.contextmanager
 def thrifty(run: Run, phase: Phase, processes: int = 1):
     "While inside, the model computes as `checkpointing` and `cache_vision` say. A cache in the run's folder goes when the phase is done."
@@ -517,6 +531,18 @@ def thrifty(run: Run, phase: Phase, processes: int = 1):
         if s.cache_vision and looks_alike(s, phase): stack.enter_context(lean.seen(model, folder, s.cache_vision * 1e9 / processes))
         yield
     if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
+
+# %% ../nbs/08_train.ipynb #c044lb
+def by_length(settings: Settings, reader: Reader, processes: int) -> dict:
+    "What `Order` is told of the rows' lengths, where it can use them."
+    if settings.group_by_length: return dict(lengths=lengths(reader.rows, reader.processor))
+    return dict(within=lengths(reader.rows, reader.processor)) if settings.accumulate * processes > 1 else {}
+
+
+def seed_dropout(seed: int) -> None:
+    "`torch.manual_seed` for the devices there are; on a machine without GPU that one keeps a note of every call."
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available(): torch.cuda.manual_seed(seed)
 
 # %% ../nbs/08_train.ipynb #c046
 def report(run: Run, line: dict, rows, order: Order, model, group: list, accelerator: Accelerator, log: Log) -> list:
@@ -544,19 +570,61 @@ def asked(stop, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1: return bool(stop.signal)
     return bool(accelerator.reduce(torch.tensor(float(bool(stop.signal)), device=accelerator.device), "sum") > 0)
 
+# %% ../nbs/08_train.ipynb #c044n
+def warn(phase: Phase, optimizer, accelerator: Accelerator) -> None:
+    "Says at the terminal what 16-bit weights lose in a phase."
+    if accelerator.is_main_process:
+        for line in machine.concerns(phase, optimizer.optimizer): print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def try_batch(size: int, model, reader: Reader, phase: Phase, accelerator: Accelerator, checkpointing: str = "none") -> None:
+    "Forward and backward over the `size` longest rows, with AdamW's memory set aside; raises what the device does when it is full."
+    schedules.adapt(model, phase)
+    schedules.freeze(model, phase)
+    trained, n = [p for p in model.parameters() if p.requires_grad], lengths(reader.rows, reader.processor)
+    memory = [torch.empty_like(p) for p in trained for _ in range(2 + (accelerator.num_processes > 1))]     # two moments, and what DDP sends
+    rows = sorted(range(len(n)), key=lambda i: -n[i])[:size]
+    batch = Collator(reader.processor)([reader.encode(reader.rows[i]) for i in rows])
+    try:
+        with accelerator.autocast(), lean.recomputed(model, checkpointing): losses, _ = token_losses(model, {k: v.to(accelerator.device) for k, v in batch.items()})
+        losses.sum().backward()
+    finally:
+        for p in trained: p.grad = None
+        for name, layer in models.adapters(model).items(): model.set_submodule(name, layer.base_layer)      # taken off as they were put on
+        del memory
+
+# %% ../nbs/08_train.ipynb #c044p
+def smaller(s: Settings, model, processor, rows, accelerator: Accelerator, progress=True) -> Settings:
+    "The settings with a batch that fits in each phase, accumulation making up for it: every update stays the same."
+    if launch.engine(accelerator) in ("fsdp2", "zero3"): raise RunError("find_batch_size: where a model is sharded, processes that run out of memory one by one would wait for each other for ever; see llava-cot plan for the batch, and leave the setting out")
+    model.to(accelerator.device)
+    found = []
+    for phase in s.schedule:
+        own = s.own(phase)
+        reader = replace(own, augment=None).reader(mixed(rows, phase, s.seed), processor)
+        size, _ = machine.largest_batch(lambda n: try_batch(n, model, reader, phase, accelerator, s.checkpointing), own.batch_size, own.accumulate)
+        size = min(gather_object([size]))                                             # the same for all processes
+        while own.batch_size % size: size -= 1
+        times = own.accumulate * (own.batch_size // size)
+        if size < own.batch_size and progress and accelerator.is_main_process: print(f"{phase.name}: a batch of {own.batch_size} does not fit, {size} does; {times} of them make the same update")
+        found.append(phase if size == own.batch_size else replace(phase, batch_size=size, accumulate=times))
+    model.eval().zero_grad()
+    return replace(s, schedule=Schedule(found))
+
 # %% ../nbs/08_train.ipynb #c045
 def one_phase(run: Run, reader: Reader, accelerator: Accelerator, updates: int, exam: Exam, state=None, progress=True) -> None:
     "Trains the phase under way from where it stands to its end; saves on the way. Raises `KeyboardInterrupt` after saving, when asked to stop."
     phase, following, clock = run.settings.schedule[run.phase], run.settings.schedule[run.phase + 1:], Clock()
     s = run.settings.own(phase)
-    (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried), None
+    (model, optimizer, scheduler), run.carried = prepare(run.model, phase, updates, accelerator, state, run.carried, s), None
+    if s.weights != "float32": warn(phase, optimizer, accelerator)
     order = Order(len(reader), s.batch_size, s.accumulate, s.seed, run.epoch, run.update, updates, accelerator.process_index, accelerator.num_processes,
-                  lengths(reader.rows, reader.processor) if s.group_by_length else None)
+                  **by_length(s, reader, accelerator.num_processes))
     with (stop_politely() as stop, thrifty(run, phase, accelerator.num_processes), Log(run.out, run.done, accelerator.is_main_process) as log,
           Show(phase.name, run.update, updates, run.metrics, accelerator.is_local_main_process and progress) as show):
         batches = iter(loader(reader, order, s.workers))
         while run.update < updates:
-            torch.manual_seed(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
+            seed_dropout(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
             group = [{k: v.to(accelerator.device) for k, v in next(batches).items()} for _ in range(s.accumulate)]
             clock.lap("data")
             examples = []
@@ -593,13 +661,14 @@ def fit(
     if not len(data): raise RunError("data: found no rows, expected at least one")
     if settings.eval_every and held_out is None: raise RunError(f"eval_every: found {settings.eval_every} and no held_out rows; give them, too")
     check_folder(out)
-    if settings.cache_vision and not any(looks_alike(settings.own(phase), phase) for phase in schedule):
-        raise RunError(f"cache_vision: found {settings.cache_vision} and no phase that could use it: each trains vision or augments pictures; leave it out, or give a phase augment: none")
+    check_cache(settings)
     accelerator = _accelerator(settings, out)
     if settings.separator_tokens: models.add_separators(model, processor)
     schedules.check(model, schedule)
     for phase in schedule: settings.own(phase), mixed(data, phase, settings.seed)      # nothing is wrong with a later phase
     keep, dropped = fitting(settings.reader(data, processor))
+    machine.ready(model, settings.weights, settings.compile, settings.liger)
+    if settings.find_batch_size: settings = smaller(settings, model, processor, select(data, keep), accelerator, progress)
     run = Run(Path(out), settings, model=model, processor=processor)
     begin(run, accelerator, dict(source=source, rows=data_key(data), exam=exam_keys(exam)), dropped, progress)
     return _go(run, select(data, keep), exam, accelerator, progress)
@@ -639,7 +708,12 @@ def select(rows, keep: list):
 def _accelerator(settings: Settings, out) -> Accelerator:
     AcceleratorState._reset_state()      # one process may hold several runs, each with its own precision
     accelerator = Accelerator(mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out))
-    if launch.check_engine(accelerator, settings.engine) == "fsdp2" and settings.cache_vision: raise RunError("cache_vision: not with fsdp2, where all processes must run every layer together; leave it out, or use ddp")
+    found = launch.check_engine(accelerator, settings.engine)
+    machine.able(settings.weights, settings.liger)
+    if found == "zero3":
+        launch.check_zero(settings)
+        unset_hf_deepspeed_config()                # models are opened whole
+    if found in ("fsdp2", "zero3") and settings.cache_vision: raise RunError(f"cache_vision: not with {found}, where all processes must run every layer together; leave it out, or use ddp")
     for phase in settings.schedule:
         if phase.lora and launch.engine(accelerator) == "fsdp2": raise RunError(f"phase {phase.name!r}: lora is given and the engine is fsdp2, whose shards cannot take adapters in later; expected single or ddp, as adapters leave little to shard, or a schedule without lora")
     return accelerator
@@ -666,6 +740,8 @@ def _go(run: Run, rows, exam: Exam, accelerator: Accelerator, progress=True, sta
         if run.update < n: one_phase(run, reader, accelerator, n, exam, state, progress)
         run.model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
         accelerator.free_memory()
+        if launch.is_zero(run.model):              # dissolved: opened again from the checkpoint that ended the phase
+            run.model = machine.ready(models.load(checkpoints(run.out)[-1])[0], s.weights, s.compile, s.liger).to(accelerator.device)
         trained = sum(p.numel() for named in schedules.trained(run.model, phase).values() for _, p in named)
         models.merge(run.model)                            # what follows is a model without adapters
         after, asked_of_phase = knows(run, exam, accelerator), exam.after_phase(run.model, run.processor, phase) if exam.after_phase else {}
@@ -722,6 +798,7 @@ def reopen(out, recipe: dict, settings: Settings) -> tuple:
     if not name: raise RunError(f"resume {out}: no checkpoint here, the run stopped before its first; remove the folder and start again")
     model, processor = getattr(models, name)() if name.startswith("tiny_") and hasattr(models, name) else models.load(name)
     if settings.separator_tokens: models.add_separators(model, processor)
+    machine.ready(model, settings.weights, settings.compile, settings.liger)
     if digest(model) != recipe["start"]: raise RunError(f"resume {out}: {name} is no longer the model that the run began with, and there is no checkpoint yet; start again in a new folder")
     return model, processor
 
@@ -746,6 +823,7 @@ def resume(
     if accelerator.is_main_process: sweep(out)
     [found] = broadcast_object_list([newest(out) if accelerator.is_main_process else None])
     model, processor = models.load(found) if found else reopen(out, recipe, settings)
+    if found: machine.ready(model, settings.weights, settings.compile, settings.liger)
     progressed = json.loads((found / "progress.json").read_text()) if found else {}
     run = Run(Path(out), settings, **progressed, model=model, processor=processor)
     if found and (found / "adapters.safetensors").exists():

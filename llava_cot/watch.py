@@ -161,7 +161,7 @@ def check_tracker(name: str | None) -> None:
     known = [t.value for t in LoggerType if t.value != "all"]
     if name is None: return
     if name not in known: raise RunError(f"tracker: found {name!r}, expected one of {', '.join(known)}")
-    if name not in get_available_trackers(): raise RunError(f"tracker: {name} is not installed; pip install {name.replace('_', '-')}, or leave the setting out: metrics.jsonl is written in any case")
+    if name not in {t.value for t in get_available_trackers()}: raise RunError(f"tracker: {name} is not installed; pip install {name.replace('_', '-')}, or leave the setting out: metrics.jsonl is written in any case")
 
 
 def tracked(line: dict, timing: dict) -> dict:

@@ -11,7 +11,9 @@ from llava_cot import checkpoint, data, launch, models, shapes, train
 from llava_cot.schedule import Phase, Schedule
 
 SCRIPT = """
-import os, signal, sys, torch, torch.distributed
+import functools, os, signal, sys, torch, torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from pathlib import Path
 from unittest import mock
 from llava_cot import data, launch, models, train
@@ -23,45 +25,54 @@ exam = dict(held_out=rows.select(range(5)))
 
 def fit(tiny, out, **options): return train.fit(*getattr(models, tiny)(seed=0), rows, schedule, folder / out, batch_size=2, progress=False, eval_every=8, **exam, **options)
 
-def stopped(tiny, out):
+def stopped(tiny, out, **options):
     count, own = iter(range(sum(p.updates for p in schedule) // 3)), train.one_update
     def update(*args, **options):
         if next(count, None) is None and rank == 1: os.kill(os.getpid(), signal.SIGTERM)      # only one of the two is asked to stop
         return own(*args, **options)
     try:
-        with mock.patch.object(train, "one_update", update): fit(tiny, out)
+        with mock.patch.object(train, "one_update", update): fit(tiny, out, **options)
     except KeyboardInterrupt: return train.resume(folder / out, rows, progress=False, **exam)
 
 for job in sys.argv[2:]:
     tiny, engine = job.split("-")
     if engine == "ddp": fit(tiny, job, engine="ddp")
+    elif engine == "found":
+        own = train.token_losses
+        def tight(model, batch, *args, **options):
+            if len(batch["input_ids"]) > 2 - rank: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")      # the second has less
+            return own(model, batch, *args, **options)
+        with mock.patch.object(train, "token_losses", tight): fit(tiny, job, find_batch_size=True)
+    elif engine == "zero3":
+        with mock.patch.object(train, "Accelerator", functools.partial(Accelerator, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])): stopped(tiny, job, engine="zero3")
     else:
         with mock.patch.object(launch, "engine", lambda accelerator: "fsdp2"): model = stopped(tiny, job).model
         (folder / f"{job}-units-{rank}").write_text(str(sum(isinstance(m, launch.FSDPModule) for m in model.modules())))
 torch.distributed.destroy_process_group()
 """
+ZERO = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", ACCELERATE_DEEPSPEED_ZERO3_INIT="false", DS_ACCELERATOR="cpu")     # what accelerate launch makes of 8xzero3.yaml
 ALL = dict(vision=1e-3, projector=1e-3, language=1e-3)
 
 def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
 @functools.cache
-def runs(updates, *jobs):
-    "The folder where torchrun has run these jobs in two processes, and one process each model with twice the accumulation."
+def runs(plan, *jobs):
+    "The folder where torchrun has run a schedule, or two phases of so many updates, by these jobs in two processes, and one process each model with twice the accumulation."
     folder = Path(tempfile.mkdtemp())
-    rows = data.load(shapes.write(folder / "shapes", 16))
-    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="carry")])
+    rows, zero = data.load(shapes.write(folder / "shapes", 16)), jobs[0].endswith("zero3")
+    schedule = plan if isinstance(plan, Schedule) else Schedule([Phase("align", train={"projector": 2e-3}, updates=plan[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=plan[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="new" if zero else "carry")])
     schedule.to_yaml(folder / "schedule.yaml"); (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(folder / "script.py"), str(folder), *jobs]
-    done = subprocess.run(command, env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | (ZERO if zero else dict(ACCELERATE_USE_CPU="true")) | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     for tiny in dict.fromkeys(job.split("-")[0] for job in jobs):
         train.fit(*getattr(models, tiny)(seed=0), rows, schedule, folder / f"{tiny}-one", batch_size=2, accumulate=2, progress=False, held_out=rows.select(range(5)), eval_every=8)
     return folder
 
-def apart(updates, *jobs):
+def apart(plan, *jobs):
     "For each job the largest difference of a weight, of a loss and of a held-out loss from the run of one process."
-    folder, found = runs(updates, *jobs), {}
+    folder, found = runs(plan, *jobs), {}
     for job in jobs:
         one, two = folder / f"{job.split('-')[0]}-one", folder / job
         a, b, start = models.load(one / "model")[0], models.load(two / "model")[0], getattr(models, job.split("-")[0])(seed=0)[0]
@@ -72,22 +83,39 @@ def apart(updates, *jobs):
 
 def by_hand(peak, n, warm): return [peak * ((u + 1) / warm if u + 1 < warm else (n + 1 - (u + 1)) / (n + 1 - warm)) for u in range(n)]
 
+RATES = Schedule([Phase("listen", train={"projector": 1e-3, "language.layers[-1]": 4e-4}, updates=5, warmup_ratio=0.4),
+                  Phase("finetune", train={"vision": 2e-6, "projector": 2e-5, "language": 1e-5, "cross_attention": 5e-5}, updates=6, warmup_ratio=0.33, decay="cosine", weight_decay={"projector": 0.1}),
+                  Phase("adapt", train={"projector": 1e-4, "language": 2e-4}, epochs=2, warmup_ratio=0, decay=0.5, lora={"r": 2, "alpha": 4})])
+BY_HAND = {                        # update: rates. listen rises to the peak in 2 updates, then falls by quarters; finetune rises in 2, then goes (1 + cos(k·36°))/2, k = 0 … 4; adapt: 16 rows in updates of 4
+    1: {"projector": 0.0005, "language.layers[-1]": 0.0002}, 2: {"projector": 0.001, "language.layers[-1]": 0.0004}, 3: {"projector": 0.00075, "language.layers[-1]": 0.0003},
+    4: {"projector": 0.0005, "language.layers[-1]": 0.0002}, 5: {"projector": 0.00025, "language.layers[-1]": 0.0001},
+    6: {"vision": 0.000001, "projector": 0.00001, "language": 0.000005, "cross_attention": 0.000025},
+    7: {"vision": 0.000002, "projector": 0.00002, "language": 0.00001, "cross_attention": 0.00005},
+    8: {"vision": 1.809017e-06, "projector": 1.809017e-05, "language": 9.045085e-06, "cross_attention": 4.5225425e-05},
+    9: {"vision": 1.309017e-06, "projector": 1.309017e-05, "language": 6.545085e-06, "cross_attention": 3.2725425e-05},
+    10: {"vision": 6.90983e-07, "projector": 6.90983e-06, "language": 3.454915e-06, "cross_attention": 1.7274575e-05},
+    11: {"vision": 1.90983e-07, "projector": 1.90983e-06, "language": 9.54915e-07, "cross_attention": 4.774575e-06},
+    12: {"projector": 0.0001, "language": 0.0002}, 13: {"projector": 0.0001, "language": 0.0002}, 14: {"projector": 0.0001, "language": 0.0002}, 15: {"projector": 0.0001, "language": 0.0002},
+    16: {"projector": 0.00005, "language": 0.0001}, 17: {"projector": 0.00005, "language": 0.0001}, 18: {"projector": 0.00005, "language": 0.0001}, 19: {"projector": 0.00005, "language": 0.0001},
+}
+
 
 def test_accelerate_reads_each_configuration_as_what_its_name_says():
-    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2)}
+    kinds = {"1gpu": ("NO", 1, 1), "8xddp": ("MULTI_GPU", 8, 1), "8xfsdp2": ("FSDP", 8, 1), "2x8xfsdp2": ("FSDP", 16, 2), "8xzero3": ("DEEPSPEED", 8, 1)}
     assert set(launch.configs()) == set(kinds)
     for name, (kind, processes, machines) in kinds.items():
         c = load_config_from_file(str(launch.configs()[name]))
         assert (c.distributed_type, c.num_processes, c.num_machines) == (kind, processes, machines), name
         if kind == "FSDP": assert c.fsdp_config["fsdp_version"] == 2
+        if kind == "DEEPSPEED": assert c.deepspeed_config["zero_stage"] == 3 and not c.deepspeed_config["zero3_init_flag"]
 
 
 def test_an_engine_that_is_not_the_one_asked_for_is_refused():
-    for kind, is2, wanted, what in ((DistributedType.FSDP, False, None, "version 1"), (DistributedType.DEEPSPEED, False, None, "DeepSpeed"), (DistributedType.MULTI_CPU, False, "fsdp2", "found ddp on 2 processes, expected fsdp2"),
-                                    (DistributedType.NO, False, "ddp", "found single"), (DistributedType.FSDP, True, "ddp", "found fsdp2")):
-        given = types.SimpleNamespace(distributed_type=kind, is_fsdp2=is2, num_processes=2)
-        with pytest.raises(checkpoint.RunError, match=what): launch.check_engine(given, wanted)
-    assert launch.check_engine(types.SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, is_fsdp2=False, num_processes=8), "ddp") == "ddp"
+    def given(kind, is2=False, n=2, stage=3): return types.SimpleNamespace(distributed_type=kind, is_fsdp2=is2, num_processes=n, state=types.SimpleNamespace(deepspeed_plugin=types.SimpleNamespace(zero_stage=stage)))
+    for found, wanted, what in ((given(DistributedType.FSDP), None, "version 1"), (given(DistributedType.DEEPSPEED, stage=2), None, "ZeRO stage 2, expected 3"), (given(DistributedType.DEEPSPEED), "fsdp2", "found zero3"), (given(DistributedType.MULTI_CPU), "fsdp2", "found ddp on 2 processes, expected fsdp2"),
+                                    (given(DistributedType.NO), "ddp", "found single"), (given(DistributedType.FSDP, True), "ddp", "found fsdp2")):
+        with pytest.raises(checkpoint.RunError, match=what): launch.check_engine(found, wanted)
+    assert launch.check_engine(given(DistributedType.MULTI_GPU, n=8), "ddp") == "ddp" and launch.check_engine(given(DistributedType.DEEPSPEED), "zero3") == "zero3"
 
 
 def test_no_unit_mixes_parts():
@@ -104,8 +132,15 @@ def test_no_unit_mixes_parts():
         assert any("lm_head" in n or "embed_tokens" in n for n in rest) and not any(".layers." in n for n in rest)
 
 
+def test_what_zero3_cannot_have_is_refused():
+    def wanted(**options): return train.Settings(Schedule([Phase("a", train={"projector": 1e-3}, updates=1), Phase("b", train={"projector": 1e-3}, updates=1, optimizer=options.pop("optimizer", "new"))]), **options)
+    launch.check_zero(wanted(precision="bf16"))
+    for options, what in ((dict(weights="bf16"), "weights: found bf16 with the engine zero3"), (dict(precision="fp16"), "precision: found fp16"), (dict(optimizer="carry"), "phase 'b': the optimizer is to be carried")):
+        with pytest.raises(checkpoint.RunError, match=what): launch.check_zero(wanted(**options))
+
+
 def test_two_processes_are_one_with_twice_the_accumulation():
-    found = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2")
+    found = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2", "tiny_llava-found")
     print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
     assert max(x for each in found.values() for x in each) <= 1e-5
     assert [(runs((5, 9), *found) / f"tiny_mllama-fsdp2-units-{rank}").read_text() for rank in (0, 1)] == ["15", "15"]
@@ -118,5 +153,25 @@ def test_two_processes_are_one_with_twice_the_accumulation():
 @pytest.mark.slow
 def test_two_processes_are_one_over_50_updates_in_both_families():
     found = apart((12, 38), "tiny_llava-ddp", "tiny_mllama-ddp", "tiny_llava-fsdp2", "tiny_mllama-fsdp2")
+    print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
+    assert max(x for each in found.values() for x in each) <= 1e-5
+
+
+def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
+    found = apart(RATES, "tiny_mllama-ddp")                      # with adapters, too, two processes are one with twice the accumulation
+    print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
+    assert max(x for each in found.values() for x in each) <= 1e-5
+    for name in ("tiny_mllama-ddp", "tiny_mllama-one"):
+        lines = train.read_lines(runs(RATES, *found) / name / "metrics.jsonl")
+        assert [line["update"] for line in lines] == list(BY_HAND) and [line["phase"] for line in lines] == ["listen"] * 5 + ["finetune"] * 6 + ["adapt"] * 8
+        for line in lines:
+            want = BY_HAND[line["update"]]
+            assert set(line["lr"]) == set(want) and all(abs(line["lr"][k] / want[k] - 1) < 1e-6 for k in want), (name, line["update"], line["lr"], want)
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3_are_one():
+    pytest.importorskip("deepspeed")
+    found = apart((5, 9), "tiny_llava-zero3", "tiny_mllama-zero3")
     print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
     assert max(x for each in found.values() for x in each) <= 1e-5

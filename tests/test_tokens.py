@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaTokenizer
+from transformers import LlamaTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from llava_cot.augment import STRONG, explore
 from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, STAGES, parse, render, spans
 from llava_cot.models import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl, train_tokenizer, TINY_TEXT
@@ -36,7 +36,7 @@ CONTROL = ["<s>", "</s>", "<image>", "<|eot_id|>", "<|image|>", "<|im_end|>", "<
 words = st.text(max_size=30) | st.sampled_from(["<SUMMARY>", "</CONCLUSION> <CONCLUSION>", "USER: hm", "\ue0000\ue001", "\ue0020\ue002", "a < b", "  \n é→🎈", *CONTROL])
 staged = st.builds(lambda *t: render(dict(zip(STAGES, t))), *[st.text("abc é🎈.\n", min_size=1).filter(str.strip) | st.sampled_from(CONTROL) for _ in STAGES])
 PATIENT = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])       # a busy machine is no failure
-COLOURS = ("red", "green", "white")
+PAINTS = ("red", "green", "white")
 
 @st.composite
 def conversations(draw):
@@ -44,7 +44,7 @@ def conversations(draw):
     for _ in range(draw(st.integers(1, 6))): turns += [draw(words), draw((words | staged).filter(str.strip))]
     sizes = draw(st.lists(st.sampled_from([(48, 48), (96, 30), (20, 70)]), max_size=2))
     ex = example(*turns, images=())
-    ex["images"] = [picture(draw(st.sampled_from(COLOURS))).resize(size) for size in sizes]
+    ex["images"] = [picture(draw(st.sampled_from(PAINTS))).resize(size) for size in sizes]
     for k in draw(st.lists(st.integers(0, len(turns)//2 - 1), min_size=len(sizes), max_size=len(sizes))): ex["messages"][2*k]["content"].insert(0, {"type": "image", "text": None})
     if system := draw(st.none() | words): ex["messages"].insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     return ex
@@ -233,9 +233,9 @@ def batches_cost_what_their_rows_cost(rows, model, processor):
         assert math.isfinite(other) and abs(loss - other) < 1e-5
         assert all(grad2[k].isfinite().all() and (grad[k] - grad2[k]).abs().max() < 1e-5 for k in grad2)
 
-def invented_batches(check, n, size=5):
+def invented_batches(check, n, size=5, families=TINY):
     "Run a check on `n` invented conversations of each family, `size` to a batch."
-    for tiny in TINY:
+    for tiny in families:
         model, processor = tiny()
         lists = st.lists(conversations(), min_size=size, max_size=size)
         settings(max_examples=-(-n//size), **PATIENT)(given(lists)(lambda some: check([spell(ex, processor) for ex in some], model, processor)))()
@@ -247,6 +247,22 @@ def pictures_stay_in_their_row(rows, model, processor):
         after = logits([{**row, "pixel_values": -0.5*row["pixel_values"] + 0.3} if i == k else row for i, row in enumerate(rows)])
         there = rows[k]["attention_mask"].sum()
         assert all(torch.equal(after[i], before[i]) for i in range(len(rows)) if i != k) and not torch.equal(after[k, :there], before[k, :there])
+
+class Pictures(Qwen3VLProcessor):
+    "transformers' own, without the video half, which needs torchvision."
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kw): super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kw)
+
+def tiny_qwen3_vl():
+    "A random Qwen3-VL, with the tokenizer and the template of our Qwen2.5-VL."
+    old = tiny_qwen2_5_vl()[1]; tok = old.tokenizer
+    vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=12, out_hidden_size=48, deepstack_visual_indexes=[0], num_position_embeddings=64)
+    text = dict(vocab_size=len(tok), hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]})
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, text_config=text, **{k: tok.convert_tokens_to_ids(n) for k, n in names.items()}))
+    return model.eval(), Pictures(old.image_processor, tok, old.chat_template)
 
 
 def test_show_mask_counts_and_escapes():
@@ -441,6 +457,13 @@ def test_five_hundred_conversations_of_each_family():
     for check in (learned_is_the_answers, stages_decode_to_their_text, prompts_begin_their_training_text, refused_only_where_it_spells): every(check, 500)
     for check in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row): invented_batches(check, 500)
     every(masks_are_the_processors, 500, (tiny_mllama,))
+
+
+def test_a_later_family_keeps_the_promises_too():
+    later = (tiny_qwen3_vl,)
+    for check in (learned_is_the_answers, stages_decode_to_their_text, prompts_begin_their_training_text): every(check, 20, later)
+    for check in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row): invented_batches(check, 20, families=later)
+    assert every_length_keeps_the_promises_or_refuses(example(), *tiny_qwen3_vl()) == 2
 
 
 def test_logits_only_where_labels_are():

@@ -2,13 +2,14 @@
 import pytest
 from llava_cot.train import *
 
-import contextlib, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
+import contextlib, importlib.util, io, json, math, os, random, resource, shutil, signal, subprocess, sys, tempfile, time, yaml
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 import IPython.display, datasets, pytest, torch
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import checkpoint, data, models, shapes, train, watch
+from llava_cot import checkpoint, data, lean, models, shapes, train, watch
 from llava_cot.augment import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.tokens import Collator, TokensError, TooLong, encode, lengths
@@ -114,6 +115,9 @@ def plainly(n=3):
     turn = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}
     return [{"id": f"plain-{i}", "images": [], "source": "", "messages": [turn("user", "Is there a circle?"), turn("assistant", f"There are {i} .")]} for i in range(n)]
 
+ADAPTING = Schedule([Phase("listen", train={"projector": 2e-3, "language.layers[-1]": 1e-3}, updates=4), Phase("adapt", train={"projector": 1e-3, "language": 5e-3}, updates=7, lora={"r": 2, "alpha": 4, "dropout": 0.1}),
+                     Phase("again", train={"vision.layers[0]": 1e-3, "language": 2e-3}, updates=4, lora={"r": 3}, optimizer="carry"), Phase("all", train={"vision": 1e-3, "language": 1e-3, "language.layers[-1]": 5e-4}, updates=4)])
+
 def poisoned(example, processor, factor, own=train.token_losses):
     "`token_losses`, with those of one example multiplied."
     ids = encode(example, processor)["input_ids"]
@@ -136,6 +140,13 @@ def no_room(out, at):
     with mock.patch.object(train, "one_update", update):
         try: yield
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+def small_memory(rows, own=train.token_losses):
+    "A device that holds so many rows."
+    def losses_of(model, batch):
+        if len(batch["input_ids"]) > rows: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(model, batch)
+    return mock.patch.object(train, "token_losses", losses_of)
 
 
 def test_loss_is_the_models_own():
@@ -196,6 +207,26 @@ def test_batches_of_like_length_pad_little_and_are_new_each_epoch():
     for n in range(1, 12):
         read = [r for b in train.Order(n, 4, 1, seed=1, stop=n, lengths=list(range(n))) for r in b]
         for epoch in range(4): assert sorted(r for e, r in read if e == epoch) == list(range(n))
+
+
+def test_the_rows_of_an_update_are_sorted_and_stay_the_same_rows():
+    lengths_ = long_tailed(999)
+    plain, like = (train.Order(len(lengths_), 4, 3, seed=1, stop=300, world=2, within=w) for w in (None, lengths_))
+    for u in (0, 41, 83, 299):                                                           # 41 and 83: over the end of an epoch
+        assert sorted(r for b in plain.at(u) for r in b) == sorted(r for b in like.at(u) for r in b) and [len(b) for b in like.at(u)] == [4] * 6
+        sizes = [lengths_[r] for b in like.at(u) for _, r in b]
+        assert sizes == sorted(sizes, reverse=True)
+    assert padding([b for u in range(300) for b in like.at(u)], lengths_) < 0.4 * padding([b for u in range(300) for b in plain.at(u)], lengths_)
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        net, its = tiny(seed=0)
+        few, accelerator = [encode(ex, its) for _, ex in shapes.examples(12)], train.Accelerator(cpu=True)
+        found = []
+        for order in (train.Order(12, 4, 3, 0, stop=1), train.Order(12, 4, 3, 0, stop=1, within=[len(e["input_ids"]) for e in few])):
+            net.zero_grad()
+            sums = train.backward(net, [Collator(its)([few[r] for _, r in b]) for b in order], accelerator)
+            found.append((sums, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+        (sums, gradient_), (again, other) = found
+        assert torch.allclose(sums, again, rtol=1e-5) and (gradient_ - other).norm() < 1e-5 * gradient_.norm()
 
 
 def test_estimated_lengths_are_good_enough_to_group_by():
@@ -277,20 +308,22 @@ def test_a_killed_run_ends_as_if_never_killed():
 def test_killed_at_25_random_moments():
     with tempfile.TemporaryDirectory() as tmp, Runs(Path(tmp), (24, 26)) as runs:
         draw, whole, killed = random.Random(0), runs.folder / "whole", []
-        pid = runs.start("fit", "whole"); until((whole / "recipe.yaml").exists); begun = time.monotonic()
-        assert runs.wait(pid) == 0
-        length = time.monotonic() - begun
+        assert runs.wait(runs.start("fit", "whole")) == 0
         for k in range(25):
-            out, at = runs.folder / f"run{k}", length * (k + draw.random()) / 25
-            pid = runs.start("fit", out.name); until((out / "recipe.yaml").exists)
-            time.sleep(at); os.kill(pid, signal.SIGKILL)
-            killed.append((runs.wait(pid), lines(out)))
-            pid = runs.start("resume", out.name); time.sleep(length * draw.random()); os.kill(pid, signal.SIGKILL); runs.wait(pid)
+            out, at = runs.folder / f"run{k}", 0 if k == 0 else 50 if k == 24 else draw.randint(0, 46)
+            half = lambda: [*out.glob("checkpoints/.tmp-*"), *out.glob("best/.tmp-*")]
+            reached = lambda update: lambda: (out / "model").exists() or (out / "recipe.yaml").exists() and lines(out) >= update
+            pid = runs.start("fit", out.name); until(reached(at))
+            if at: time.sleep(0.2 * draw.random())
+            if k % 5 == 3: until(half)                                                     # into the writing of a checkpoint
+            os.kill(pid, signal.SIGKILL)
+            killed.append((runs.wait(pid), lines(out), bool(half())))
+            pid = runs.start("resume", out.name); time.sleep(draw.random()); until(reached(draw.randint(at, 50))); os.kill(pid, signal.SIGKILL); runs.wait(pid)
             assert runs.wait(runs.start("resume", out.name)) == 0
             same(out, whole)
             shutil.rmtree(out)
-        print("killed at updates", [n for _, n in killed])
-        assert sum(code == -9 for code, _ in killed) >= 20 and len({n for _, n in killed}) >= 10
+        print("killed at updates", [n for _, n, _ in killed], "while writing a checkpoint:", sum(half for *_, half in killed))
+        assert sum(code == -9 for code, *_ in killed) >= 22 and len({n for _, n, _ in killed}) >= 10 and killed[0][1] == 0 and sum(half for *_, half in killed) >= 4
 
 
 def test_plain_transformers_opens_the_result():
@@ -379,6 +412,21 @@ def test_evaluations_are_those_of_the_weights_that_were_kept():
         with pytest.raises(train.RunError, match="held_out and retain has other rows"): train.resume(trained.out, ROWS, held_out=some_rows(6), retain=plainly())
 
 
+def test_a_tracker_shows_what_the_log_says():
+    with tempfile.TemporaryDirectory() as tmp:
+        try:
+            with interrupted(9): train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / "run", batch_size=4, save_every=4, progress=False, tracker="tensorboard")
+        except KeyboardInterrupt: run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+        found = {}
+        for file in (Path(tmp) / "run").rglob("events.out.tfevents.*"):
+            log = event_accumulator.EventAccumulator(str(file)).Reload()
+            for name in log.Tags()["scalars"]: found.setdefault(name, {}).update({e.step: e.value for e in log.Scalars(name)})
+        for line in run_.metrics():
+            assert found["loss"][line["update"]] == pytest.approx(line["loss"], rel=1e-6) and found["loss/CAPTION"][line["update"]] == pytest.approx(line["loss_by_stage"]["CAPTION"], rel=1e-6)
+            assert found["lr/projector"][line["update"]] == pytest.approx(line["lr"]["projector"], rel=1e-6)
+        assert len(found["loss"]) == 12 and len(found["lr/vision"]) == 6
+
+
 def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
     shown, curves = [], lambda figure: [len(line.get_xdata()) for line in figure.axes[0].lines]
     with tempfile.TemporaryDirectory() as tmp, mock.patch.object(watch, "in_notebook", lambda: True), mock.patch.object(IPython.display, "display", lambda figure, display_id: shown.append(figure)):
@@ -386,6 +434,68 @@ def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
             with contextlib.redirect_stderr(io.StringIO()) as bar: train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / str(progress), batch_size=2, progress=progress)
             assert ("finetune: 100%" in bar.getvalue() and "tokens/s" in bar.getvalue()) == bool(progress)
     assert len(shown) == 2 and max(curves(shown[0])) == 6 and max(curves(shown[1])) == 12
+
+
+def test_a_run_with_selections_and_adapters_that_is_killed_ends_as_if_never_killed():
+    with tempfile.TemporaryDirectory() as tmp, Runs(Path(tmp), (1, 1)) as runs:
+        ADAPTING.to_yaml(runs.folder / "schedule.yaml")
+        whole = runs.start("fit", "whole")
+        for update, number in ((7, signal.SIGKILL), (11, signal.SIGKILL), (13, signal.SIGTERM)):       # in and at the end of the first phase with adapters, in the second
+            out = runs.folder / str(update)
+            pid = runs.start("fit", out.name)
+            until(lambda: lines(out) >= update)
+            os.kill(pid, number)
+            assert runs.wait(pid) == (130 if number == signal.SIGTERM else -9) and update <= lines(out) < 19
+            assert runs.wait(runs.start("resume", out.name)) == 0
+        assert runs.wait(whole) == 0
+        for update in (7, 11, 13): same(runs.folder / str(update), runs.folder / "whole")
+
+
+def test_a_run_interrupted_anywhere_among_adapters_is_the_run_that_was_not():
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        found = []
+        for stop in (99, 8, 12, 15):                   # in the first phase with adapters, at its end, in the second
+            with tempfile.TemporaryDirectory() as tmp:
+                try:
+                    with interrupted(stop): trained = train.fit(*tiny(seed=0), ROWS, ADAPTING, Path(tmp) / "run", batch_size=2, accumulate=2, save_every=3, keep=1, progress=False)
+                except KeyboardInterrupt:
+                    last = train.checkpoints(Path(tmp) / "run")[-1]
+                    assert (last / "adapters.safetensors").exists() == last.name.startswith(("1-", "2-"))
+                    trained = train.resume(Path(tmp) / "run", ROWS, progress=False)
+                found.append((weights(trained.model), trained.metrics(), [p["trainable"] for p in trained.phases]))
+        for w, metrics, counts in found[1:]: assert metrics == found[0][1] and counts == found[0][2] and all(torch.equal(w[k], found[0][0][k]) for k in found[0][0])
+
+
+def test_what_a_phase_does_not_train_does_not_move_and_its_result_opens_plainly():
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        both = {"cross_attention": 5e-3} if tiny is models.tiny_mllama else {"language.layers[0]": 5e-3}
+        for phase in (Phase("a", train={"projector": 1e-2} | both, updates=5, weight_decay={"projector": 0.1}), Phase("b", train={"projector": 1e-2, "language": 5e-3} | both, updates=5, lora={"r": 2, "dropout": 0.1})):
+            model, processor = tiny(seed=0)
+            start, may = weights(model), {n for named in models.select(model, phase.train).values() for n, _ in named}
+            if phase.lora: may = {n for n, _ in models.select(model, ["projector"])["projector"]} | {f"{n}.weight" for n in models.linears(model, ["language"])["language"]}
+            batch = Collator(processor)([encode(r, processor) for r in some_rows(3)])
+            batch = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+            logits, seen, merge = lambda m: m.eval()(**batch).logits.detach(), [], models.merge
+            with tempfile.TemporaryDirectory() as tmp, mock.patch.object(models, "merge", lambda m: (seen.append(logits(m)), merge(m))):
+                run = train.fit(model, processor, ROWS, Schedule([phase]), Path(tmp) / "run", batch_size=4, progress=False, held_out=some_rows(4), eval_every=5)
+                plain, best = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (run.out / "model", *(run.out / "best").iterdir()))
+            moved = {n for n, p in plain.named_parameters() if not torch.equal(p, start[n])}
+            assert moved <= may and len(moved) > 0.8 * len(may) and type(plain) is type(model)
+            assert (logits(plain) - seen[-1]).abs().max() < 1e-5 and all(torch.equal(p, q) for p, q in zip(plain.parameters(), best.parameters(), strict=True))
+            assert all(set(line["lr"]) == set(phase.train) for line in run.metrics())
+            assert run.phases[0]["trainable"] == (sum(start[n].numel() for n in may) if not phase.lora else sum(p.numel() for n, p in model.named_parameters() if "projector" in n) + sum(2 * sum(start[f"{n}.weight"].shape) for n in models.linears(model, ["language"])["language"]))
+
+
+def test_a_phase_the_model_cannot_serve_is_refused_before_anything_is_written():
+    with tempfile.TemporaryDirectory() as tmp:
+        ok = Phase("ok", train={"projector": 1e-3}, updates=2)
+        for later, why in ((Phase("later", train={"cross_attention": 1e-3}), "phase 'later': train: selection 'cross_attention': this llava has none"), (Phase("later", train={"language.layers[-8:]": 1e-3}), "phase 'later'.*2 layers"),
+                           (Phase("later", train={"language": 1e-3}, lora={"modules": ["nope"]}), "phase 'later': lora finds no linear layer")):
+            with pytest.raises(ValueError, match=why): train.fit(*models.tiny_llava(), some_rows(4), Schedule([ok, later]), Path(tmp) / "run", progress=False)
+        lora = Schedule([ok, Phase("later", train={"language": 1e-3}, lora={})])
+        with mock.patch.dict(sys.modules, {"peft": None}), pytest.raises(ValueError, match="lora needs the package peft.*pip install"): train.fit(*models.tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
+        with mock.patch.object(train.launch, "engine", lambda accelerator: "fsdp2"), pytest.raises(train.RunError, match="phase 'later': lora is given and the engine is fsdp2"): train.fit(*models.tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
+        assert not list(Path(tmp).iterdir())
 
 
 @pytest.mark.slow
@@ -495,6 +605,62 @@ def test_a_run_begins_again_with_the_model_it_was_given_or_not_at_all():
         with interrupted(3), pytest.raises(KeyboardInterrupt): start_("other")
         models.save(*models.tiny_llava(seed=1), base)
         with pytest.raises(train.RunError, match="is no longer the model that the run began with"): train.resume(Path(tmp) / "other", ROWS, progress=False)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_run_stays_the_same():
+    ends = {}
+    short = Schedule([replace(BOTH[0], batch_size=3), BOTH[1]])
+    with tempfile.TemporaryDirectory() as tmp:
+        def go(name, at=99, fits=99, **options):
+            with small_memory(fits):
+                try:
+                    with interrupted(at): return train.fit(*models.tiny_llava(seed=0), ROWS, options.pop("schedule", short), Path(tmp) / name, save_every=4, augment=STRONG, progress=False, **options)
+                except KeyboardInterrupt: return train.resume(Path(tmp) / name, ROWS, progress=False)
+        large, given = go("large", batch_size=8), go("given", batch_size=2, accumulate=4, schedule=Schedule([replace(BOTH[0], batch_size=1, accumulate=3), BOTH[1]]))
+        for at in (99, 3, 9):
+            found = go(f"found{at}", at, fits=2, batch_size=8, find_batch_size=True)
+            assert [(p.batch_size, p.accumulate) for p in found.settings.schedule] == [(1, 3), (2, 4)] and found.settings.batch_size == 8
+            assert found.metrics() == given.metrics() and all(torch.equal(v, weights(given.model)[k]) for k, v in weights(found.model).items())
+        assert max((v - weights(large.model)[k]).abs().max() for k, v in weights(found.model).items()) <= 1e-5
+        whole = go("whole", fits=8, batch_size=8, find_batch_size=True)
+        assert whole.settings.schedule == short and whole.metrics() == large.metrics()
+        with pytest.raises(train.RunError, match="find_batch_size: .* single row"): go("none", fits=0, batch_size=8, find_batch_size=True)
+        assert not (Path(tmp) / "none").exists()
+
+
+def test_weights_in_16_bits_train_and_survive_an_interruption():
+    torchao_there = importlib.util.find_spec("torchao") is not None
+    some = Schedule([Phase("align", train={"projector": 2e-3}, updates=4, betas=(0.9, 0.95)), Phase("finetune", train=dict(vision=1e-6, projector=1e-3, language=1e-3), updates=5, betas=(0.9, 0.95), optimizer="carry")])
+    for kind, precision in (("bf16", "no"), ("bf16_stochastic", "bf16"))[:1 + torchao_there]:
+        found = []
+        for at in (99, 3, 7):
+            with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stderr(io.StringIO()) as told, torch.compiler.set_stance("force_eager"):
+                try:
+                    with interrupted(at): run_ = train.fit(*models.tiny_llava(seed=0), ROWS, some, Path(tmp) / "run", batch_size=4, weights=kind, precision=precision, save_every=2, progress=False)
+                except KeyboardInterrupt: run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+                assert {p.dtype for p in run_.model.parameters()} == {torch.bfloat16} and "bfloat16" in (run_.out / "model/config.json").read_text()
+                found.append((weights(run_.model), run_.metrics()))
+            assert ("of the bf16 weights of vision stand still" in told.getvalue()) == (kind == "bf16") and "weights of projector" not in told.getvalue()
+        for w, told in found: assert told == found[0][1] and all(torch.equal(v, found[0][0][k]) for k, v in w.items())
+        assert found[0][1][-1]["loss"] < found[0][1][0]["loss"]
+        moved = [not torch.equal(v, weights(models.tiny_llava(seed=0)[0].bfloat16())[k]) for k, v in found[0][0].items()]
+        assert any(moved)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_run_and_survive_an_interruption():
+    found = []
+    for options in (dict(at=99), dict(at=99, compile=True), dict(at=9, compile=True), dict(at=99, compile=True, checkpointing="all")):
+        torch.compiler.reset()
+        at = options.pop("at")
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                with interrupted(at): run_ = train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / "run", batch_size=4, save_every=4, progress=False, **options)
+            except KeyboardInterrupt: torch.compiler.reset(); run_ = train.resume(Path(tmp) / "run", ROWS, progress=False)
+            assert all((m._compiled_call_impl is not None) == ("compile" in options) for m in lean.layers(run_.model))
+            found.append((weights(run_.model), run_.metrics()))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[1][1])) <= 1e-5 and max(abs(a["loss"] - b["loss"]) for a, b in zip(found[0][1], found[3][1])) <= 1e-5
+    assert found[1][1] == found[2][1] and all(torch.equal(v, found[2][0][k]) for k, v in found[1][0].items())
 
 
 def test_wrong_input_writes_nothing():

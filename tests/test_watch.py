@@ -53,6 +53,7 @@ def test_a_notebook_gets_a_plot_that_is_drawn_anew():
 
 def test_a_tracker_that_is_missing_is_one_clear_error():
     watch.check_tracker(None)
+    for tracker in watch.get_available_trackers(): watch.check_tracker(tracker.value)
     with pytest.raises(RunError, match="expected one of.*tensorboard.*wandb"): watch.check_tracker("nonsense")
     with mock.patch.object(watch, "get_available_trackers", lambda: []), pytest.raises(RunError, match="trackio is not installed; pip install trackio"): watch.check_tracker("trackio")
     found = watch.tracked(dict(loss=1.0, loss_by_stage={"CAPTION": 2.0}, lr={"vision": 1e-3}, grad_norm=0.5, tokens=100, supervised=50, phase="a"), dict(seconds=0.5))
