@@ -532,7 +532,7 @@ def thrifty(run: Run, phase: Phase, processes: int = 1):
         yield
     if not s.cache_folder: shutil.rmtree(run.out / "vision", ignore_errors=True)
 
-# %% ../nbs/08_train.ipynb #c044m
+# %% ../nbs/08_train.ipynb #c044lb
 def by_length(settings: Settings, reader: Reader, processes: int) -> dict:
     "What `Order` is told of the rows' lengths, where it can use them."
     if settings.group_by_length: return dict(lengths=lengths(reader.rows, reader.processor))
@@ -713,7 +713,7 @@ def _accelerator(settings: Settings, out) -> Accelerator:
     if found == "zero3":
         launch.check_zero(settings)
         unset_hf_deepspeed_config()                # models are opened whole
-    if found == "fsdp2" and settings.cache_vision: raise RunError("cache_vision: not with fsdp2, where all processes must run every layer together; leave it out, or use ddp")
+    if found in ("fsdp2", "zero3") and settings.cache_vision: raise RunError(f"cache_vision: not with {found}, where all processes must run every layer together; leave it out, or use ddp")
     for phase in settings.schedule:
         if phase.lora and launch.engine(accelerator) == "fsdp2": raise RunError(f"phase {phase.name!r}: lora is given and the engine is fsdp2, whose shards cannot take adapters in later; expected single or ddp, as adapters leave little to shard, or a schedule without lora")
     return accelerator
