@@ -438,8 +438,8 @@ def _lane(phase, key):
     "What a lane says of a key in a phase, and whether it learns there."
     if key in phase.train: return _rate(phase, key), True
     others = [k for k in phase.train if part_of(k) == part_of(key)]
-    if key in PARTS: return "frozen" + " but for the lanes below" * bool(others), False
-    return ("as " + part_of(key), True) if part_of(key) in others else ("frozen where in no other lane" if others else "frozen", False)
+    if part_of(key) in others: return "as " + part_of(key), True
+    return "rest frozen" if others else "frozen", False
 
 def _draw_lanes(ax, schedule, counts):
     "Lower panel: a lane per key, filled with its peak rate where it learns, dotted for adapters, hatched where it is frozen."
@@ -449,7 +449,7 @@ def _draw_lanes(ax, schedule, counts):
             text, on = _lane(phase, key)
             adapted = _on(phase, key if key in phase.train else part_of(key))
             ax.barh(y, n, left=start, height=0.7, color=style["color"] if on else "white", alpha=0.45 if on else 1,
-                    edgecolor="0.3", lw=0.6, hatch="...." if on and adapted else None if on else "////")
+                    edgecolor="white" if on and adapted else "0.3", lw=0.6, hatch="...." if on and adapted else None if on else "////")
             ax.text(start + n / 2, y, text, ha="center", va="center", fontsize=9, bbox=dict(facecolor="white", edgecolor="none", pad=1.5))
         start += n
     ax.set_yticks(range(len(lanes)), [key if key in PARTS else f"· {_short(key)}" for key in lanes]); ax.invert_yaxis(); ax.margins(x=0)

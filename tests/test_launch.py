@@ -57,11 +57,11 @@ def free_port():
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
 @functools.cache
-def runs(updates, *jobs):
-    "The folder where torchrun has run these jobs in two processes, and one process each model with twice the accumulation."
+def runs(plan, *jobs):
+    "The folder where torchrun has run a schedule, or two phases of so many updates, by these jobs in two processes, and one process each model with twice the accumulation."
     folder = Path(tempfile.mkdtemp())
     rows, zero = data.load(shapes.write(folder / "shapes", 16)), jobs[0].endswith("zero3")
-    schedule = Schedule([Phase("align", train={"projector": 2e-3}, updates=updates[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=updates[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="new" if zero else "carry")])
+    schedule = plan if isinstance(plan, Schedule) else Schedule([Phase("align", train={"projector": 2e-3}, updates=plan[0], warmup_ratio=0.25), Phase("finetune", train=ALL, updates=plan[1], warmup_ratio=0.1, weight_decay=0.1, optimizer="new" if zero else "carry")])
     schedule.to_yaml(folder / "schedule.yaml"); (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), str(folder / "script.py"), str(folder), *jobs]
     done = subprocess.run(command, env=os.environ | (ZERO if zero else dict(ACCELERATE_USE_CPU="true")) | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
@@ -70,9 +70,9 @@ def runs(updates, *jobs):
         train.fit(*getattr(models, tiny)(seed=0), rows, schedule, folder / f"{tiny}-one", batch_size=2, accumulate=2, progress=False, held_out=rows.select(range(5)), eval_every=8)
     return folder
 
-def apart(updates, *jobs):
+def apart(plan, *jobs):
     "For each job the largest difference of a weight, of a loss and of a held-out loss from the run of one process."
-    folder, found = runs(updates, *jobs), {}
+    folder, found = runs(plan, *jobs), {}
     for job in jobs:
         one, two = folder / f"{job.split('-')[0]}-one", folder / job
         a, b, start = models.load(one / "model")[0], models.load(two / "model")[0], getattr(models, job.split("-")[0])(seed=0)[0]
@@ -82,6 +82,22 @@ def apart(updates, *jobs):
     return found
 
 def by_hand(peak, n, warm): return [peak * ((u + 1) / warm if u + 1 < warm else (n + 1 - (u + 1)) / (n + 1 - warm)) for u in range(n)]
+
+RATES = Schedule([Phase("listen", train={"projector": 1e-3, "language.layers[-1]": 4e-4}, updates=5, warmup_ratio=0.4),
+                  Phase("finetune", train={"vision": 2e-6, "projector": 2e-5, "language": 1e-5, "cross_attention": 5e-5}, updates=6, warmup_ratio=0.33, decay="cosine", weight_decay={"projector": 0.1}),
+                  Phase("adapt", train={"projector": 1e-4, "language": 2e-4}, epochs=2, warmup_ratio=0, decay=0.5, lora={"r": 2, "alpha": 4})])
+BY_HAND = {                        # update: rates. listen rises to the peak in 2 updates, then falls by quarters; finetune rises in 2, then goes (1 + cos(k·36°))/2, k = 0 … 4; adapt: 16 rows in updates of 4
+    1: {"projector": 0.0005, "language.layers[-1]": 0.0002}, 2: {"projector": 0.001, "language.layers[-1]": 0.0004}, 3: {"projector": 0.00075, "language.layers[-1]": 0.0003},
+    4: {"projector": 0.0005, "language.layers[-1]": 0.0002}, 5: {"projector": 0.00025, "language.layers[-1]": 0.0001},
+    6: {"vision": 0.000001, "projector": 0.00001, "language": 0.000005, "cross_attention": 0.000025},
+    7: {"vision": 0.000002, "projector": 0.00002, "language": 0.00001, "cross_attention": 0.00005},
+    8: {"vision": 1.809017e-06, "projector": 1.809017e-05, "language": 9.045085e-06, "cross_attention": 4.5225425e-05},
+    9: {"vision": 1.309017e-06, "projector": 1.309017e-05, "language": 6.545085e-06, "cross_attention": 3.2725425e-05},
+    10: {"vision": 6.90983e-07, "projector": 6.90983e-06, "language": 3.454915e-06, "cross_attention": 1.7274575e-05},
+    11: {"vision": 1.90983e-07, "projector": 1.90983e-06, "language": 9.54915e-07, "cross_attention": 4.774575e-06},
+    12: {"projector": 0.0001, "language": 0.0002}, 13: {"projector": 0.0001, "language": 0.0002}, 14: {"projector": 0.0001, "language": 0.0002}, 15: {"projector": 0.0001, "language": 0.0002},
+    16: {"projector": 0.00005, "language": 0.0001}, 17: {"projector": 0.00005, "language": 0.0001}, 18: {"projector": 0.00005, "language": 0.0001}, 19: {"projector": 0.00005, "language": 0.0001},
+}
 
 
 def test_accelerate_reads_each_configuration_as_what_its_name_says():
@@ -139,6 +155,18 @@ def test_two_processes_are_one_over_50_updates_in_both_families():
     found = apart((12, 38), "tiny_llava-ddp", "tiny_mllama-ddp", "tiny_llava-fsdp2", "tiny_mllama-fsdp2")
     print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
     assert max(x for each in found.values() for x in each) <= 1e-5
+
+
+def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
+    found = apart(RATES, "tiny_mllama-ddp")                      # with adapters, too, two processes are one with twice the accumulation
+    print({job: [f"{x:.0e}" for x in each] for job, each in found.items()})
+    assert max(x for each in found.values() for x in each) <= 1e-5
+    for name in ("tiny_mllama-ddp", "tiny_mllama-one"):
+        lines = train.read_lines(runs(RATES, *found) / name / "metrics.jsonl")
+        assert [line["update"] for line in lines] == list(BY_HAND) and [line["phase"] for line in lines] == ["listen"] * 5 + ["finetune"] * 6 + ["adapt"] * 8
+        for line in lines:
+            want = BY_HAND[line["update"]]
+            assert set(line["lr"]) == set(want) and all(abs(line["lr"][k] / want[k] - 1) < 1e-6 for k in want), (name, line["update"], line["lr"], want)
 
 
 @pytest.mark.slow

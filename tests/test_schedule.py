@@ -236,7 +236,10 @@ def test_a_plan_may_ask_on_meta():
                 adapt(m, phase)
                 shapes.append({key: {n: p.shape for n, p in named} for key, named in trained(m, phase).items()})
             assert shapes[0] == shapes[1] and all(shapes[0].values())
+            assert all(p.is_meta for p in meta.parameters())
             assert freeze(meta, phase) == freeze(model, phase)
+        models.merge(meta)
+        assert [(n, p.shape) for n, p in meta.named_parameters()] == [(n, p.shape) for n, p in tiny()[0].named_parameters()]
 
 
 def test_yaml_round_trip():
@@ -302,8 +305,8 @@ def test_plot_shows_the_rates():
     top, low = fig.axes
     assert [t.get_text() for t in low.get_yticklabels()] == ["vision", "· layers[-8:]", "projector", "language", "· cross_attention", "· layers[-8:]"]
     assert [t.get_text() for t in top.get_legend().get_texts()] == ["vision.layers[-8:]", "projector", "language", "cross_attention", "language.layers[-8:]"]
-    assert [t.get_text() for t in low.texts] == ["frozen", "frozen", "0.001", "frozen but for the lanes below", "0.0001", "frozen where in no other lane",
-        "frozen", "frozen", "0.0001", "frozen but for the lanes below", "frozen where in no other lane", "2e-05", "frozen but for the lanes below", "2e-06", "2e-05", "0.0002 LoRA r=16", "as language", "as language"]
+    assert [t.get_text() for t in low.texts] == ["frozen", "frozen", "0.001", "rest frozen", "0.0001", "rest frozen",
+        "frozen", "frozen", "0.0001", "rest frozen", "rest frozen", "2e-05", "rest frozen", "2e-06", "2e-05", "0.0002 LoRA r=16", "as language", "as language"]
     assert [bar.get_hatch() for bar in low.patches][-6:] == ["////", None, None, "....", "....", "...."]
     assert len(top.lines) == 7 and [list(line.get_ydata()) for line in top.lines][:2] == list(rates(gradual()[0], 60).values())
     assert "100 updates an epoch" in PRESETS["two_phase"].plot(log=False).axes[1].get_xlabel()

@@ -115,6 +115,9 @@ def plainly(n=3):
     turn = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}
     return [{"id": f"plain-{i}", "images": [], "source": "", "messages": [turn("user", "Is there a circle?"), turn("assistant", f"There are {i} .")]} for i in range(n)]
 
+ADAPTING = Schedule([Phase("listen", train={"projector": 2e-3, "language.layers[-1]": 1e-3}, updates=4), Phase("adapt", train={"projector": 1e-3, "language": 5e-3}, updates=7, lora={"r": 2, "alpha": 4, "dropout": 0.1}),
+                     Phase("again", train={"vision.layers[0]": 1e-3, "language": 2e-3}, updates=4, lora={"r": 3}, optimizer="carry"), Phase("all", train={"vision": 1e-3, "language": 1e-3, "language.layers[-1]": 5e-4}, updates=4)])
+
 def poisoned(example, processor, factor, own=train.token_losses):
     "`token_losses`, with those of one example multiplied."
     ids = encode(example, processor)["input_ids"]
@@ -431,6 +434,68 @@ def test_in_a_notebook_the_curves_are_drawn_while_the_run_goes_on():
             with contextlib.redirect_stderr(io.StringIO()) as bar: train.fit(*models.tiny_llava(seed=0), ROWS, BOTH, Path(tmp) / str(progress), batch_size=2, progress=progress)
             assert ("finetune: 100%" in bar.getvalue() and "tokens/s" in bar.getvalue()) == bool(progress)
     assert len(shown) == 2 and max(curves(shown[0])) == 6 and max(curves(shown[1])) == 12
+
+
+def test_a_run_with_selections_and_adapters_that_is_killed_ends_as_if_never_killed():
+    with tempfile.TemporaryDirectory() as tmp, Runs(Path(tmp), (1, 1)) as runs:
+        ADAPTING.to_yaml(runs.folder / "schedule.yaml")
+        whole = runs.start("fit", "whole")
+        for update, number in ((7, signal.SIGKILL), (11, signal.SIGKILL), (13, signal.SIGTERM)):       # in and at the end of the first phase with adapters, in the second
+            out = runs.folder / str(update)
+            pid = runs.start("fit", out.name)
+            until(lambda: lines(out) >= update)
+            os.kill(pid, number)
+            assert runs.wait(pid) == (130 if number == signal.SIGTERM else -9) and update <= lines(out) < 19
+            assert runs.wait(runs.start("resume", out.name)) == 0
+        assert runs.wait(whole) == 0
+        for update in (7, 11, 13): same(runs.folder / str(update), runs.folder / "whole")
+
+
+def test_a_run_interrupted_anywhere_among_adapters_is_the_run_that_was_not():
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        found = []
+        for stop in (99, 8, 12, 15):                   # in the first phase with adapters, at its end, in the second
+            with tempfile.TemporaryDirectory() as tmp:
+                try:
+                    with interrupted(stop): trained = train.fit(*tiny(seed=0), ROWS, ADAPTING, Path(tmp) / "run", batch_size=2, accumulate=2, save_every=3, keep=1, progress=False)
+                except KeyboardInterrupt:
+                    last = train.checkpoints(Path(tmp) / "run")[-1]
+                    assert (last / "adapters.safetensors").exists() == last.name.startswith(("1-", "2-"))
+                    trained = train.resume(Path(tmp) / "run", ROWS, progress=False)
+                found.append((weights(trained.model), trained.metrics(), [p["trainable"] for p in trained.phases]))
+        for w, metrics, counts in found[1:]: assert metrics == found[0][1] and counts == found[0][2] and all(torch.equal(w[k], found[0][0][k]) for k in found[0][0])
+
+
+def test_what_a_phase_does_not_train_does_not_move_and_its_result_opens_plainly():
+    for tiny in (models.tiny_llava, models.tiny_mllama):
+        both = {"cross_attention": 5e-3} if tiny is models.tiny_mllama else {"language.layers[0]": 5e-3}
+        for phase in (Phase("a", train={"projector": 1e-2} | both, updates=5, weight_decay={"projector": 0.1}), Phase("b", train={"projector": 1e-2, "language": 5e-3} | both, updates=5, lora={"r": 2, "dropout": 0.1})):
+            model, processor = tiny(seed=0)
+            start, may = weights(model), {n for named in models.select(model, phase.train).values() for n, _ in named}
+            if phase.lora: may = {n for n, _ in models.select(model, ["projector"])["projector"]} | {f"{n}.weight" for n in models.linears(model, ["language"])["language"]}
+            batch = Collator(processor)([encode(r, processor) for r in some_rows(3)])
+            batch = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+            logits, seen, merge = lambda m: m.eval()(**batch).logits.detach(), [], models.merge
+            with tempfile.TemporaryDirectory() as tmp, mock.patch.object(models, "merge", lambda m: (seen.append(logits(m)), merge(m))):
+                run = train.fit(model, processor, ROWS, Schedule([phase]), Path(tmp) / "run", batch_size=4, progress=False, held_out=some_rows(4), eval_every=5)
+                plain, best = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (run.out / "model", *(run.out / "best").iterdir()))
+            moved = {n for n, p in plain.named_parameters() if not torch.equal(p, start[n])}
+            assert moved <= may and len(moved) > 0.8 * len(may) and type(plain) is type(model)
+            assert (logits(plain) - seen[-1]).abs().max() < 1e-5 and all(torch.equal(p, q) for p, q in zip(plain.parameters(), best.parameters(), strict=True))
+            assert all(set(line["lr"]) == set(phase.train) for line in run.metrics())
+            assert run.phases[0]["trainable"] == (sum(start[n].numel() for n in may) if not phase.lora else sum(p.numel() for n, p in model.named_parameters() if "projector" in n) + sum(2 * sum(start[f"{n}.weight"].shape) for n in models.linears(model, ["language"])["language"]))
+
+
+def test_a_phase_the_model_cannot_serve_is_refused_before_anything_is_written():
+    with tempfile.TemporaryDirectory() as tmp:
+        ok = Phase("ok", train={"projector": 1e-3}, updates=2)
+        for later, why in ((Phase("later", train={"cross_attention": 1e-3}), "phase 'later': train: selection 'cross_attention': this llava has none"), (Phase("later", train={"language.layers[-8:]": 1e-3}), "phase 'later'.*2 layers"),
+                           (Phase("later", train={"language": 1e-3}, lora={"modules": ["nope"]}), "phase 'later': lora finds no linear layer")):
+            with pytest.raises(ValueError, match=why): train.fit(*models.tiny_llava(), some_rows(4), Schedule([ok, later]), Path(tmp) / "run", progress=False)
+        lora = Schedule([ok, Phase("later", train={"language": 1e-3}, lora={})])
+        with mock.patch.dict(sys.modules, {"peft": None}), pytest.raises(ValueError, match="lora needs the package peft.*pip install"): train.fit(*models.tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
+        with mock.patch.object(train.launch, "engine", lambda accelerator: "fsdp2"), pytest.raises(train.RunError, match="phase 'later': lora is given and the engine is fsdp2"): train.fit(*models.tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
+        assert not list(Path(tmp).iterdir())
 
 
 @pytest.mark.slow
