@@ -22,7 +22,7 @@ setup(
     include_package_data=True,  # what MANIFEST.in names
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "torchao", "liger", "deepspeed")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "lora", "torchao", "liger", "deepspeed")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "fsspec.specs": ["llava-zip=llava_cot.data:ZipImages"],  # images in a zip open wherever `datasets` meets their path

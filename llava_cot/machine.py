@@ -83,7 +83,8 @@ def fuse(model) -> None:
     "Liger's kernels in place of the model's own norms, rotary embeddings and gated layers. Raises `RunError` where that cannot be."
     known, kind = _liger(), model.config.model_type
     if kind not in known: raise RunError(f"liger: found a model of type {kind}, which Liger does not know; leave the setting out")
-    known[kind](model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    try: known[kind](model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+    except ImportError as e: raise RunError(f"liger: its kernels for {kind} do not fit this version of transformers ({e}); leave the setting out") from e
 
 # %% ../nbs/08_machine.ipynb #m041
 def check(weights: str, precision: str) -> None:

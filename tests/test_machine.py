@@ -68,13 +68,15 @@ def test_liger_is_asked_for_its_kernels_without_its_loss_or_refused_in_a_line():
     model = models.tiny_mllama()[0]
     with pytest.raises(RunError, match="liger: its kernels need a GPU"): machine.fuse(model)
     seen = []
-    patches = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"mllama": lambda **options: seen.append(options)})
+    def outdated(**options): raise ImportError("cannot import name 'LigerOutput'")
+    patches = types.SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"mllama": lambda **options: seen.append(options), "qwen2_5_vl": outdated})
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
         with mock.patch.dict(sys.modules, dict.fromkeys(names)), pytest.raises(RunError, match="pip install"): machine.fuse(model)
         with mock.patch.dict(sys.modules, dict(zip(names, (types.ModuleType("a"), types.ModuleType("b"), patches)))):
             machine.fuse(model)
             with pytest.raises(RunError, match="found a model of type llava, which"): machine.fuse(models.tiny_llava()[0])
+            with pytest.raises(RunError, match="kernels for qwen2_5_vl do not fit.*LigerOutput"): machine.fuse(models.tiny_qwen2_5_vl()[0])
     assert seen == [dict(model=model, fused_linear_cross_entropy=False, cross_entropy=False)]
 
 
