@@ -539,3 +539,6 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+# %% ../nbs/12_cli.ipynb #m001
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())     # not in a notebook

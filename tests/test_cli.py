@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from llava_cot import cli, data, models, shapes, train as training
+from llava_cot import cli, data, launch, models, shapes, train as training
 
 def run(*words, **kw):
     "Exit code, standard output and standard error of the command, in a process of its own."
     p = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, **kw)
     return p.returncode, p.stdout, p.stderr
 
-COMMAND = [sys.executable, "-c", "import sys; from llava_cot.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-m", "llava_cot.cli"]
 SCHEDULE = "phases:\n- {name: align, train: {projector: 2e-3}, updates: 3}\n- {name: finetune, train: {vision: 1e-3, projector: 1e-3, language: 1e-3}, updates: 4}\n"
 
 def answer(text): return f"<SUMMARY> I will look. </SUMMARY>\n\n<CAPTION> A picture. </CAPTION>\n\n<REASONING> It is so. </REASONING>\n\n<CONCLUSION> {text} </CONCLUSION>"
@@ -33,6 +33,12 @@ def here(*words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = cli.main([str(w) for w in words])
     return code, out.getvalue(), err.getvalue()
+
+
+def test_accelerate_launches_the_module():
+    words = ["train", "--config", "demo", "--out", Path(tempfile.mkdtemp()) / "run", "--dry-run"]
+    launched = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--config_file", str(launch.configs()["1gpu"]), "-m", "llava_cot.cli", *map(str, words)], capture_output=True, text=True)
+    assert launched.returncode == 0 and "ok         model: tiny_base" in launched.stdout, launched
 
 
 def test_check_has_an_exit_code_and_writes_what_it_is_asked_for():
