@@ -576,10 +576,10 @@ def test_a_spike_names_the_example_at_fault():
 def test_a_full_disk_and_a_damaged_checkpoint_lose_nothing():
     with tempfile.TemporaryDirectory() as tmp:
         processor, options = models.tiny_llava()[1], dict(batch_size=4, save_every=3, progress=False, keep=2)
-        begin = lambda name: train.fit(models.tiny_llava(seed=0)[0], processor, ROWS, BOTH, Path(tmp) / name, **options)
-        whole = begin("whole")
+        started = lambda name: train.fit(models.tiny_llava(seed=0)[0], processor, ROWS, BOTH, Path(tmp) / name, **options)
+        whole = started("whole")
         for at, what in ((8, "checkpoint 1-0000009"), (5, "metrics.jsonl")):
-            with no_room(out := Path(tmp) / str(at), at), pytest.raises(train.RunError, match=f"{what} could not be written .*free.*--resume"): begin(str(at))
+            with no_room(out := Path(tmp) / str(at), at), pytest.raises(train.RunError, match=f"{what} could not be written .*free.*--resume"): started(str(at))
             assert checkpoint.newest(out).name.endswith("6" if at == 8 else "3") and not list(out.glob("checkpoints/.*"))
             assert len(train.read_lines(out / "metrics.jsonl")) == (9 if at == 8 else 4)
         files = sorted(f for f in (Path(tmp) / "8/checkpoints/0-0000006").iterdir() if f.name != "manifest.json")
