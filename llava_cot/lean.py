@@ -85,11 +85,8 @@ def layers(
     which: str = "all",  # of `CHECKPOINTING`: the language model's, or all
 ) -> list[torch.nn.Module]:
     "The layers, of whichever stack, whose activations are the memory of a batch."
-    skipped = {m for top in models.part_modules(model)["vision"] for m in top.modules()} if which == "language" else set()
-    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and m not in skipped and which != "none"]
-    found = [m for stack in stacks for m in stack if any(True for _ in m.parameters())]
-    inner = {m for layer in found for m in layer.modules() if m is not layer}
-    return [m for m in found if m not in inner]
+    if which == "none": return []
+    return [m for part, named in models.layers(model).items() if which == "all" or part != "vision" for _, m in named if any(True for _ in m.parameters())]
 
 
 @contextlib.contextmanager
