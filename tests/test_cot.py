@@ -2,75 +2,168 @@
 import pytest
 from llava_cot.cot import *
 
-import pickle, random, time
+import pickle
 import pytest
+import random
+import time
 from hypothesis import given, settings, strategies as st
 
-BITS = ["<", ">", "/", " ", "\n", "\n\n", "\t", "\r\n", "SUMMARY", "<SUMMARY>", "</SUMMARY>", "<CAPTION>", "</CAPTION>", "<REASONING>",
-        "</REASONING>", "<CONCLUSION>", "</CONCLUSION>", "<caption>", "</ Caption>", "</CONCLUSION", "a", "é", "数", "\u2028", "\x85", "\x1c"]
+BITS = [
+    "<",
+    ">",
+    "/",
+    " ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "SUMMARY",
+    "<SUMMARY>",
+    "</SUMMARY>",
+    "<CAPTION>",
+    "</CAPTION>",
+    "<REASONING>",
+    "</REASONING>",
+    "<CONCLUSION>",
+    "</CONCLUSION>",
+    "<caption>",
+    "</ Caption>",
+    "</CONCLUSION",
+    "a",
+    "é",
+    "数",
+    "\u2028",
+    "\x85",
+    "\x1c",
+]
 mad = st.one_of(st.text(), st.lists(st.sampled_from(BITS), max_size=25).map("".join))
+
+
 def plain(t):
     "A text made fit to stand in a stage: no separators, not empty."
     while any(s in t for s in SEPARATORS):
-        for s in SEPARATORS: t = t.replace(s, "")
+        for s in SEPARATORS:
+            t = t.replace(s, "")
     return t if t.strip() else "a"
+
+
 stage_text = mad.map(plain)
 formats = st.sampled_from(list(FORMATS.values()))
-def answers(fmt): return st.fixed_dictionaries({s: stage_text for s in fmt.stages}).map(CoT)
 
-BITS = [*SEPARATORS, *(s.lower() for s in SEPARATORS), "< SUMMARY >", "</", "<", ">", "\n\n", "\n \n", "\r\n", "\0", "\ud800", "\u2028", "İ", "<CONCLUSION", "CAPTION>", "&lt;", "🙂", " "]
+
+def answers(fmt):
+    return st.fixed_dictionaries({s: stage_text for s in fmt.stages}).map(CoT)
+
+BITS = [
+    *SEPARATORS,
+    *(s.lower() for s in SEPARATORS),
+    "< SUMMARY >",
+    "</",
+    "<",
+    ">",
+    "\n\n",
+    "\n \n",
+    "\r\n",
+    "\0",
+    "\ud800",
+    "\u2028",
+    "İ",
+    "<CONCLUSION",
+    "CAPTION>",
+    "&lt;",
+    "🙂",
+    " ",
+]
+
 
 def mutated(rng, text, bits=BITS):
     "A text with one to six wounds."
     for _ in range(rng.randint(1, 6)):
         a, b = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
-        text = rng.choice([text[:a] + text[b:], text[:a] + rng.choice(bits) + text[a:], text[:b] + text[a:], text[b:] + text[:b], text.replace(rng.choice(bits), rng.choice(bits), 1), text[:a]])[:3000]
+        text = rng.choice(
+            [
+                text[:a] + text[b:],
+                text[:a] + rng.choice(bits) + text[a:],
+                text[:b] + text[a:],
+                text[b:] + text[:b],
+                text.replace(rng.choice(bits), rng.choice(bits), 1),
+                text[:a],
+            ]
+        )[:3000]
     return text
+
 
 def noise(rng):
     "Random bytes as text, in one of the ways bytes become text; or a mutated answer."
     x = CoT({s: rng.choice(["a", "2 + 2", "two\n\nlines", "İ <b>", "x" * 40]) for s in STAGES})
-    if rng.random() < 0.7: return mutated(rng, render(x, rng.choice([LLAVA_COT, NO_TAGS, REORDERED])))
-    return rng.randbytes(rng.randint(0, 80)).decode(*rng.choice([("latin-1",), ("utf-8", "replace"), ("utf-8", "surrogateescape"), ("utf-16-le", "replace")]))
+    if rng.random() < 0.7:
+        return mutated(rng, render(x, rng.choice([LLAVA_COT, NO_TAGS, REORDERED])))
+    return rng.randbytes(rng.randint(0, 80)).decode(
+        *rng.choice(
+            [
+                ("latin-1",),
+                ("utf-8", "replace"),
+                ("utf-8", "surrogateescape"),
+                ("utf-16-le", "replace"),
+            ]
+        )
+    )
+
 
 def fuzz(n, seed):
     "Throw `n` texts at the readers; gives how many parsed, were mended, were refused, and the longest time one took."
     rng, seen, slowest = random.Random(seed), dict(parsed=0, mended=0, refused=0), 0
     for _ in range(n):
-        text, fmt, t = noise(rng), rng.choice([LLAVA_COT, NO_TAGS, DIRECT, REORDERED]), time.process_time()
-        try: kind = "parsed" if isinstance(parse(text, fmt), CoT) else None
+        text, fmt, t = (
+            noise(rng),
+            rng.choice([LLAVA_COT, NO_TAGS, DIRECT, REORDERED]),
+            time.process_time(),
+        )
+        try:
+            kind = "parsed" if isinstance(parse(text, fmt), CoT) else None
         except CoTError as e:
             assert e.problems and "\n" not in str(e)
             kind = "refused"
         done, problems = repair(text, fmt)
         assert isinstance(done, str) and all(isinstance(p, Problem) for p in problems)
-        if kind == "refused" and all(p.fixed for p in problems): kind = "mended" if isinstance(parse(done, fmt), CoT) else None
+        if kind == "refused" and all(p.fixed for p in problems):
+            kind = "mended" if isinstance(parse(done, fmt), CoT) else None
         seen[kind] += 1
         slowest = max(slowest, time.process_time() - t)
     return seen | {"slowest": slowest}
 
-def best(f, *args): return min(timed(f, *args) for _ in range(3))
+def best(f, *args):
+    return min(timed(f, *args) for _ in range(3))
+
 
 def timed(f, *args):
     t = time.process_time()
-    try: f(*args)
-    except CoTError: pass
+    try:
+        f(*args)
+    except CoTError:
+        pass
     return time.process_time() - t
 
 
 def test_cot_is_a_mapping_with_attributes():
     c = CoT({"CONCLUSION": " 2 \n", "SUMMARY": "count"})
     assert list(c) == ["SUMMARY", "CONCLUSION"] and c.conclusion == c["CONCLUSION"] == "2"
-    assert c == CoT(summary="count", conclusion="2") and len({c, CoT(summary="count", conclusion="2")}) == 1
+    assert (
+        c == CoT(summary="count", conclusion="2")
+        and len({c, CoT(summary="count", conclusion="2")}) == 1
+    )
     assert not hasattr(c, "reasoning") and eval(repr(c)) == c
     for bad in ({"ANSWER": "2"}, {"CONCLUSION": 2}, {3: "x"}):
-        with pytest.raises(CoTError): CoT(bad)
+        with pytest.raises(CoTError):
+            CoT(bad)
 
 
 def test_render_is_llava_cot_100k_to_the_character():
     cot = CoT(summary="a", caption="b", reasoning="c", conclusion="d")
-    assert render(cot) == ("<SUMMARY> a </SUMMARY>\n\n<CAPTION> b </CAPTION>\n\n"
-                           "<REASONING> c </REASONING>\n\n<CONCLUSION> d </CONCLUSION>")
+    assert (
+        render(cot) == "<SUMMARY> a </SUMMARY>\n\n<CAPTION> b </CAPTION>\n\n"
+        "<REASONING> c </REASONING>\n\n<CONCLUSION> d </CONCLUSION>"
+    )
     assert render(cot, NO_TAGS) == "a\n\nb\n\nc\n\nd" and render(cot, DIRECT) == "d"
     assert render(cot, REORDERED).startswith("<CONCLUSION> d </CONCLUSION>\n\n<SUMMARY>")
 
@@ -82,8 +175,9 @@ def test_spans_point_at_the_text():
         found = spans(text, fmt)
         assert [s.stage for s in found] == list(fmt.stages)
         for s in found:
-            assert text[s.inner_start:s.inner_end] == cot[s.stage]
-            if fmt.tags: assert text[s.start:s.end] == f"<{s.stage}> {cot[s.stage]} </{s.stage}>"
+            assert text[s.inner_start : s.inner_end] == cot[s.stage]
+            if fmt.tags:
+                assert text[s.start : s.end] == f"<{s.stage}> {cot[s.stage]} </{s.stage}>"
     assert [s.stage for s in spans("a\n\nb", NO_TAGS)] == ["SUMMARY"]
     assert [s.stage for s in spans("a\n\nb\n\n", NO_TAGS)] == ["SUMMARY", "CAPTION"]
     assert spans("") == spans("", NO_TAGS) == spans("nothing here") == []
@@ -98,8 +192,10 @@ def test_parse_undoes_render():
         assert parse(text, fmt) == x and check(text, fmt) == []
         assert [s.stage for s in spans(text, fmt)] == list(fmt.stages)
         if fmt.tags:
-            assert all(text[s.inner_start:s.inner_end] == x[s.stage] for s in spans(text, fmt))
+            assert all(text[s.inner_start : s.inner_end] == x[s.stage] for s in spans(text, fmt))
             assert all(check(text[:i], fmt) for i in range(len(text)))
+
+
     prop()
 
 
@@ -109,20 +205,33 @@ def test_any_text_gives_a_value_or_a_CoTError():
     def prop(text, fmt):
         problems = check(text, fmt)
         assert all(0 <= p.start <= len(text) and "\n" not in p.message for p in problems)
-        try: assert parse(text, fmt) and not problems
-        except CoTError as e: assert e.problems == problems and problems
-        for s in spans(text, fmt): assert 0 <= s.start <= s.inner_start <= s.inner_end <= s.end <= len(text)
+        try:
+            assert parse(text, fmt) and not problems
+        except CoTError as e:
+            assert e.problems == problems and problems
+        for s in spans(text, fmt):
+            assert 0 <= s.start <= s.inner_start <= s.inner_end <= s.end <= len(text)
+
+
     prop()
 
 
 def test_errors_say_which_separator_and_where():
     good = render(CoT(summary="a", caption="b", reasoning="c", conclusion="d"))
-    cases = [("missing", "<CAPTION>", good.replace("<CAPTION> b </CAPTION>", "")), ("unclosed", "</SUMMARY>", good.replace("</SUMMARY>", "")),
-             ("unopened", "</CAPTION>", good.replace("<CAPTION>", "")), ("doubled", "<REASONING>", good.replace("<REASONING>", "<REASONING>" * 2)),
-             ("doubled", "</REASONING>", good.replace("</REASONING>", "</REASONING>" * 2)), ("order", "<SUMMARY>", render(parse(good), REORDERED)),
-             ("unclosed", "</CONCLUSION>", good[:-3]), ("empty", "CAPTION", good.replace(" b ", "")), ("stray", "'hm'", good + " hm")]
+    cases = [
+        ("missing", "<CAPTION>", good.replace("<CAPTION> b </CAPTION>", "")),
+        ("unclosed", "</SUMMARY>", good.replace("</SUMMARY>", "")),
+        ("unopened", "</CAPTION>", good.replace("<CAPTION>", "")),
+        ("doubled", "<REASONING>", good.replace("<REASONING>", "<REASONING>" * 2)),
+        ("doubled", "</REASONING>", good.replace("</REASONING>", "</REASONING>" * 2)),
+        ("order", "<SUMMARY>", render(parse(good), REORDERED)),
+        ("unclosed", "</CONCLUSION>", good[:-3]),
+        ("empty", "CAPTION", good.replace(" b ", "")),
+        ("stray", "'hm'", good + " hm"),
+    ]
     for kind, names, text in cases:
-        with pytest.raises(CoTError) as e: parse(text)
+        with pytest.raises(CoTError) as e:
+            parse(text)
         p = next(p for p in e.value.problems if p.kind == kind)
         assert names in p.message and "line " in p.message and p.message in str(e.value), (kind, p)
     assert "line 3, column 10" in check(good.replace("<CAPTION>", "<CAPTION><CAPTION>"))[-1].message
@@ -132,10 +241,17 @@ def test_errors_say_which_separator_and_where():
 def test_repair_mends_separators_only():
     x = CoT(summary="I will count.", caption="Two <b> circles.", reasoning="1 + 1", conclusion="2")
     good = render(x)
-    for bad in (good.replace("</SUMMARY>", ""), good.replace("<CAPTION>", "<Caption>").replace("</CAPTION>", "</ caption >"),
-                good.replace("<REASONING>", "<REASONING>\n<REASONING>"), good.replace("</CONCLUSION>", "</CONCLUSION> </CONCLUSION>"),
-                good.replace("<CONCLUSION>", "<REASONING> 1 + 1 </REASONING> <CONCLUSION>"), good.removeprefix("<SUMMARY> "),
-                render(x, REORDERED), good.replace("\n\n", " "), f"\n{good}\n"):
+    for bad in (
+        good.replace("</SUMMARY>", ""),
+        good.replace("<CAPTION>", "<Caption>").replace("</CAPTION>", "</ caption >"),
+        good.replace("<REASONING>", "<REASONING>\n<REASONING>"),
+        good.replace("</CONCLUSION>", "</CONCLUSION> </CONCLUSION>"),
+        good.replace("<CONCLUSION>", "<REASONING> 1 + 1 </REASONING> <CONCLUSION>"),
+        good.removeprefix("<SUMMARY> "),
+        render(x, REORDERED),
+        good.replace("\n\n", " "),
+        f"\n{good}\n",
+    ):
         text, problems = repair(bad)
         assert text == good and problems and all(p.fixed for p in problems), bad
     assert repair(good) == (good, [])
@@ -143,8 +259,16 @@ def test_repair_mends_separators_only():
 
 def test_repair_never_invents():
     good = render(CoT(summary="a", caption="b", reasoning="c", conclusion="d"))
-    for bad in (good[:-4], good.replace("<CAPTION> b </CAPTION>", ""), good.replace(" b ", " "), good.replace("</CONCLUSION>", ""), "Sure! " + good,
-                good.replace("<CONCLUSION>", "<REASONING> other </REASONING> <CONCLUSION>"), "2", ""):
+    for bad in (
+        good[:-4],
+        good.replace("<CAPTION> b </CAPTION>", ""),
+        good.replace(" b ", " "),
+        good.replace("</CONCLUSION>", ""),
+        "Sure! " + good,
+        good.replace("<CONCLUSION>", "<REASONING> other </REASONING> <CONCLUSION>"),
+        "2",
+        "",
+    ):
         assert repair(bad) == (bad, check(bad)) and check(bad), bad
 
 
@@ -155,7 +279,10 @@ def test_repair_is_idempotent_and_total():
         once, problems = repair(text, fmt)
         assert repair(once, fmt) == (once, [] if all(p.fixed for p in problems) else problems)
         assert check(once, fmt) == [p for p in problems if not p.fixed]
-        if once != text: assert set("".join(parse(once, fmt).values())) <= set(text)
+        if once != text:
+            assert set("".join(parse(once, fmt).values())) <= set(text)
+
+
     prop()
 
 
@@ -169,7 +296,11 @@ def test_repair_of_a_damaged_answer():
         tag = data.draw(st.sampled_from(SEPARATORS[:-1]))
         damaged = text.replace(tag, data.draw(st.sampled_from(["", tag + tag, tag + "\n" + tag])))
         mended, problems = repair(damaged)
-        assert (mended == text and all(p.fixed for p in problems)) or (mended == damaged and problems == check(damaged))
+        assert (mended == text and all(p.fixed for p in problems)) or (
+            mended == damaged and problems == check(damaged)
+        )
+
+
     prop()
 
 
@@ -177,14 +308,17 @@ def test_nothing_but_a_value_or_a_CoTError():
     found = fuzz(4000, seed=1)
     assert found["slowest"] < 2 and min(found["parsed"], found["mended"], found["refused"]) > 20, found
     for odd in (b"<SUMMARY>", None, 3, ["a"]):
-        with pytest.raises(CoTError): parse(odd)
+        with pytest.raises(CoTError):
+            parse(odd)
         assert repair(odd) == (odd, check(odd))
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_texts_give_a_value_or_a_CoTError():
     found = fuzz(100_000, seed=2)
-    assert found["slowest"] < 2 and sum(found[k] for k in ("parsed", "mended", "refused")) == 100_000, found
+    assert found["slowest"] < 2 and sum(found[k] for k in ("parsed", "mended", "refused")) == 100_000, (
+        found
+    )
 
 
 def test_a_megabyte_is_read_in_linear_time():
@@ -192,27 +326,49 @@ def test_a_megabyte_is_read_in_linear_time():
         t = time.process_time()
         check(text, fmt), spans(text, fmt), repair(text, fmt)
         return time.process_time() - t
-    for bit, fmt in [("<SUMMARY>", LLAVA_COT), ("<summary>", LLAVA_COT), ("<SUMMARY>a</SUMMARY>", LLAVA_COT), ("< ", LLAVA_COT), ("\n \n", NO_TAGS)]:
+
+
+    for bit, fmt in [
+        ("<SUMMARY>", LLAVA_COT),
+        ("<summary>", LLAVA_COT),
+        ("<SUMMARY>a</SUMMARY>", LLAVA_COT),
+        ("< ", LLAVA_COT),
+        ("\n \n", NO_TAGS),
+    ]:
         assert seconds(bit * (1_000_000 // len(bit)), fmt) < 8, bit
 
 
 @pytest.mark.slow
 def test_twice_the_text_takes_twice_the_time():
-    for bit, size in (("<SUMMARY>", 1_000_000), ("</SUMMARY>", 100_000), ("<SUMMARY><CAPTION>", 100_000), ("< summary>", 100_000)):
+    for bit, size in (
+        ("<SUMMARY>", 1_000_000),
+        ("</SUMMARY>", 100_000),
+        ("<SUMMARY><CAPTION>", 100_000),
+        ("< summary>", 100_000),
+    ):
         one = bit * (size // len(bit))
-        for f in (parse, repair): assert best(f, 2 * one) < 3 * best(f, one) + 0.1, (bit, f)
+        for f in (parse, repair):
+            assert best(f, 2 * one) < 3 * best(f, one) + 0.1, (bit, f)
 
 
 def test_to_format_keeps_every_stage():
     @settings(max_examples=200, deadline=None)
     @given(answers(LLAVA_COT))
     def prop(x):
-        for dst in (NO_TAGS, REORDERED): assert parse(to_format(render(x), LLAVA_COT, dst), dst) == x
+        for dst in (NO_TAGS, REORDERED):
+            assert parse(to_format(render(x), LLAVA_COT, dst), dst) == x
         assert to_format(render(x), LLAVA_COT, DIRECT) == x.conclusion
+
+
     prop()
 
 
 def test_errors_survive_pickle():
-    with pytest.raises(CoTError) as e: parse("<SUMMARY> a")
+    with pytest.raises(CoTError) as e:
+        parse("<SUMMARY> a")
     again = pickle.loads(pickle.dumps(e.value))
-    assert again.problems == e.value.problems and str(again) == str(e.value) and pickle.loads(pickle.dumps(CoT(summary="a"))) == CoT(summary="a")
+    assert (
+        again.problems == e.value.problems
+        and str(again) == str(e.value)
+        and pickle.loads(pickle.dumps(CoT(summary="a"))) == CoT(summary="a")
+    )

@@ -1,0 +1,71 @@
+"""Run notebooks in place, as a reader's *Run All* does; what is marked `#| slow` keeps the output it has.
+
+    python tools/execute.py nbs/13_template.ipynb [more]       stop at the first cell that fails
+    python tools/execute.py --slow nbs/14_tokens.ipynb         run the slow cells, too
+"""
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+
+class Client(NotebookClient):
+    "Leaves out cells marked slow."
+
+    def __init__(self, *args, slow: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.slow, self.seconds = slow, []
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        marked = re.search(r"^#\|\s*(slow|eval:\s*false)\b", cell["source"], re.M)
+        if cell["cell_type"] == "code" and marked and not self.slow:
+            return cell
+        began = time.perf_counter()
+        result = await super().async_execute_cell(cell, cell_index, **kwargs)
+        self.seconds.append((time.perf_counter() - began, cell_index))
+        return result
+
+
+def execute(path: Path, slow: bool, timeout: int) -> None:
+    "Run one notebook, and write it back without what differs from run to run."
+    nb = nbformat.read(path, as_version=4)
+    os.environ["LLAVA_COT_SLOW"] = "1"  # slow cells are this tool's to leave out
+    client = Client(
+        nb, slow=slow, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}
+    )
+    began = time.perf_counter()
+    try:
+        client.execute()
+    finally:
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = None
+                cell.metadata = {}
+                for out in cell.outputs:
+                    if "execution_count" in out:
+                        out["execution_count"] = None
+                    if "metadata" in out:
+                        out["metadata"] = {}
+        nbformat.write(nb, path)
+    most = ", ".join(f"cell {i} {s:.1f} s" for s, i in sorted(client.seconds, reverse=True)[:3])
+    print(f"{path}: {time.perf_counter() - began:.0f} s ({most})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--slow", action="store_true", help="run the cells marked slow, too")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds that one cell may take")
+    args = parser.parse_args()
+    for path in args.paths:
+        execute(path, args.slow, args.timeout)
+
+
+if __name__ == "__main__":
+    main()
