@@ -1,10 +1,11 @@
 """What a reader, and a contributor, may rely on in every notebook and module.
 
-    python tools/check.py            end non-zero if something is found; each line names notebook and cell
+    python tools/check.py    end non-zero if something is found; names notebook and cell
 
-It looks at columns, statements a line and names nobody binds (ruff), at the order of the rooms (a module imports
-only modules of notebooks before its own), at the size of modules, at the form of test names, and at leaks: a cell of
-the story that reads a name which a proof has bound again, so that its output is not what a reader gets.
+It looks at columns, statements a line and names nobody binds (ruff), at the order of the rooms (a
+module imports only modules of notebooks before its own), at the size of modules, at the form of
+test names, and at leaks: a cell of the story that reads a name which a proof has bound again, so
+that its output is not what a reader gets.
 """
 
 import ast

@@ -2,9 +2,10 @@
 
     python tools/export_tests.py
 
-A cell marked `#| testmod` goes to the top of the file as it stands; a cell marked `#| test some name words` becomes
-`def test_some_name_words():`, with `#| slow` under it also `@pytest.mark.slow`. A notebook without `#| default_exp`
-(a tutorial, a benchmark) that has test cells gives `tests/test_<stem>.py`. Test files whose notebook is gone are removed.
+A cell marked `#| testmod` goes to the top of the file as it stands; a cell marked
+`#| test some name words` becomes `def test_some_name_words():`, with `#| slow` under it also
+`@pytest.mark.slow`. A notebook without `#| default_exp` (a tutorial, a benchmark) that has test
+cells gives `tests/test_<stem>.py`. Test files whose notebook is gone are removed.
 """
 
 import ast
@@ -77,7 +78,8 @@ class Tests(Processor):
                 isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(ast.parse(code))
             ):
                 self.warnings.append(
-                    f"the cell '#| test {' '.join(words)}' imports: move that to a '#| testmod' cell, for a build of the site runs every cell with an import"
+                    f"the cell '#| test {' '.join(words)}' imports: move that to a '#| testmod'"
+                    " cell, for a build of the site runs every cell with an import"
                 )
         except (SyntaxError, tokenize.TokenError) as e:
             raise ExportError(
@@ -87,7 +89,7 @@ class Tests(Processor):
 
 
 def render(path: Path, lib: str) -> tuple[str | None, str, list[str]]:
-    "Name and text of the test file made from the notebook at `path`, and warnings; the name is None where there is nothing to test"
+    "Name and text of the test file of a notebook, and warnings; no name where nothing is tested."
     tests = Tests(None)
     NBProcessor(path, procs=tests, process=True)
     if not tests.tests:
