@@ -7,17 +7,18 @@ __all__ = ['ScoredRow', 'bootstrap_interval', 'scores', 'Report', 'score', 'zero
            'measured']
 
 # %% ../nbs/33_evaluate.ipynb #evaluate-imports
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
 import numpy as np
 import torch
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from .cot import CoTFormat, LLAVA_COT, check
-from .data import question
+
+from .cot import LLAVA_COT, CoTFormat, check
+from .data import load, question, split
 from .metrics import EvaluateError, is_right, normalise, reference
-from .search import Greedy, answer
-from .data import load, split
 from .reasoning import answer_key_judge
+from .search import Answer, Greedy, answer
 
 # %% ../nbs/33_evaluate.ipynb #c021
 @dataclass(frozen=True)
@@ -34,47 +35,80 @@ class ScoredRow:
     tokens: int
     right: bool  # ended, whole, and its conclusion says the same as the reference
     format_problems: tuple  # of `Problem`
-    problems: tuple | None  # the judge's; `None` without a judge
+    problems: tuple | None  # the judge's; None without a judge
     blind_right: bool | None = None  # the same question without the picture
 
     @property
-    def valid(self):
+    def valid(self) -> bool:
+        "Ended, and well formed."
         return self.finished and not self.format_problems
 
     @property
-    def sound(self):
+    def sound(self) -> bool:
+        "Ended, and the judge found nothing wrong in any stage."
         return self.problems is not None and self.finished and not self.problems
+
+# %% ../nbs/33_evaluate.ipynb #c035
+def _mark(
+    i: int,
+    example: dict,
+    given: Answer,
+    fmt: CoTFormat,
+    judge: Callable | None,
+    kind: Callable | None,
+    blind: Answer | None,
+) -> ScoredRow:
+    "One answer, marked."
+    wanted = reference(example, fmt)
+    group = kind(example) if kind else example.get("source") or "all"
+    return ScoredRow(
+        index=i,
+        id=example["id"],
+        kind=str(group),
+        question=question(example),
+        reference=wanted,
+        text=given.text,
+        finished=given.finished,
+        tokens=given.tokens,
+        right=is_right(given, wanted, fmt),
+        format_problems=tuple(check(given.text, fmt)),
+        problems=None if judge is None else tuple(judge(example, given.text)),
+        blind_right=None if blind is None else is_right(blind, wanted, fmt),
+    )
 
 # %% ../nbs/33_evaluate.ipynb #c026
 def bootstrap_interval(
-    values: Sequence,  # one score per example
+    values: Sequence,  # one score per example, in any order
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    "Interval of the mean: the middle `level` of the means of resampled examples. The order of `values` does not matter."
+    "Interval of the mean: the middle `level` of the means of resampled examples (Efron 1979)."
     v, rng = np.sort(np.asarray(values, float)), np.random.default_rng(seed)
     means = [v[rng.integers(0, len(v), len(v))].mean() for _ in range(resamples)]
-    return tuple(float(q) for q in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 # %% ../nbs/33_evaluate.ipynb #c031
-def _share(values):
-    return sum(values) / len(values) if (values := list(values)) else None
+def _share(values: Iterable) -> float | None:
+    "The mean of some scores; None where there are none."
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
-def _majority(rows):
+def _majority(rows: Sequence[ScoredRow]) -> int:
     "How many rows are answered by always saying what is most often right in their kind."
     by_kind = {}
     for r in rows:
         by_kind.setdefault(r.kind, Counter())[normalise(r.reference)] += 1
-    return sum(max(c.values()) for c in by_kind.values())
+    return sum(max(counts.values()) for counts in by_kind.values())
 
 # %% ../nbs/33_evaluate.ipynb #c032
 def scores(
-    rows: Sequence,  # of `Row`
+    rows: Sequence[ScoredRow],
     seed: int = 0,  # of the interval
 ) -> dict:
-    "The scores of some rows; `None` where nothing was measured."
+    "The scores of some rows, shares between 0 and 1; None where nothing was measured."
     judged, blind = rows[0].problems is not None, rows[0].blind_right is not None
     return dict(
         n=len(rows),
@@ -92,7 +126,7 @@ def scores(
 # %% ../nbs/33_evaluate.ipynb #c033
 @dataclass
 class Report:
-    "What an evaluation found: shares of examples, each between 0 and 1; `None` where nothing was measured."
+    "What an evaluation found: shares of examples; None where nothing was measured."
 
     n: int  # examples
     accuracy: float  # right conclusions
@@ -107,69 +141,52 @@ class Report:
     per_kind: dict  # kind -> the same figures
     seed: int = 0
     fmt: CoTFormat = LLAVA_COT
-    rows: list = field(default_factory=list, repr=False)  # of `Row`
+    rows: list = field(default_factory=list, repr=False)  # of `ScoredRow`
     examples: Sequence = field(default=(), repr=False)  # for their pictures
 
     def to_dict(self) -> dict:
         "The figures, for JSON."
-        return {
-            k: getattr(self, k)
-            for k in self.__dataclass_fields__
-            if k not in ("rows", "examples", "fmt")
-        } | {"fmt": self.fmt.name}
-
-# %% ../nbs/33_evaluate.ipynb #c035
-def _mark(i, example, given, fmt, judge, kind, blind):
-    "One `Row`."
-    wanted = reference(example, fmt)
-    return ScoredRow(
-        i,
-        example["id"],
-        str(kind(example) if kind else example.get("source") or "all"),
-        question(example),
-        wanted,
-        given.text,
-        given.finished,
-        given.tokens,
-        is_right(given, wanted, fmt),
-        tuple(check(given.text, fmt)),
-        None if judge is None else tuple(judge(example, given.text)),
-        None if blind is None else is_right(blind, wanted, fmt),
-    )
+        names = [f.name for f in fields(self) if f.name not in ("rows", "examples", "fmt")]
+        return {name: getattr(self, name) for name in names} | {"fmt": self.fmt.name}
 
 # %% ../nbs/33_evaluate.ipynb #c036
 def score(
     examples: Sequence,  # with reference answers
-    answers: Sequence,  # `search.Answer`s, in the same order
+    answers: Sequence[Answer],  # in the same order
     *,
     fmt: CoTFormat = LLAVA_COT,  # the format the answers should be in
     judge: Callable | None = None,  # (example, text) -> list of `Problem`
     kind: Callable | None = None,  # example -> what to group by; its `source` when left out
-    blind: Sequence | None = None,  # answers to the same examples without their pictures
+    blind: Sequence[Answer] | None = None,  # answers to the examples without their pictures
     seed: int = 0,  # of the intervals
 ) -> Report:
     "Marks answers. Raises `EvaluateError` if there are none, or they are not these examples'."
+    _check_answers(examples, answers, blind)
+    rows = []
+    for i, given in enumerate(answers):
+        control = blind[i] if blind else None
+        rows.append(_mark(i, examples[i], given, fmt, judge, kind, control))
+    kinds = sorted({r.kind for r in rows})
+    per_kind = {k: scores([r for r in rows if r.kind == k], seed) for k in kinds}
+    found = scores(rows, seed)
+    return Report(**found, per_kind=per_kind, seed=seed, fmt=fmt, rows=rows, examples=examples)
+
+
+def _check_answers(examples: Sequence, answers: Sequence, blind: Sequence | None) -> None:
+    "Raises `EvaluateError` where answers and examples do not go together."
     if not len(examples):
         raise EvaluateError("examples: found none, expected at least one to score")
-    for name, found in (("answers", answers), ("blind", answers if blind is None else blind)):
-        if len(found) != len(examples):
+    for name, found in (("answers", answers), ("blind", blind)):
+        if found is not None and len(found) != len(examples):
             raise EvaluateError(
                 f"{name}: found {len(found)} for {len(examples)} examples; expected one for each"
             )
-    rows = []
     for i, given in enumerate(answers):
-        example = examples[i]
-        if given.id != example["id"]:
+        if given.id != examples[i]["id"]:
             raise EvaluateError(
-                f"answers: answer {i} is of {given.id!r}, example {i} is {example['id']!r};"
+                f"answers: answer {i} is of {given.id!r}, example {i} is {examples[i]['id']!r};"
                 " expected the same order"
             )
-        rows.append(_mark(i, example, given, fmt, judge, kind, blind and blind[i]))
-    kinds = sorted({r.kind for r in rows})
-    per_kind = {k: scores([r for r in rows if r.kind == k], seed) for k in kinds}
-    return Report(
-        **scores(rows, seed), per_kind=per_kind, seed=seed, fmt=fmt, rows=rows, examples=examples
-    )
 
 # %% ../nbs/33_evaluate.ipynb #c043
 def zero_pixels(
@@ -186,9 +203,7 @@ def evaluate(
     *,
     fmt: CoTFormat = LLAVA_COT,  # the format of the answers
     method=Greedy(),  # how to search
-    judge: (
-        Callable | None
-    ) = None,  # (example, text) -> list of `Problem`, such as `judge_for(folder)`
+    judge: Callable | None = None,  # (example, text) -> list of `Problem`
     kind: Callable | None = None,  # example -> what to group by; its `source` when left out
     blind: bool = True,  # ask again with the pictures zeroed
     batch_size: int = 64,  # questions asked side by side
@@ -198,17 +213,14 @@ def evaluate(
     "Asks, and scores. Raises `EvaluateError` before asking, if an example has no reference."
     if not len(examples):
         raise EvaluateError("examples: found none, expected at least one to score")
-    texts = (
-        examples.remove_columns("images") if hasattr(examples, "remove_columns") else examples
-    )  # a picture takes time to read
+    texts = examples  # a picture takes time to read
+    if hasattr(examples, "remove_columns"):
+        texts = examples.remove_columns("images")
     for i in range(len(texts)):
         reference(texts[i], fmt)
-    given = answer(model, processor, examples, method, batch_size, progress)
-    control = (
-        answer(model, processor, examples, method, batch_size, progress, alter=zero_pixels)
-        if blind
-        else None
-    )
+    how = (model, processor, examples, method, batch_size, progress)
+    given = answer(*how)
+    control = answer(*how, alter=zero_pixels) if blind else None
     return score(examples, given, fmt=fmt, judge=judge, kind=kind, blind=control, seed=seed)
 
 # %% ../nbs/33_evaluate.ipynb #c009
