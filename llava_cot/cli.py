@@ -284,9 +284,7 @@ def _quiet() -> None:
 def _plain(error: Exception) -> str:
     "A parser's message as this package words its own."
     text = re.sub(r'Parser key "(\w+)":', r"\1:", str(error))
-    wrong = re.search(
-        r"[Kk]ey ['\"](\w+)['\"] is not expected|Unrecognized arguments: --(\w+)", text
-    )
+    wrong = re.search(r"does not accept option '(\w+)'|[Kk]ey ['\"](\w+)['\"] is not", text)
     if wrong is None:
         return text
     names = {o.name for function in COMMANDS.values() for o in options(function)}
