@@ -7,41 +7,20 @@ __all__ = ['TokensError', 'conversation', 'control_tokens_of', 'Turn', 'layout',
 
 # %% ../nbs/13_template.ipynb #template-imports
 import re
-from jinja2 import TemplateError
 from typing import NamedTuple
+
+from jinja2 import TemplateError
+from transformers import ProcessorMixin
+
 from .cot import InputError
 
 # %% ../nbs/13_template.ipynb #c011
 class TokensError(InputError):
-    "An example that cannot become tokens: which one, what was found, and what to do, in one line."
-
-# %% ../nbs/13_template.ipynb #c013
-def conversation(example, name, prompt_only):
-    "The conversation as chat templates want it, every text stripped; without its last answer for a prompt."
-    found = []
-    for m in example["messages"]:
-        content = (
-            [{"type": "text", "text": m["content"]}]
-            if isinstance(m["content"], str)
-            else m["content"]
-        )
-        items = [
-            (
-                {"type": "image"}
-                if c["type"] == "image"
-                else {"type": "text", "text": c["text"].strip()}
-            )
-            for c in content
-        ]
-        found.append({"role": m["role"], "content": items})
-    if prompt_only and found and found[-1]["role"] == "assistant":
-        found.pop()
-    _check(found, len(example.get("images") or ()), prompt_only, name)
-    return found
+    "An example that cannot become tokens: which one, what was found, and what to do."
 
 # %% ../nbs/13_template.ipynb #c014
-def _check(messages, images, prompt_only, name):
-    "Raise unless there is something to learn from (or to answer), and a place for each image."
+def _check(messages: list[dict], images: int, prompt_only: bool, name: str) -> None:
+    "Raises `TokensError` where there is nothing to learn or answer, or an image without a place."
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     if not messages:
         raise TokensError(f"{name}: no question in it")
@@ -55,41 +34,59 @@ def _check(messages, images, prompt_only, name):
             f"{name}: the messages place {placed} images, and the example holds {images}"
         )
 
+# %% ../nbs/13_template.ipynb #c013
+def _items(content: str | list[dict]) -> list[dict]:
+    "A message's content as a list: its texts stripped, its images as places without pixels."
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    return [
+        {"type": "image"} if c["type"] == "image" else {"type": "text", "text": c["text"].strip()}
+        for c in content
+    ]
+
+
+def conversation(
+    example: dict,  # `{"id", "images", "messages", "source"}`
+    name: str = "example",  # what errors call it
+    prompt_only: bool = False,  # leave out the last answer
+) -> list[dict]:  # `{"role", "content"}`, each content a list of texts and images
+    "The messages as chat templates want them. Raises `TokensError`."
+    messages = [{"role": m["role"], "content": _items(m["content"])} for m in example["messages"]]
+    if prompt_only and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    _check(messages, len(example.get("images") or ()), prompt_only, name)
+    return messages
+
 # %% ../nbs/13_template.ipynb #c016
 _SLOT = re.compile("\ue000(\\d+)\ue001")
 
 
-def _slots(messages):
-    "The same conversation with a numbered slot where each text was, and the texts as (role, text)."
+def _slots(messages: list[dict]) -> tuple[list[dict], list[tuple[str, str]]]:
+    "The conversation with a numbered slot for each text, and the texts as (role, text)."
     texts, slotted = [], []
-    for m in messages:
+    for message in messages:
         items = []
-        for c in m["content"]:
-            if c["type"] == "text":
-                texts.append((m["role"], c["text"]))
-                c = {"type": "text", "text": f"\ue000{len(texts) - 1}\ue001"}
-            items.append(c)
-        slotted.append({"role": m["role"], "content": items})
+        for item in message["content"]:
+            if item["type"] == "text":
+                slot = f"\ue000{len(texts)}\ue001"
+                texts.append((message["role"], item["text"]))
+                item = {"type": "text", "text": slot}
+            items.append(item)
+        slotted.append({"role": message["role"], "content": items})
     return slotted, texts
 
 # %% ../nbs/13_template.ipynb #c018
-def _flat(messages):
-    "The system's text as a bare string, for templates that want it so (Llama-3.2-Vision's does)."
-    return [
-        {**m, "content": m["content"][0]["text"]} if m["role"] == "system" else m for m in messages
-    ]
-
-
-def _template(processor, messages, prompt_only, name):
+def _template(processor: ProcessorMixin, messages: list[dict], prompt_only: bool, name: str) -> str:
     "The chat template's own rendering, the same on every day it is asked."
-    day = {"date_string": "26 Jul 2024"} if "date_string" in str(processor.chat_template) else {}
+    dated = "date_string" in str(processor.chat_template)
+    day = {"date_string": "26 Jul 2024"} if dated else {}
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=prompt_only, **day)
     except (TemplateError, ValueError, TypeError, KeyError) as e:
         raise TokensError(f"{name}: the chat template refuses this conversation ({e})") from e
 
 # %% ../nbs/13_template.ipynb #c020
-def _lead(processor, slotted, literals, name):
+def _lead(processor: ProcessorMixin, slotted: list[dict], literals: list[str], name: str) -> int:
     "How many characters of template stand between the invitation to answer and the answer."
     last = max(i for i, m in enumerate(slotted) if m["role"] == "assistant")
     invitation = _SLOT.split(_template(processor, slotted[:last], True, name))[-1]
@@ -102,21 +99,30 @@ def _lead(processor, slotted, literals, name):
     )
 
 # %% ../nbs/13_template.ipynb #c022
-def _frame(processor, messages, prompt_only, name):
-    "The template around the texts: [literal, literal, …] with one text between each two, and the (role, text)s."
+def _flat(messages: list[dict]) -> list[dict]:
+    "The system's text as a bare string."
+    return [
+        {**m, "content": m["content"][0]["text"]} if m["role"] == "system" else m for m in messages
+    ]
+
+
+def _frame(
+    processor: ProcessorMixin, messages: list[dict], prompt_only: bool, name: str
+) -> tuple[list[str], list[tuple[str, str]], int]:  # literals, texts, lead
+    "The template around the texts, the texts as (role, text), and `_lead`. Raises `TokensError`."
     slotted, texts = _slots(messages)
     frame = _template(processor, slotted, prompt_only, name)
     if "{'type'" in frame:
         messages, slotted = _flat(messages), _flat(slotted)
         frame = _template(processor, slotted, prompt_only, name)
     pieces = _SLOT.split(frame)
-    if pieces[1::2] != [str(i) for i in range(len(texts))]:
+    literals, numbers = pieces[::2], pieces[1::2]
+    if numbers != [str(i) for i in range(len(texts))]:
         raise TokensError(
             f"{name}: the chat template drops or repeats a turn; every text must appear once, in"
             " order"
         )
-    literals = pieces[::2]
-    plain = literals[0] + "".join(t + l for (_, t), l in zip(texts, literals[1:]))
+    plain = literals[0] + "".join(said + after for (_, said), after in zip(texts, literals[1:]))
     if plain != _template(processor, messages, prompt_only, name):
         raise TokensError(
             f"{name}: the chat template changes a text; what would be learned is not what was"
@@ -125,72 +131,82 @@ def _frame(processor, messages, prompt_only, name):
     return literals, texts, 0 if prompt_only else _lead(processor, slotted, literals, name)
 
 # %% ../nbs/13_template.ipynb #c027
-def _opening(literal, tokenizer):
+def _opening(literal: str, tokenizer) -> str:
     "`literal` with the BOS that the tokenizer would add by itself, where the template writes none."
     bos = tokenizer.bos_token
     if bos is None or bos in literal or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return literal
     return bos + literal
 
-
-def _closing(literal, enders, tokenizer):
-    "`literal` after an answer so that it begins with an end token, and where that ends in it."
-    if enders and (found := re.match(r"\s*(?:" + "|".join(map(re.escape, enders)) + ")", literal)):
-        return literal, found.end()
-    if tokenizer.eos_token is None:
-        raise TokensError("neither the chat template nor the tokenizer has an end token")
-    return tokenizer.eos_token + literal, len(tokenizer.eos_token)
-
 # %% ../nbs/13_template.ipynb #c028
-def control_tokens_of(processor):
-    "id -> text of every control token: the tokenizer's special ones, and the image's."
-    tok = processor.tokenizer
+def control_tokens_of(
+    processor: ProcessorMixin,  # of the model
+) -> dict[int, str]:  # id → text
+    "Every control token: the tokenizer's special ones, and the image's."
+    tokenizer = processor.tokenizer
     found = {
-        i: t.content
-        for i, t in tok.added_tokens_decoder.items()
-        if t.special and i != tok.unk_token_id
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and i != tokenizer.unk_token_id
     }
     image = getattr(processor, "image_token_id", None)
     return found if image is None else {**found, image: processor.image_token}
 
+# %% ../nbs/13_template.ipynb #c028c
+def _closing(
+    literal: str,  # the template after an answer
+    enders: list[str],  # the control tokens that may end it
+    tokenizer,
+) -> tuple[str, int]:
+    "`literal` with an end token at its beginning, and where in it that token ends."
+    if enders:
+        either = "|".join(map(re.escape, enders))
+        found = re.match(rf"\s*(?:{either})", literal)
+        if found:
+            return literal, found.end()
+    if tokenizer.eos_token is None:
+        raise TokensError("neither the chat template nor the tokenizer has an end token")
+    return tokenizer.eos_token + literal, len(tokenizer.eos_token)
+
 # %% ../nbs/13_template.ipynb #c029
 class Turn(NamedTuple):
-    "One text of the conversation, in characters: `text[start:stop]` is it, `text[first:after]` is learned if it is an answer."
+    "One text of a conversation, its places in characters of the whole: `text[start:stop]` is it."
 
     role: str
     start: int
     stop: int
-    first: int
-    after: int
+    first: int  # an answer is learned from here, with the blank the model must say
+    after: int  # up to here, with its end token
 
 
-def layout(processor, messages, prompt_only, name):
-    "The text to tokenise, where the turns stand in it, and the control tokens."
-    tok, (literals, texts, lead) = (
-        processor.tokenizer,
-        _frame(processor, messages, prompt_only, name),
-    )
-    specials = control_tokens_of(processor)
-    enders = [
-        t
-        for i, t in specials.items()
-        if i not in (tok.bos_token_id, getattr(processor, "image_token_id", None))
-    ]
-    text, turns = _opening(literals[0], tok), []
-    for (role, t), literal in zip(texts, literals[1:]):
-        literal, end = _closing(literal, enders, tok) if role == "assistant" else (literal, 0)
-        start, stop = len(text), len(text) + len(t)
+def layout(
+    processor: ProcessorMixin,  # of the model
+    messages: list[dict],  # from `conversation`
+    prompt_only: bool = False,  # end in the invitation to answer
+    name: str = "example",  # what errors call it
+) -> tuple[str, list[Turn], dict[int, str]]:  # text, turns, `control_tokens_of`
+    "The text to tokenise, the places of its turns, and the control tokens. Raises `TokensError`."
+    tokenizer, specials = processor.tokenizer, control_tokens_of(processor)
+    literals, texts, lead = _frame(processor, messages, prompt_only, name)
+    no_end = (tokenizer.bos_token_id, getattr(processor, "image_token_id", None))
+    enders = [token for i, token in specials.items() if i not in no_end]
+    text, turns = _opening(literals[0], tokenizer), []
+    for (role, said), literal in zip(texts, literals[1:]):
+        end = 0
+        if role == "assistant":
+            literal, end = _closing(literal, enders, tokenizer)
+        start, stop = len(text), len(text) + len(said)
         turns.append(Turn(role, start, stop, start - lead, stop + end))
-        text += t + literal
+        text += said + literal
     return text, turns, specials
 
 # %% ../nbs/13_template.ipynb #c061
 def end_token(
-    processor,  # of the model
+    processor: ProcessorMixin,  # of the model
 ) -> int:  # its id
-    "The token that `encode` teaches the model to end an answer with; generation has to stop there."
+    "The token that ends a learned answer; generation has to stop there."
     messages = [
-        {"role": r, "content": [{"type": "text", "text": "a"}]} for r in ("user", "assistant")
+        {"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")
     ]
-    text, turns, specials = layout(processor, messages, False, "end_token")
+    text, turns, _ = layout(processor, messages, name="end_token")
     return processor.tokenizer.convert_tokens_to_ids(text[turns[-1].stop : turns[-1].after].strip())

@@ -1,4 +1,5 @@
 """What all tests share. The test files beside this one are made from the notebooks by tools/export_tests.py."""
+
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,7 +10,8 @@ import torch
 from hypothesis import settings
 
 for name, helper in vars(fastcore.test).items():  # test_eq and the others are helpers, not tests
-    if name.startswith("test_") and callable(helper): helper.__test__ = False
+    if name.startswith("test_") and callable(helper):
+        helper.__test__ = False
 
 settings.register_profile("llava_cot", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("llava_cot")
@@ -25,7 +27,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow") or "slow" in config.getoption("markexpr"): return
+    if config.getoption("--slow") or "slow" in config.getoption("markexpr"):
+        return
     skip = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
-        if "slow" in item.keywords: item.add_marker(skip)
+        if "slow" in item.keywords:
+            item.add_marker(skip)

@@ -2,77 +2,49 @@
 from llava_cot.copies import *
 
 import io
-import json
+
 import numpy as np
-from PIL import Image as PILImage, ImageDraw
-from hypothesis import given, settings, strategies as st
-from pathlib import Path
-from llava_cot import copies
-from llava_cot.cot import CoT, render
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
 
-def picture(path, colour, shape="ellipse", size=(96, 64)):
-    "Draw one shape on grey and save it; the format follows the name."
-    image = PILImage.new("RGB", size, "#888888")
-    getattr(ImageDraw.Draw(image), shape)((20, 12, 60, 52), fill=colour)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+from llava_cot.scenes import draw, sample_scene
+
+def smooth(seed, size=(320, 240)):
+    "A picture that no other seed gives: smooth random colours."
+    values = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return PILImage.fromarray(values).resize(size, PILImage.Resampling.BICUBIC)
 
 
-def staged(conclusion, caption="A shape on grey."):
-    return render(
-        CoT(
-            summary="I will look at the shape.",
-            caption=caption,
-            reasoning="I read it off the caption.",
-            conclusion=conclusion,
-        )
-    )
+def hash_saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return hash_picture(buffer.getvalue())
 
 
-def row(id, image, *turns):
-    "One row of train.jsonl; turns alternate between human and gpt."
-    r = {
-        "id": id,
-        "image": image,
-        "conversations": [
-            {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)
-        ],
+def are_near(a, b):
+    bits = np.array([a.bits, b.bits], np.uint64)
+    colours = np.frombuffer(a.colours + b.colours, np.uint8).reshape(2, 192)
+    return bool(near_pairs(bits, colours))
+
+
+def test_hashes_are_those_of_imagehash():
+    known = {  # the values came from `imagehash.phash` of imagehash 4.3.2
+        0xF80CD08BD1543FAB: smooth(0),
+        0x8CE3D8B83ACBC534: smooth(1, (61, 197)),
+        0xFC6C8D47DB2420DA: smooth(2).convert("L"),
+        0xCAB44A4BB35DAA1A: draw(sample_scene(4), 48),
+        0xC3E31C3D3F1DC01C: draw(sample_scene(6), 192),
+        0x8000800080008000: PILImage.linear_gradient("L"),
+        0xEE989837E69AC819: PILImage.radial_gradient("L"),
+        0x8000000000000000: PILImage.new("RGB", (50, 40), "#888888"),
     }
-    return {k: v for k, v in r.items() if v is not None}
-
-
-ROWS = [
-    row("a1", "drawn/red.png", "What colour is it?", staged("red")),
-    row(
-        "a2",
-        "photo/blue.jpg",
-        "<image>\nWhat colour is it?",
-        staged("blue"),
-        "And its shape?",
-        staged("square"),
-    ),
-    row("a3", "drawn/red.png", "Is it round?\n<image>", staged("yes")),
-    row("a4", None, "Is a square round?", staged("no", "There is no picture.")),
-]
-
-
-def write(folder, rows=ROWS):
-    "Write rows (dicts, or raw lines) and the two pictures in LLaVA-CoT-100k's layout."
-    folder = Path(folder)
-    picture(folder / "drawn/red.png", "#cc2222")
-    picture(folder / "photo/blue.jpg", "#2244cc", "rectangle")
-    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+    assert {phash(image): image for image in known.values()} == known
 
 
 def test_near_finds_all_pairs():
-    rng = np.random.default_rng(0)
-
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.integers(0, 2**32), st.integers(0, 60))
-    def prop(seed, n):
+    def altered(seed, n):
+        "Hashes of which most differ in up to 7 bits from an earlier one, and a colour for each."
         rng = np.random.default_rng(seed)
         bits = rng.integers(0, 2**63, n, dtype=np.uint64)
         for i in range(1, n):
@@ -80,70 +52,69 @@ def test_near_finds_all_pairs():
                 bits[i] = bits[rng.integers(i)]
                 for k in rng.integers(0, 64, rng.integers(0, 8)):
                     bits[i] ^= np.uint64(1) << np.uint64(k)
-        colours = rng.integers(0, 2, (n, 1)).astype(np.uint8) * np.full((1, 192), 100, np.uint8)
-        slow = {}
+        return bits, rng.integers(0, 2, n)
+
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(0, 2**32), st.integers(0, 60))
+    def prop(seed, n):
+        bits, colour = altered(seed, n)
+        one_by_one = {}
         for j in range(n):
             for i in range(j):
-                if (
-                    int(bits[i] ^ bits[j]).bit_count() <= copies.NEAR_BITS
-                    and colours[i][0] == colours[j][0]
-                ):
-                    slow.setdefault(j, i)
-        assert copies.near_pairs(bits, colours) == slow
+                differ = int(bits[i] ^ bits[j]).bit_count()
+                if differ <= NEAR_BITS and colour[i] == colour[j]:
+                    one_by_one.setdefault(j, i)
+        colours = np.repeat(colour[:, None] * 100, 192, axis=1).astype(np.uint8)
+        assert near_pairs(bits, colours) == one_by_one
 
 
     prop()
-    same_everywhere = copies.near_pairs(np.zeros(3000, np.uint64), np.zeros((3000, 192), np.uint8))
+    same_everywhere = near_pairs(np.zeros(3000, np.uint64), np.zeros((3000, 192), np.uint8))
     assert same_everywhere == {i: 0 for i in range(1, 3000)}
 
 
 def test_pictures_are_told_apart():
-    def kept(image, kind="PNG", **kw):
-        image.save(out := io.BytesIO(), kind, **kw)
-        return copies.hash_picture(out.getvalue())
-
-
-    def near(a, b):
-        bits, colours = (
-            np.array([a.bits, b.bits], np.uint64),
-            np.frombuffer(a.colours + b.colours, np.uint8).reshape(2, -1),
-        )
-        return bool(copies.near_pairs(bits, colours))
-
-
-    def scene(seed, size=(320, 240)):
-        return PILImage.fromarray(
-            np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-        ).resize(size, PILImage.Resampling.BICUBIC)
-
-
     for seed in range(20):
-        image, p = scene(seed), kept(scene(seed))
+        plain = smooth(seed)
+        itself = hash_saved(plain)
         for other in (
-            kept(image, "JPEG", quality=50),
-            kept(image.resize((160, 120))),
-            kept(image.resize((640, 480)), "JPEG"),
-            kept(image, "WEBP"),
+            hash_saved(plain, "JPEG", quality=50),
+            hash_saved(plain.resize((160, 120))),
+            hash_saved(plain.resize((640, 480)), "JPEG"),
+            hash_saved(plain, "WEBP"),
         ):
-            assert near(p, other) and p.digest != other.digest
-        assert not near(p, kept(scene(seed + 100))) and not near(
-            p, kept(image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT))
-        )
-        assert not near(p, kept(PILImage.merge("RGB", image.split()[::-1])))
-    for mode in ("1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I", "I;16", "F"):
-        image = (
-            PILImage.new("I;16", (40, 30), 300)
-            if mode == "I;16"
-            else scene(1, (40, 30)).convert("L" if mode in "IF" else "RGB").convert(mode)
-        )
-        assert isinstance(
-            (
-                kept(image, "TIFF" if mode != "PA" else "PNG")
-                if mode != "PA"
-                else kept(image.convert("P"), transparency=b"\0\x80")
-            ),
-            copies.PictureHash,
-        ), mode
-    assert copies.hash_picture(b"no image") == "not an image" and isinstance(
-        copies.hash_picture(b""), str
-    )
+            assert are_near(itself, other) and itself.digest != other.digest
+        assert not are_near(itself, hash_saved(smooth(seed + 100)))
+        mirrored = plain.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        assert not are_near(itself, hash_saved(mirrored))
+        assert not are_near(itself, hash_saved(PILImage.merge("RGB", plain.split()[::-1])))
+
+
+def test_pictures_of_every_mode_are_hashed():
+    plain = smooth(1, (40, 30))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK"):
+        assert isinstance(hash_saved(plain.convert(mode), "TIFF"), PictureHash), mode
+    for mode in ("I", "F"):
+        assert isinstance(hash_saved(plain.convert("L").convert(mode), "TIFF"), PictureHash), mode
+    deep = PILImage.new("I;16", (40, 30), 300)
+    transparent = plain.convert("P")
+    assert isinstance(hash_saved(deep, "TIFF"), PictureHash)
+    assert isinstance(hash_saved(transparent, transparency=b"\0\x80"), PictureHash)
+    assert hash_picture(b"no image") == "not an image"
+    assert isinstance(hash_picture(b""), str)
+
+
+def test_shared_pictures_are_found_in_both_ways():
+    def hung(*pictures):
+        return Gallery({}, dict(enumerate(pictures)))
+
+
+    one, two, three = (hash_saved(smooth(seed)) for seed in range(3))
+    nearly_two = hash_saved(smooth(1), "JPEG")
+    mine = hung(one, two, "not an image", one, nearly_two)
+    assert find_duplicates(mine) == {3: ("exact", 0), 4: ("near", 1)}
+    assert find_shared(mine, hung(three)) == {}
+    assert find_shared(mine, hung(three, one)) == {0: ("exact", 1), 3: ("exact", 1)}
+    assert find_shared(mine, hung(nearly_two)) == {1: ("near", 0), 4: ("exact", 0)}
+    assert find_duplicates(hung()) == find_shared(hung(), mine) == find_shared(mine, hung()) == {}

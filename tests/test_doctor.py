@@ -2,25 +2,28 @@
 import pytest
 from llava_cot.doctor import *
 
-import datasets
 import io
 import json
-import numpy as np
 import os
-import psutil
-import pytest
 import re
 import resource
 import sys
 import tempfile
 import time
 import zipfile
-from PIL import Image as PILImage, ImageDraw
 from pathlib import Path
-from llava_cot import doctor
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+from PIL import Image as PILImage
+from PIL import ImageDraw
+
 from llava_cot.batches import Order
 from llava_cot.cot import CoT, parse, render
 from llava_cot.data import load
+from llava_cot.doctor import _tiles
 from llava_cot.files import DataError
 from llava_cot.rows import in_workers
 from llava_cot.tiny import tiny_llava, tiny_mllama
@@ -35,38 +38,22 @@ def picture(path, colour, shape="ellipse", size=(96, 64)):
 
 
 def staged(conclusion, caption="A shape on grey."):
-    return render(
-        CoT(
-            summary="I will look at the shape.",
-            caption=caption,
-            reasoning="I read it off the caption.",
-            conclusion=conclusion,
-        )
-    )
+    summary, reasoning = "I will look at the shape.", "I read it off the caption."
+    stages = dict(summary=summary, caption=caption, reasoning=reasoning, conclusion=conclusion)
+    return render(CoT(**stages))
 
 
 def row(id, image, *turns):
     "One row of train.jsonl; turns alternate between human and gpt."
-    r = {
-        "id": id,
-        "image": image,
-        "conversations": [
-            {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)
-        ],
-    }
-    return {k: v for k, v in r.items() if v is not None}
+    said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    fields = {"id": id, "image": image, "conversations": said}
+    return {k: v for k, v in fields.items() if v is not None}
 
 
+BLUE = ["<image>\nWhat colour is it?", staged("blue"), "And its shape?", staged("square")]
 ROWS = [
     row("a1", "drawn/red.png", "What colour is it?", staged("red")),
-    row(
-        "a2",
-        "photo/blue.jpg",
-        "<image>\nWhat colour is it?",
-        staged("blue"),
-        "And its shape?",
-        staged("square"),
-    ),
+    row("a2", "photo/blue.jpg", *BLUE),
     row("a3", "drawn/red.png", "Is it round?\n<image>", staged("yes")),
     row("a4", None, "Is a square round?", staged("no", "There is no picture.")),
 ]
@@ -81,141 +68,102 @@ def write(folder, rows=ROWS):
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
-def zip_up(folder, parts=3, name="image.zip", inside=""):
-    "Put the pictures of a folder into a zip, cut it into parts (0: leave it whole), and remove them."
-    folder, packed = Path(folder), io.BytesIO()
+def zip_up(folder, parts):
+    "Put the pictures of a folder into image.zip, cut it into parts, and remove them."
+    packed = folder / "whole.zip"
     pictures = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg"))
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
         for p in pictures:
-            z.write(p, inside + str(p.relative_to(folder)))
-    for p in pictures:
-        p.unlink()
-    return cut_up(folder, packed.getvalue(), parts, name)
+            z.write(p, str(p.relative_to(folder)))
+            p.unlink()
+    cut_up(packed, parts)
 
 
-def cut_up(folder, raw, parts, name="image.zip"):
-    "Write bytes as a file, or as files like those that `split -b` makes."
-    size = -(-len(raw) // max(parts, 1))
-    for i in range(max(parts, 1)):
-        (Path(folder) / (f"{name}.part-a{chr(97 + i)}" if parts else name)).write_bytes(
-            raw[i * size : (i + 1) * size]
-        )
-    return Path(folder)
+def cut_up(packed, parts):
+    "Cut a zip into parts as `split -b` does, and remove it."
+    size = -(-packed.stat().st_size // parts)
+    with open(packed, "rb") as f:
+        for i in range(parts):
+            packed.with_name(f"image.zip.part-a{chr(97 + i)}").write_bytes(f.read(size))
+    packed.unlink()
+
+
+def pixels(example):
+    return [(image.size, image.convert("RGB").tobytes()) for image in example["images"]]
+
+
+datasets.disable_progress_bars()
+
 
 def same(a, b):
     "Are two datasets equal, pictures and all?"
-
-    def pixels(ex):
-        return [(i.size, i.convert("RGB").tobytes()) for i in ex["images"]]
-
-    return (
-        a.column_names == b.column_names
-        and a.features == b.features
-        and len(a) == len(b)
-        and all(
-            x["id"] == y["id"]
-            and x["messages"] == y["messages"]
-            and x["source"] == y["source"]
-            and pixels(x) == pixels(y)
-            for x, y in zip(a, b)
-        )
+    if a.column_names != b.column_names or a.features != b.features or len(a) != len(b):
+        return False
+    texts = ("id", "messages", "source")
+    return all(
+        [x[k] for k in texts] == [y[k] for k in texts] and pixels(x) == pixels(y)
+        for x, y in zip(a, b)
     )
 
+REPEATED = [
+    *ROWS,
+    row("a5", "copies/red.png", "Where?", staged("left")),
+    row("a6", "drawn/red.png", "what colour  is it?", staged("red")),
+    row("a1", None, "q", "text"),
+]
 
-def sizes(rows):
-    return [(r["id"], [i.size for i in r["images"]]) for r in rows]
+
+def in_every_layout(folder):
+    "Write the rows of REPEATED in five layouts; gives the good rows as a dataset, and the paths."
+    for name in ("good", "listed", "zip"):
+        picture(write(folder / name, REPEATED) / "copies/red.png", "#cc2222")
+    (folder / "listed/train.jsonl").unlink()
+    (folder / "listed/train.json").write_text(json.dumps(REPEATED))
+    zip_up(folder / "zip", 2)
+    good = load(folder / "good", fmt=None, check=False)
+    good.save_to_disk(folder / "saved")
+    datasets.load_from_disk(folder / "saved").to_parquet(folder / "p.parquet")
+    return good, [folder / name for name in ("good", "listed", "saved", "p.parquet", "zip")]
 
 SIZES = [(320, 240), (256, 256), (448, 336), (224, 224), (640, 480)]
+WORDS = (
+    "a the picture shows left of right large small red blue chart bar line because so then we count"
+    " compare see between under above value"
+).split()
 
 
 def scene(seed, size=(320, 240)):
     "A picture that no other seed gives: smooth random colours."
-    return PILImage.fromarray(
-        np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    ).resize(size, PILImage.Resampling.BICUBIC)
+    values = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return PILImage.fromarray(values).resize(size, PILImage.Resampling.BICUBIC)
 
 
 def encoded(image, kind="JPEG", quality=85):
-    image.save(out := io.BytesIO(), kind, **({"quality": quality} if kind == "JPEG" else {}))
-    return out.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": quality} if kind == "JPEG" else {}))
+    return buffer.getvalue()
 
 
 def encoded_scenes(given, portion):
-    return [(i, encoded(scene(i, SIZES[i % 5]), "PNG" if i % 10 == 3 else "JPEG")) for i in portion]
-
-
-WORDS = (
-    "a the picture shows left of right large small red blue chart bar line because so then we count"
-    " compare see between under above value".split()
-)
+    return [encoded(scene(i, SIZES[i % 5]), "PNG" if i % 10 == 3 else "JPEG") for i in portion]
 
 
 def talk(i, conclusion):
-    "A staged answer of LLaVA-CoT's size, other words for each row: some 300, at most 1,200, log-normal."
+    "A staged answer of LLaVA-CoT's size, other words for each row: 80 to 1,200, log-normal."
     rng = np.random.default_rng(i)
     n = int(np.clip(rng.lognormal(5.6, 0.45), 80, 1200))
-    draw = rng.choice(WORDS, n)
+    drawn = rng.choice(WORDS, n)
+    ends = (("summary", 0, 0.1), ("caption", 0.1, 0.4), ("reasoning", 0.4, 1))
+    stages = {
+        stage: f"Row {i}: " + " ".join(drawn[int(a * n) : int(b * n)]) + "." for stage, a, b in ends
+    }
+    return stages | {"conclusion": conclusion}
 
-    def text(a, b):
-        return f"Row {i}: " + " ".join(draw[int(a * n) : int(b * n)]) + "."
-
-    return dict(
-        summary=text(0, 0.1), caption=text(0.1, 0.4), reasoning=text(0.4, 1), conclusion=conclusion
-    )
-
-def spoil(kind, r, answer, images, good, theirs):
-    "Plant one fault in row `r`; `good` is an earlier row's number, `theirs` an evaluation picture's. Gives the row, or its raw line."
-    mine, says = r["image"], r["conversations"][1]
-
-    def tag(s):
-        return f"<{s}> {answer[s.lower()]} </{s}>"
-
-    stages = dict(
-        stage_missing=("SUMMARY", "REASONING", "CONCLUSION"),
-        stage_order=("SUMMARY", "REASONING", "CAPTION", "CONCLUSION"),
-        stage_doubled=("SUMMARY", "CAPTION", "REASONING", "REASONING", "CONCLUSION"),
-    )
-    if kind in stages:
-        says["value"] = "\n\n".join(map(tag, stages[kind]))
-    elif kind == "stage_unclosed":
-        says["value"] = says["value"].replace("</CAPTION>", "")
-    elif kind == "stage_empty":
-        says["value"] = says["value"].replace(answer["summary"], "")
-    elif kind == "stage_stray":
-        says["value"] += " Hope this helps!"
-    elif kind == "json":
-        return json.dumps(r)[:400]
-    elif kind == "missing_image":
-        images.pop(mine)
-    elif kind == "unreadable_image":
-        images[mine] = images[mine][: len(images[mine]) // 2]
-    elif kind == "duplicate_id":
-        r["id"] = f"id-{good}"
-    elif kind == "duplicate_image":
-        images[mine] = encoded_scenes(None, [good])[0][1]
-    elif kind == "near_duplicate_image":
-        images[mine] = encoded(scene(good, (160, 120)), "JPEG", 70)
-    elif kind == "duplicate_question":
-        (
-            r.update(image=name_of(good)),
-            r["conversations"][0].update(value=question_of(good)),
-            images.pop(mine),
-        )
-    elif kind == "placeholder":
-        r["conversations"][0]["value"] += " <image> <image>"
-    elif kind == "escape":
-        r["image"] = "../../secret.jpg"
-    elif kind == "turns":
-        r["conversations"].pop()
-    elif kind == "empty_turn":
-        r["conversations"][0]["value"] = " "
-    elif kind == "shared_image":
-        images[mine] = encoded(scene(10**9 + theirs))
-    elif kind == "near_shared_image":
-        images[mine] = encoded(scene(10**9 + theirs, (200, 150)), "JPEG", 60)
-    return r
-
-
+ORDERS = dict(
+    stage_missing=("SUMMARY", "REASONING", "CONCLUSION"),
+    stage_order=("SUMMARY", "REASONING", "CAPTION", "CONCLUSION"),
+    stage_doubled=("SUMMARY", "CAPTION", "REASONING", "REASONING", "CONCLUSION"),
+)
 KINDS = (
     "json missing_image unreadable_image duplicate_id duplicate_image near_duplicate_image"
     " duplicate_question stage_missing stage_order stage_doubled stage_unclosed stage_empty"
@@ -230,68 +178,107 @@ def name_of(i):
 def question_of(i):
     return f"What do you see in picture {i}?"
 
+
+def spoil_text(kind, r, answer, good):
+    "Plant a fault in the texts of row `r`; `good` is an earlier row's number."
+    asks, says = r["conversations"]
+    if kind in ORDERS:
+        says["value"] = "\n\n".join(f"<{s}> {answer[s.lower()]} </{s}>" for s in ORDERS[kind])
+    elif kind == "stage_unclosed":
+        says["value"] = says["value"].replace("</CAPTION>", "")
+    elif kind == "stage_empty":
+        says["value"] = says["value"].replace(answer["summary"], "")
+    elif kind == "stage_stray":
+        says["value"] += " Hope this helps!"
+    elif kind == "duplicate_id":
+        r["id"] = f"id-{good}"
+    elif kind == "placeholder":
+        asks["value"] += " <image> <image>"
+    elif kind == "escape":
+        r["image"] = "../../secret.jpg"
+    elif kind == "turns":
+        r["conversations"].pop()
+    elif kind == "empty_turn":
+        asks["value"] = " "
+
+def spoil_images(kind, r, images, good, theirs):
+    "Plant a fault in the picture of row `r`; `theirs` is the number of an evaluation picture."
+    mine = r["image"]
+    if kind == "missing_image":
+        images.pop(mine)
+    elif kind == "unreadable_image":
+        images[mine] = images[mine][: len(images[mine]) // 2]
+    elif kind == "duplicate_image":
+        images[mine] = encoded_scenes(None, [good])[0]
+    elif kind == "near_duplicate_image":
+        images[mine] = encoded(scene(good, (160, 120)), "JPEG", 70)
+    elif kind == "duplicate_question":
+        r["image"] = name_of(good)
+        r["conversations"][0]["value"] = question_of(good)
+        images.pop(mine)
+    elif kind == "shared_image":
+        images[mine] = encoded(scene(10**9 + theirs))
+    elif kind == "near_shared_image":
+        images[mine] = encoded(scene(10**9 + theirs, (200, 150)), "JPEG", 60)
+
+
+def spoil(kind, r, answer, images, good, theirs):
+    "Plant one fault in row `r`. Gives its line."
+    spoil_text(kind, r, answer, good)
+    spoil_images(kind, r, images, good, theirs)
+    return json.dumps(r)[:400] if kind == "json" else json.dumps(r)
+
+def write_evaluation(folder, n):
+    "A set of `n` pictures."
+    (folder / "img").mkdir(parents=True)
+    rows = [row(f"e{k}", f"img/{k}.jpg", question_of(k), staged("x")) for k in range(n)]
+    for k in range(n):
+        (folder / f"img/{k}.jpg").write_bytes(encoded(scene(10**9 + k)))
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def drawn_scenes(numbers):
+    portions = (numbers[i : i + 200] for i in range(0, len(numbers), 200))
+    for portion in in_workers(encoded_scenes, portions, None):
+        yield from portion
+
+
 def plant(folder, n, parts, each=2, seed=0):
     "Write `n` rows with `each` faults of every kind, and folder/eval; returns {(kind, line)}."
     rng, folder = np.random.default_rng(seed), Path(folder)
     sick = rng.choice(np.arange(n // 2, n), each * len(KINDS), replace=False)
     sick = {int(i): kind for i, kind in zip(sick, KINDS * each)}
-    images, planted, used, evaluation = {}, set(), set(), len(sick)
-    (folder / "eval/img").mkdir(parents=True)
-    for k in range(evaluation):
-        (folder / f"eval/img/{k}.jpg").write_bytes(encoded(scene(10**9 + k)))
-    (folder / "eval/train.jsonl").write_text(
-        "".join(
-            json.dumps(row(f"e{k}", f"img/{k}.jpg", question_of(k), staged("x"))) + "\n"
-            for k in range(evaluation)
-        )
-    )
-    second = {
-        i for i in range(1, n) if i % 10 == 9 and i not in sick and i - 1 not in sick
-    }  # a second question about the picture before
-    wanted = [i for i in range(n) if i not in second]
-    with open(folder / "train.jsonl", "w") as f, zipfile.ZipFile(folder / "whole.zip", "w") as z:
-        drawn = (
-            d
-            for part in in_workers(
-                encoded_scenes, (wanted[i : i + 200] for i in range(0, len(wanted), 200)), None
-            )
-            for d in part
-        )
+    write_evaluation(folder / "eval", len(sick))
+    ninth = [i for i in range(1, n) if i % 10 == 9]  # asks about the picture before, too
+    second = {i for i in ninth if i not in sick and i - 1 not in sick}
+    drawn = drawn_scenes([i for i in range(n) if i not in second])
+    good = [i for i in range(n // 2) if i not in second and i + 1 not in second]
+    good = iter(rng.permutation(good).tolist())
+    planted, packed = set(), folder / "whole.zip"
+    with open(folder / "train.jsonl", "w") as f, zipfile.ZipFile(packed, "w") as z:
         for i in range(n):
-            if i not in second:
-                images[name_of(i)] = next(drawn)[1]
+            images = {} if i in second else {name_of(i): next(drawn)}
             answer = talk(i, ("B", "42", "yes", "a red ball")[i % 4])
-            r = row(
-                f"id-{i}",
-                name_of(i - (i in second)),
-                ("<image>\n" if i % 2 else "") + question_of(i),
-                render(CoT(answer)),
-            )
+            asks = ("<image>\n" if i % 2 else "") + question_of(i)
+            r = row(f"id-{i}", name_of(i - (i in second)), asks, render(CoT(answer)))
+            line = json.dumps(r)
             if i in sick:
-                good = next(
-                    g
-                    for g in iter(lambda: int(rng.integers(n // 2)), None)
-                    if g not in second and g + 1 not in second and g not in used
-                )
-                used.add(good)
-                r = spoil(sick[i], r, answer, images, good, len(used) - 1)
+                line = spoil(sick[i], r, answer, images, next(good), len(planted))
                 planted.add((sick[i], i + 1))
-            f.write((r if isinstance(r, str) else json.dumps(r)) + "\n")
-            for name in list(images):
-                z.writestr(
-                    name,
-                    images.pop(name),
-                    zipfile.ZIP_DEFLATED if i % 8 == 0 else zipfile.ZIP_STORED,
-                )
-    raw_size, whole = -(-(folder / "whole.zip").stat().st_size // parts), folder / "whole.zip"
-    with open(whole, "rb") as f:
-        for k in range(parts):
-            (folder / f"image.zip.part-a{chr(97 + k)}").write_bytes(f.read(raw_size))
-    whole.unlink()
+            f.write(line + "\n")
+            packing = zipfile.ZIP_DEFLATED if i % 8 == 0 else zipfile.ZIP_STORED
+            for name, raw in images.items():
+                z.writestr(name, raw, packing)
+    cut_up(packed, parts)
     return planted
 
+def tree(process):
+    "A process and all below it."
+    return [process, *process.children(recursive=True)]
+
+
 def watched(words, folder):
-    "Run a Python command line and watch its tree: its output and what it cost. `others` is how many cores the rest of the machine kept busy meanwhile."
+    "Run a Python command line and watch its tree: its output and what it cost, as `said` tells."
     temp = Path(folder) / "temp"
     temp.mkdir(exist_ok=True)
 
@@ -302,19 +289,12 @@ def watched(words, folder):
         return sum(getattr(psutil.cpu_times(), kind) for kind in ("user", "system"))
 
     env = os.environ | {"TMPDIR": str(temp), "HF_HOME": str(temp), "OMP_NUM_THREADS": "1"}
-    started, before, all_before, rss, pss, written, out = (
-        time.time(),
-        spent(),
-        worked(),
-        0,
-        0,
-        {},
-        tempfile.TemporaryFile(),
-    )
+    started, before, all_before = time.time(), spent(), worked()
+    rss, pss, written, out = 0, 0, {}, tempfile.TemporaryFile()
     p = psutil.Popen([sys.executable, *map(str, words)], stdout=out, env=env)
     while p.poll() is None:
         sizes = []
-        for q in [p, *p.children(recursive=True)]:
+        for q in tree(p):
             try:
                 m = q.memory_full_info()
                 sizes.append((m.rss, m.pss))
@@ -324,25 +304,17 @@ def watched(words, folder):
         rss, pss = max(rss, sum(s[0] for s in sizes)), max(pss, sum(s[1] for s in sizes))
         time.sleep(0.3)
     seconds, cpu = time.time() - started, spent() - before
+    others = (worked() - all_before - cpu) / seconds  # cores that the rest of the machine kept busy
     out.seek(0)
-    return out.read().decode(), dict(
-        seconds=seconds,
-        cpu=cpu,
-        others=(worked() - all_before - cpu) / seconds,
-        rss=rss / 1e9,
-        pss=pss / 1e9,
-        written=sum(written.values()),
-    )
+    cost = dict(seconds=seconds, cpu=cpu, others=others, rss=rss / 1e9, pss=pss / 1e9)
+    return out.read().decode(), cost | {"written": sum(written.values())}
 
 
 def said(m):
     "What a command cost, in words."
-    return (
-        f"{m['cpu']:.1f} s of processor, {m['others']:.1f} cores busy with other work; peak"
-        f" {m['rss']:.2f} GB ({m['pss']:.2f} GB with shared pages once), {m['written']:,} bytes"
-        " written"
-    )
-
+    busy = f"{m['cpu']:.1f} s of processor, {m['others']:.1f} cores busy with other work"
+    memory = f"peak {m['rss']:.2f} GB ({m['pss']:.2f} GB with shared pages once)"
+    return f"{busy}; {memory}, {m['written']:,} bytes written"
 
 FIRST_BATCH = """
 import sys, time; t = time.time()
@@ -352,46 +324,29 @@ start = time.time(); ds = data.load(sys.argv[1])
 batch = next(iter(DataLoader(ds, batch_size=32, num_workers=2, collate_fn=list)))
 print(len(ds), len(batch), all(r["images"][0].size for r in batch), start - t, time.time() - start)
 """
+CHECK = "import sys; from llava_cot.cli import main; sys.exit(main())"
 
 
 def padding(order, tokens):
-    "Of two epochs: the share of tokens that only fill up batches, and the batches of each epoch as sets of rows."
+    "Of two epochs: the share of tokens that only fill up batches, and each epoch's batches."
     batches = list(order)
     size = sum(max(tokens[r] for _, r in b) * len(b) for b in batches)
-    return 1 - sum(tokens[r] for b in batches for _, r in b) / size, [
+    held = sum(tokens[r] for b in batches for _, r in b)
+    epochs = [
         {frozenset(r for _, r in b) for b in batches if b[0][0] == b[-1][0] == epoch}
         for epoch in (0, 1)
     ]
+    return 1 - held / size, epochs
 
 
-def test_check_counts_everything():
-    with tempfile.TemporaryDirectory() as d:
-        r = check(write(d))
-        assert (
-            r.ok
-            and (r.rows, r.turns, r.images, r.sources["drawn"]) == (4, 5, 2, 2)
-            and "nothing wrong" in repr(r)
-        )
-        assert (
-            r.placements == {"implied": 1, "start": 1, "end": 1, "no image": 1}
-            and r.conclusions == {"text": 2, "yes/no": 2}
-            and r.formats == {"PNG": 1, "JPEG": 1}
-            and r.sizes == {(96, 64): 2}
-        )
-        r = check(write(d, [*ROWS, "{", row("a1", "gone.png", "q", "text")]))
-        assert (
-            r.rows == 6
-            and {"json": 1, "duplicate_id": 1, "missing_image": 1, "stage_missing": 4, "stage_stray": 1}
-            == r.counts
-        )
-        assert (
-            json.loads(json.dumps(r.to_dict()))["counts"] == r.counts
-            and "<table>" in r._repr_html_()
-            and {p.row for p in r.problems} == {5, 6}
-        )
-        assert check(write(d, [])).counts == {"no_rows": 1}
-        with pytest.raises(DataError):
-            check(Path(d) / "nowhere")
+def found_in(report):
+    "{(kind, line)} of a report in JSON."
+    pairs = []
+    for group in ("examples", "warning_examples"):
+        for kind, messages in report[group].items():
+            pairs += [(kind, int(re.match(r"train.jsonl:(\d+)", m)[1])) for m in messages]
+    assert len(pairs) == sum((report["counts"] | report["warnings"]).values())
+    return set(pairs)
 
 
 def test_conclusions_have_a_form():
@@ -402,69 +357,125 @@ def test_conclusions_have_a_form():
         "text": "a dog;none;two;7 dogs and;AB;12 apples;",
     }.items():
         for t in texts.split(";"):
-            assert doctor.conclusion_form(t) == form, t
+            assert conclusion_form(t) == form, t
+
+
+def test_check_counts_everything():
+    with tempfile.TemporaryDirectory() as d:
+        r = check(write(d))
+        assert r.ok and "nothing wrong" in repr(r)
+        assert (r.rows, r.turns, r.images, r.sources["drawn"]) == (4, 5, 2, 2)
+        assert r.placements == {"implied": 1, "start": 1, "end": 1, "no image": 1}
+        assert r.conclusions == {"text": 2, "yes/no": 2}
+        assert r.formats == {"PNG": 1, "JPEG": 1} and r.sizes == {(96, 64): 2}
+        r = check(write(d, [*ROWS, "{", row("a1", "gone.png", "q", "text")]))
+        once = ("json", "duplicate_id", "missing_image", "stage_stray")
+        assert r.rows == 6 and r.counts == {kind: 1 for kind in once} | {"stage_missing": 4}
+        assert json.loads(json.dumps(r.to_dict()))["counts"] == r.counts
+        assert "<table>" in r._repr_html_() and {p.row for p in r.problems} == {5, 6}
+        assert check(write(d, [])).counts == {"no_rows": 1}
+        with pytest.raises(DataError):
+            check(Path(d) / "nowhere")
+
+
+def test_the_report_writes_itself():
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        write(d, [*ROWS, row("<b>", "drawn/red.png", "q", "<script>")])
+        texts = [r["conversations"][-1]["value"] for r in ROWS] + ["<script>"]
+        captions = [f"<CAPTION> {parse(text).caption} </CAPTION>" for text in texts[:4]]
+        for build in (tiny_llava, tiny_mllama):
+            its = build()[1]
+            r = check(d, processor=its)
+            r.write(d / "out")
+            in_json = json.loads((d / "out/report.json").read_text())
+            page = (d / "out/report.html").read_text()
+            assert in_json == json.loads(json.dumps(r.to_dict(20)))
+            assert in_json["counts"]["stage_missing"] == 4 and in_json["rows_with_errors"] == 1
+            assert "data:image/png;base64" in page and "<script>" not in page and "http" not in page
+            assert sorted(p.name for p in (d / "out").iterdir()) == ["report.html", "report.json"]
+
+            def ids(t):
+                return len(its.tokenizer(t, add_special_tokens=False)["input_ids"])
+
+            assert sorted(r.lengths["answer"]) == sorted(map(ids, texts))
+            assert sorted(r.lengths["CAPTION"]) == sorted(map(ids, captions))
+            assert len(r.lengths["SUMMARY"]) == 4 and in_json["lengths"]["question"]["rows"] == 5
+            sizes = [_tiles(its, s) for s in ((20, 20), (4000, 4000), (100, 400))]
+            assert sum(r.tiles.values()) == 2 and sizes[0] == 1
+            assert max(sizes) == 1 if build is tiny_llava else max(sizes) > 1, sizes
+        with pytest.raises(DataError, match="give check a processor"):
+            check(d).plot()
+
+
+def test_every_layout_is_examined_and_cleaned():
+    with tempfile.TemporaryDirectory() as d:
+        d, cache = Path(d), datasets.config.HF_DATASETS_CACHE
+        datasets.config.HF_DATASETS_CACHE = d / "cache"
+        try:
+            good, paths = in_every_layout(d)
+            for path in paths:
+                r = check(path)
+                is_table = path.name in ("saved", "p.parquet")
+                warned = {"duplicate_question": 1} | ({} if is_table else {"duplicate_image": 1})
+                formats = {"PNG": 4, "JPEG": 1} if is_table else {"PNG": 2, "JPEG": 1}
+                assert r.counts == {"stage_missing": 4, "stage_stray": 1, "duplicate_id": 1}, path.name
+                assert r.warned == warned and r.formats == formats, path.name
+                assert (r.rows, r.turns) == (7, 8)
+                out = d / f"clean_{path.name}"
+                assert r.write_clean(out) == (6, 1) and same(load(out), good.select(range(6)))
+                assert check(out).ok and len(check(out).warnings) == len(r.warnings)
+                dropped = json.loads((out / "dropped.jsonl").read_text())
+                assert dropped["reasons"][0]["kind"] == "duplicate_id"
+        finally:
+            datasets.config.HF_DATASETS_CACHE = cache
 
 
 def test_check_finds_all_that_was_planted_and_nothing_else():
+    def kinds_and_rows(r):
+        found = r.problems + r.warnings
+        assert all(str(p).startswith(f"train.jsonl:{p.row}") and "\n" not in str(p) for p in found)
+        pairs = {(p.kind, p.row) for p in found}
+        assert len(pairs) == len(found)
+        return pairs
+
+
     with tempfile.TemporaryDirectory() as d:
         planted = plant(d, 400, 3)
+        assert len(planted) == 38
         for workers in (0, 2):
             r = check(d, against=Path(d) / "eval", workers=workers)
-            assert {(p.kind, p.row) for p in r.problems + r.warnings} == planted and len(
-                r.problems
-            ) + len(r.warnings) == len(planted) == 38
-            assert {p.kind for p in r.warnings} == set(doctor.WARNINGS) and r.rows == 400 and not r.ok
-            assert all(
-                str(p).startswith(f"train.jsonl:{p.row}") and "\n" not in str(p)
-                for p in r.problems + r.warnings
-            )
-        alone = check(d)
-        assert {(p.kind, p.row) for p in alone.problems + alone.warnings} == {
-            p for p in planted if "shared" not in p[0]
-        }
-        with pytest.raises(
-            DataError,
-            match=(
-                f"train.jsonl:{min(line for kind, line in planted if kind not in doctor.WARNINGS and 'shared' not in kind)} "
-            ),
-        ):
+            assert kinds_and_rows(r) == planted
+            assert {p.kind for p in r.warnings} == set(WARNINGS) and r.rows == 400 and not r.ok
+        alone = {(kind, n) for kind, n in planted if "shared" not in kind}
+        assert kinds_and_rows(check(d)) == alone
+        first = min(n for kind, n in alone if kind not in WARNINGS)
+        with pytest.raises(DataError, match=f"train.jsonl:{first} "):
             load(d)
-        assert sorted(p.name for p in Path(d).iterdir()) == [
-            "eval",
-            "image.zip.part-aa",
-            "image.zip.part-ab",
-            "image.zip.part-ac",
-            "train.jsonl",
-        ]
+        parts = [f"image.zip.part-a{letter}" for letter in "abc"]
+        assert sorted(p.name for p in Path(d).iterdir()) == ["eval", *parts, "train.jsonl"]
 
 
 def test_a_cleaned_set_is_clean():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
-        planted = plant(d / "bad", 400, 3)
-        wrong = {line for kind, line in planted if kind not in doctor.WARNINGS}
+        planted = plant(d / "bad", 200, 3)
+        wrong = {n: kind for kind, n in planted if kind not in WARNINGS}
         lines = (d / "bad/train.jsonl").read_bytes().splitlines()
         r = check(d / "bad", against=d / "bad/eval")
-        assert (
-            r.write_clean(d / "clean") == (400 - len(wrong), len(wrong))
-            and not (d / ".clean.half").exists()
-        )
-        assert (d / "clean/train.jsonl").read_bytes().splitlines() == [
-            raw for n, raw in enumerate(lines, 1) if n not in wrong
-        ]
+        assert r.write_clean(d / "clean") == (200 - len(wrong), len(wrong))
+        assert sorted(p.name for p in d.iterdir()) == ["bad", "clean"]
+        kept = [raw for n, raw in enumerate(lines, 1) if n not in wrong]
+        assert (d / "clean/train.jsonl").read_bytes().splitlines() == kept
         dropped = [json.loads(line) for line in (d / "clean/dropped.jsonl").read_text().splitlines()]
-        assert [(x["content"], [y["kind"] for y in x["reasons"]]) for x in dropped] == [
-            (lines[n - 1].decode(), [k for k, m in planted if m == n]) for n in sorted(wrong)
-        ]
-        again = check(d / "clean", against=d / "bad/eval")
-        assert (
-            again.ok
-            and {p.kind for p in again.warnings} <= set(doctor.WARNINGS)
-            and len(load(d / "clean")) == 400 - len(wrong)
-        )
-        assert (d / "clean/image.zip.part-ab").stat().st_ino == (
-            d / "bad/image.zip.part-ab"
-        ).stat().st_ino
+        assert [x["content"] for x in dropped] == [lines[n - 1].decode() for n in sorted(wrong)]
+        reasons = [[y["kind"] for y in x["reasons"]] for x in dropped]
+        assert reasons == [[wrong[n]] for n in sorted(wrong)]
+        after = check(d / "clean", against=d / "bad/eval")
+        assert after.ok and {p.kind for p in after.warnings} <= set(WARNINGS)
+        assert len(load(d / "clean")) == 200 - len(wrong)
+        part = "image.zip.part-ab"
+        assert (d / "clean" / part).stat().st_ino == (d / "bad" / part).stat().st_ino
         with pytest.raises(DataError, match="clean: not empty"):
             r.write_clean(d / "clean")
         with pytest.raises(DataError, match="no row is without"):
@@ -472,174 +483,39 @@ def test_a_cleaned_set_is_clean():
         assert not (d / "new").exists()
 
 
-def test_every_layout_is_examined_and_cleaned():
-    with tempfile.TemporaryDirectory() as d:
-        d, cache = Path(d), datasets.config.HF_DATASETS_CACHE
-        datasets.config.HF_DATASETS_CACHE = d / "cache"
-        rows = [
-            *ROWS,
-            row("a5", "copies/red.png", "Where?", staged("left")),
-            row("a6", "drawn/red.png", "what colour  is it?", staged("red")),
-            row("a1", None, "q", "text"),
-        ]
-        expected, warned = (
-            {"stage_missing": 4, "stage_stray": 1, "duplicate_id": 1},
-            {"duplicate_image": 1, "duplicate_question": 1},
-        )
-
-        def full(name):
-            write(d / name, rows)
-            picture(d / name / "copies/red.png", "#cc2222")
-            return d / name
-
-        try:
-            good = load(full("good"), fmt=None, check=False)
-            (
-                good.save_to_disk(d / "saved"),
-                datasets.load_from_disk(d / "saved").to_parquet(d / "p.parquet"),
-            )
-            (
-                full("listed"),
-                (d / "listed/train.jsonl").unlink(),
-                (d / "listed/train.json").write_text(json.dumps(rows)),
-            )
-            for name in ("good", "listed", "saved", "p.parquet", "zip"):
-                if name == "zip":
-                    zip_up(full("zip"), 2)
-                r = check(d / name)
-                table = name in ("saved", "p.parquet")
-                assert r.counts == expected and r.warned == (
-                    {"duplicate_question": 1} if table else warned
-                ), (name, r)
-                assert (
-                    r.rows == 7
-                    and r.turns == 8
-                    and r.formats == ({"PNG": 4, "JPEG": 1} if table else {"PNG": 2, "JPEG": 1})
-                )
-                out = d / f"clean_{name}"
-                assert (
-                    r.write_clean(out) == (6, 1)
-                    and check(out).ok
-                    and len(check(out).warnings) == len(r.warnings)
-                )
-                assert (
-                    same(load(out), good.select(range(6)))
-                    and json.loads((out / "dropped.jsonl").read_text())["reasons"][0]["kind"]
-                    == "duplicate_id"
-                )
-        finally:
-            datasets.config.HF_DATASETS_CACHE = cache
-
-
-def test_the_report_writes_itself():
-    with tempfile.TemporaryDirectory() as d:
-        d = Path(d)
-        write(d, [*ROWS, row("<b>", "drawn/red.png", "q", "<script>")])
-        for make in (tiny_llava, tiny_mllama):
-            processor = make()[1]
-            r = check(d, processor=processor)
-            r.write(d / "out")
-            found, page = (
-                json.loads((d / "out/report.json").read_text()),
-                (d / "out/report.html").read_text(),
-            )
-            assert (
-                found == json.loads(json.dumps(r.to_dict(20)))
-                and found["counts"]["stage_missing"] == 4
-                and found["rows_with_errors"] == 1
-            )
-            assert (
-                "data:image/png;base64" in page
-                and "<script>" not in page
-                and "http" not in page
-                and sorted(p.name for p in (d / "out").iterdir()) == ["report.html", "report.json"]
-            )
-            answers = [r["conversations"][-1]["value"] for r in ROWS] + ["<script>"]
-
-            def ids(t):
-                return len(processor.tokenizer(t, add_special_tokens=False)["input_ids"])
-
-            assert (
-                sorted(r.lengths["answer"]) == sorted(map(ids, answers))
-                and len(r.lengths["SUMMARY"]) == 4
-            )
-            assert sorted(r.lengths["CAPTION"]) == sorted(
-                ids(f"<CAPTION> {parse(a).caption} </CAPTION>") for a in answers[:4]
-            )
-            assert sum(r.tiles.values()) == 2 and found["lengths"]["question"]["rows"] == 5
-            sizes = [doctor._tiles(processor, s) for s in ((20, 20), (4000, 4000), (100, 400))]
-            assert sizes == [1, 1, 1] if make is tiny_llava else sizes[0] == 1 and max(sizes) > 1, sizes
-        with pytest.raises(DataError, match="give check a processor"):
-            check(d).plot()
-
-
 @pytest.mark.slow
 def test_llava_cot_100k_in_sixteen_parts():
     with tempfile.TemporaryDirectory() as d:
         d, began = Path(d), time.time()
         planted = plant(d / "set", 100_000, 16, each=3)
-        files, size = (
-            sorted(p.name for p in (d / "set").iterdir()),
-            sum(p.stat().st_size for p in (d / "set").iterdir()),
-        )
+        files = sorted(p.name for p in (d / "set").iterdir())
+        size = sum(p.stat().st_size for p in (d / "set").iterdir())
         assert sum(".part-" in f for f in files) == 16 and "image.zip" not in files
         print(f"{size / 1e9:.2f} GB in 16 parts, drawn in {time.time() - began:.0f} s")
-        code = "import sys; from llava_cot.cli import main; sys.exit(main())"
-        text, m = watched(
-            [
-                "-c",
-                code,
-                "check",
-                d / "set",
-                "--against",
-                d / "set/eval",
-                "--write-clean",
-                d / "clean",
-                "--json",
-                "--workers",
-                2,
-            ],
-            d,
-        )
-        report = json.loads(text[text.index("{") :])
+        options = ["--against", d / "set/eval", "--write-clean", d / "clean", "--json", "--workers", 2]
+        text, m = watched(["-c", CHECK, "check", d / "set", *options], d)
+        in_json = json.loads(text[text.index("{") :])
         print(f"checked and cleaned in {m['seconds']:.1f} s: {said(m)}")
-        found = [
-            (kind, int(re.match(r"train.jsonl:(\d+)", message)[1]))
-            for group in ("examples", "warning_examples")
-            for kind, messages in report[group].items()
-            for message in messages
-        ]
-        assert (
-            report["rows"] == 100_000
-            and set(found) == planted
-            and len(found) == len(planted) == sum((report["counts"] | report["warnings"]).values())
-        )
+        assert in_json["rows"] == 100_000 and found_in(in_json) == planted
         assert m["cpu"] <= 110 and (m["others"] > 0.3 or m["seconds"] <= 90) and m["rss"] <= 1.5
-        rows_file = (
-            (d / "clean/train.jsonl").stat().st_size
-        )  # all that is written: the zip's parts are neither joined nor copied
-        assert m["written"] < rows_file + 10_000_000 < size / 4 and files == sorted(
-            p.name for p in (d / "set").iterdir()
-        )
+        # all that is written is the rows: the zip's parts are neither joined nor copied
+        rows_file = (d / "clean/train.jsonl").stat().st_size
+        assert m["written"] < rows_file + 10_000_000 < size / 4
+        assert files == sorted(p.name for p in (d / "set").iterdir())
+
         text, m = watched(["-c", FIRST_BATCH, d / "clean"], d)
-        rows, batch, decoded, imports, first = text.split()
-        print(
-            f"{rows} rows loaded and checked, first batch of {batch} decoded after {float(first):.1f} s"
-            f" ({float(imports):.1f} s more for imports): {said(m)}"
-        )
-        assert int(rows) == 100_000 - report["rows_with_errors"] and batch == "32" and decoded == "True"
-        assert (
-            m["cpu"] <= 20 and (m["others"] > 0.3 or float(first) <= 10) and m["written"] < 10_000_000
-        )
+        n, batch, decoded, imports, first = text.split()
+        print(f"{n} rows loaded and checked, first batch of {batch} decoded after {float(first):.1f} s")
+        print(f"    ({float(imports):.1f} s more for imports): {said(m)}")
+        assert int(n) == 100_000 - in_json["rows_with_errors"] and (batch, decoded) == ("32", "True")
+        assert m["cpu"] <= 20 and (m["others"] > 0.3 or float(first) <= 10)
+        assert m["written"] < 10_000_000
+
         tokens = lengths(load(d / "clean", check=False), tiny_llava()[1])
-        shuffled, like = (
-            padding(
-                Order(len(tokens), 32, 1, seed=0, stop=2 * len(tokens) // 32, lengths=given), tokens
-            )
-            for given in (None, tokens)
-        )
-        print(
-            f"padding at batch 32: {like[0]:.1%}, in random order {shuffled[0]:.1%}; batches of epoch 1"
-            f" that epoch 2 has again: {len(set.intersection(*like[1]))} of {len(like[1][0]):,}"
-        )
-        assert like[0] <= 0.03 < shuffled[0] and not set.intersection(*like[1])
+        stop = 2 * len(tokens) // 32
+        random, _ = padding(Order(len(tokens), 32, 1, seed=0, stop=stop), tokens)
+        like, epochs = padding(Order(len(tokens), 32, 1, seed=0, stop=stop, lengths=tokens), tokens)
+        repeated = set.intersection(*epochs)
+        print(f"padding at batch 32: {like:.1%}, in random order {random:.1%}")
+        print(f"batches of epoch 1 that epoch 2 has again: {len(repeated)} of {len(epochs[0]):,}")
+        assert like <= 0.03 < random and not repeated

@@ -2,36 +2,30 @@
 from llava_cot.evaluate import *
 
 import json
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from llava_cot import shapes
-from llava_cot.cot import CoT, parse, render
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError
+from llava_cot.reasoning import spoil
 from llava_cot.scenes import KINDS
 from llava_cot.search import Answer, Greedy
 from llava_cot.tiny import tiny_llava, tiny_mllama
 from llava_cot.tokens import encode
 
 def hand_made(pairs):
-    "Answers to five (scene, example) pairs: right, wrong, right for wrong reasons, cut off, without a tag; and their judge."
+    "Answers to five (scene, example) pairs, and their judge."
     key = {ex["id"]: scene for scene, ex in pairs}
     texts = [answer_text(ex) for _, ex in pairs]
-    texts[1] = render(CoT({**parse(texts[1]), "CONCLUSION": "purple"}))
-    caption = parse(texts[2])["CAPTION"]
-    texts[2] = texts[2].replace(
-        caption,
-        " ".join(caption.split(". ")[::-1])
-        .replace("circle", "star")
-        .replace("square", "star")
-        .replace("triangle", "star"),
-    )
-    texts[4] = texts[4].replace("</REASONING>", "")
-    answers = [
-        Answer(ex["id"], text, i != 3, 90) for i, ((_, ex), text) in enumerate(zip(pairs, texts))
-    ]
-    return answers, lambda example, text: shapes.verify(text, key[example["id"]], question(example))
+    for i, fault in ((1, "conclusion"), (2, "reasons"), (4, "separator")):
+        texts[i] = spoil(texts[i], fault)
+    ended = [i != 3 for i in range(5)]
+    answers = [Answer(ex["id"], t, e, 90) for (_, ex), t, e in zip(pairs, texts, ended)]
+    return answers, lambda ex, text: shapes.verify(text, key[ex["id"]], question(ex))
 
 
 def test_bootstrap_holds_the_mean():
@@ -105,6 +99,21 @@ def test_without_a_judge_and_by_another_kind():
     report = score(examples, answers)
     assert report.sound is report.sound_if_right is None and list(report.per_kind) == ["all"]
     assert set(score(examples, answers, kind=lambda ex: len(ex["images"])).per_kind) == {"1"}
+
+
+def test_wrong_input_names_the_culprit():
+    pairs = list(shapes.examples(3, seed=1))
+    examples = [ex for _, ex in pairs]
+    answers = [Answer(ex["id"], answer_text(ex), True, 9) for ex in examples]
+    for call, words in (
+        (lambda: score([], []), "found none"),
+        (lambda: score(examples, answers[:2]), "found 2 for 3"),
+        (lambda: score(examples[::-1], answers), "same order"),
+        (lambda: score(examples, answers, blind=answers[:1]), "blind: found 1"),
+    ):
+        with pytest.raises(EvaluateError, match=words) as e:
+            call()
+        assert "\n" not in str(e.value)
 
 
 def test_a_blank_picture_is_zero_after_normalisation():

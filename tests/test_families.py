@@ -12,6 +12,7 @@ from transformers import (
     MllamaConfig,
     Qwen2_5_VLConfig,
 )
+
 from llava_cot.tiny import (
     TINY_TEXT,
     build_llava,
@@ -23,6 +24,9 @@ from llava_cot.tiny import (
 )
 from llava_cot.tokens import Collator, encode
 
+TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+
+
 def picture(colour="red", size=(48, 48)):
     "A disc and a square on grey."
     im = Image.new("RGB", size, (128, 128, 128))
@@ -33,29 +37,38 @@ def picture(colour="red", size=(48, 48)):
 
 
 def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </SUMMARY>"):
-    content = [{"type": "image", "text": None} for _ in images] + [
-        {"type": "text", "text": "How many circles?"}
-    ]
-    return {
-        "id": "disc",
-        "images": list(images),
-        "source": "",
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
-
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+    "A row of data with these pictures."
+    question = {"type": "text", "text": "How many circles?"}
+    content = [*({"type": "image", "text": None} for _ in images), question]
+    said = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+    return {"id": "disc", "images": list(images), "source": "", "messages": messages}
 
 
 def test_family_of_config_and_unknown():
-    for config in (LlavaConfig(), LlavaNextConfig(), MllamaConfig(), Qwen2_5_VLConfig()):
-        assert family_of(config).model_type == config.model_type
-    with pytest.raises(
-        ModelError, match="'llama'; supported are llava, llava_next, mllama, qwen2_5_vl"
-    ):
+    for one in (LlavaConfig(), LlavaNextConfig(), MllamaConfig(), Qwen2_5_VLConfig()):
+        assert family_of(one).model_type == one.model_type
+    message = "'llama'; supported are llava, llava_next, mllama, qwen2_5_vl"
+    with pytest.raises(ModelError, match=message):
         family_of(LlamaConfig())
+
+
+def test_a_picture_alone_is_seen_as_in_a_batch():
+    for tiny in TINY:
+        model, processor = tiny()
+        sight = family_of(model).sight
+        eye = model.get_submodule(sight.path)
+        one_by_one = [example([picture(c)]) for c in ("red", "green", "white")]
+        made = Collator(processor)([encode(e, processor, prompt_only=True) for e in one_by_one])
+        together, own = model(**made).logits, eye.forward
+
+        def one_at_a_time(*args, **kwargs):
+            kept = [sight.keep(own(**given), **given) for given in sight.split(*args, **kwargs)]
+            assert len(kept) >= 3
+            return sight.join(eye, kept, *args, **kwargs)
+
+        eye.forward = one_at_a_time
+        assert torch.allclose(model(**made).logits, together, atol=1e-5)
 
 
 def test_parts_cover_every_parameter_once():
@@ -66,13 +79,10 @@ def test_parts_cover_every_parameter_once():
         assert list(parts(model)) == ["vision", "projector", "language"] and all(parts(model).values())
         assert sorted(n for n, _ in named) == sorted(n for n, _ in model.named_parameters())
         assert len({id(p) for _, p in named}) == len(named) == len(list(model.parameters()))
+        newline = id(getattr(model.model, "image_newline", None))  # no module of its part holds it
         for part, modules in part_modules(model).items():
-            bare = {
-                id(getattr(model.model, "image_newline", None))
-            }  # a parameter that no module of its part holds
-            assert {id(p) for m in modules for p in m.parameters()} == {
-                id(p) for _, p in parts(model)[part]
-            } - bare
+            held = {id(p) for m in modules for p in m.parameters()}
+            assert held == {id(p) for _, p in parts(model)[part]} - {newline}
 
 
 def test_without_gradient_is_what_backward_leaves_out():
@@ -82,9 +92,9 @@ def test_without_gradient_is_what_backward_leaves_out():
         for layer in (-1, -2, 1, [-3, -2])
     ]
     for model, processor in (*built, *(tiny() for tiny in TINY)):
-        batch = Collator(processor)([encode(example(), processor)])
-        batch.pop("stage_ids")
-        model(**batch).loss.backward()
+        row = Collator(processor)([encode(example(), processor)])
+        row.pop("stage_ids")
+        model(**row).loss.backward()
         assert {n for n, p in model.named_parameters() if p.grad is None} == without_gradient(model)
         assert all(p.grad.any() for p in model.parameters() if p.grad is not None and p.shape != ())
 
@@ -93,73 +103,52 @@ def test_a_selection_is_whole_layers_and_no_parameter_twice():
     for tiny in TINY:
         model, _ = tiny()
         all_names = {n for n, _ in model.named_parameters()}
-        for part, found in layers(model).items():
+
+        def chosen_names(selector):
+            return {n for n, _ in select(model, [selector])[selector]}
+
+        for part, its_layers in layers(model).items():
             own = {id(p) for _, p in parts(model)[part]}
-            assert all({id(p) for p in layer.parameters()} <= own for _, layer in found), part
-            for i, (name, layer) in enumerate(found):
-                want = {n for n in all_names if n.startswith(name + ".")}
-                assert (
-                    want
-                    == {n for n, _ in select(model, [f"{part}.layers[{i}]"])[f"{part}.layers[{i}]"]}
-                    == {
-                        n
-                        for n, _ in select(model, [f"{part}.layers[{i - len(found)}]"])[
-                            f"{part}.layers[{i - len(found)}]"
-                        ]
-                    }
-                )
+            assert all({id(p) for p in layer.parameters()} <= own for _, layer in its_layers), part
+            for i, (name, _) in enumerate(its_layers):
+                want = {n for n in all_names if n.startswith(f"{name}.")}
+                assert want == chosen_names(f"{part}.layers[{i}]")
+                assert want == chosen_names(f"{part}.layers[{i - len(its_layers)}]")
         got = select(model, ["language", "language.layers[-2:]", "language.layers[-1]", "vision"])
         names = [n for named in got.values() for n, _ in named]
-        assert len(names) == len(set(names)) and set(names) == {
-            n for part in ("language", "vision") for n, _ in parts(model)[part]
-        }
-        assert (
-            all(n.startswith(layers(model)["language"][-1][0]) for n, _ in got["language.layers[-1]"])
-            and got["language.layers[-2:]"]
-            and got["language"]
-        )
-    n = len(layers(model)["language"])
-
-
-    def chosen(s):
-        return selected_modules(model, s)
-
-
-    assert (
-        chosen("language.layers[:]")
-        == chosen(f"language.layers[0:{n}]")
-        == chosen(f"language.layers[-{n}:]")
-        == [m for _, m in layers(model)["language"]]
-    )
+        assert len(names) == len(set(names))
+        assert set(names) == {n for part in ("language", "vision") for n, _ in parts(model)[part]}
+        last_name = layers(model)["language"][-1][0]
+        assert all(n.startswith(last_name) for n, _ in got["language.layers[-1]"])
+        assert got["language.layers[-2:]"] and got["language"]
+    every = [m for _, m in layers(model)["language"]]
+    n = len(every)
+    for written in (":", f"0:{n}", f"-{n}:"):
+        assert selected_modules(model, f"language.layers[{written}]") == every
 
 
 def test_cross_attention_is_what_an_image_is_heard_through():
     model, processor = tiny_mllama()
     picked = {n for n, _ in select(model, ["cross_attention"])["cross_attention"]}
     at = model.config.get_text_config().cross_attention_layers
-    assert picked == {
-        n
-        for n, _ in model.named_parameters()
-        if any(n.startswith(f"model.language_model.layers.{i}.") for i in at)
-    } and any(".cross_attn." in n for n in picked)
+    places = tuple(f"model.language_model.layers.{i}." for i in at)
+    assert picked == {n for n, _ in model.named_parameters() if n.startswith(places)}
+    assert any(".cross_attn." in n for n in picked)
     assert not any(".cross_attn." in n for n, _ in model.named_parameters() if n not in picked)
     with torch.device("meta"):
-        big = AutoModelForImageTextToText.from_config(MllamaConfig(vision_config={"image_size": 560}))
-    assert (
-        sum(p.numel() for _, p in select(big, ["cross_attention"])["cross_attention"]) == 1_744_898_064
-    )
+        real = AutoModelForImageTextToText.from_config(MllamaConfig(vision_config={"image_size": 560}))
+    named = select(real, ["cross_attention"])["cross_attention"]
+    assert sum(p.numel() for _, p in named) == 1_744_898_064
 
 
 def test_what_a_model_lacks_is_said():
     model, _ = tiny_llava()
-    for wrong, match in (
-        (
-            "cross_attention",
-            (
-                "this llava has none; expected vision, projector, language, or layers of a part .the"
-                " language part of this llava has 2 layers, 0 to 1"
-            ),
-        ),
+    none = (
+        "this llava has none; expected vision, projector, language, or layers of a part .the"
+        " language part of this llava has 2 layers, 0 to 1"
+    )
+    for selector, match in (
+        ("cross_attention", none),
         ("language.layers[2]", "has 2 layers, 0 to 1"),
         ("language.layers[-3]", "2 layers"),
         ("language.layers[-3:]", "2 layers"),
@@ -174,7 +163,7 @@ def test_what_a_model_lacks_is_said():
         (3, "unknown"),
     ):
         with pytest.raises(ModelError, match=match) as e:
-            select(model, [wrong])
+            select(model, [selector])
         assert "\n" not in str(e.value)
     with pytest.raises(ModelError, match="share .* neither lies inside"):
         select(tiny_mllama()[0], ["cross_attention", "language.layers[-2:]"])
@@ -184,32 +173,34 @@ def test_what_a_model_lacks_is_said():
 
 def test_an_example_batch_has_the_shapes_of_a_real_one():
     wide = {**example(), "images": [Image.new("RGB", (96, 48), (200, 30, 30))]}
+
+
+    def shapes(batch):
+        return {k: (v.shape, v.dtype) for k, v in batch.items()}
+
+
+    def of_image(batch):
+        return (batch["input_ids"] == model.config.image_token_id).sum().item()
+
+
     for tiny, tiles in ((tiny_llava, None), (tiny_llava_next, 2), (tiny_mllama, None)):
         model, processor = tiny()
         real = Collator(processor)([encode(wide, processor)] * 2)
         made = example_batch(model.config, 2, real["input_ids"].shape[1], tiles)
-        assert {k: (v.shape, v.dtype) for k, v in made.items()} == {
-            k: (v.shape, v.dtype) for k, v in real.items()
-        }
-
-        def of_image(batch):
-            return (batch["input_ids"] == model.config.image_token_id).sum().item()
-
-        if model.config.model_type != "mllama":
-            assert of_image(made) == of_image(real)  # Mllama's text holds one token for a picture
+        assert shapes(made) == shapes(real)
+        if model.config.model_type != "mllama":  # its text holds one token for a picture
+            assert of_image(made) == of_image(real)
     model, processor = tiny_qwen2_5_vl()
-    real, made = (
-        Collator(processor)([encode(wide, processor)] * 2),
-        example_batch(model.config, 2, 300, 1),
-    )
-    assert made.keys() == real.keys() and all(
-        made[k].shape[1:] == real[k].shape[1:] for k in ("pixel_values", "image_grid_thw")
-    )
+    real = Collator(processor)([encode(wide, processor)] * 2)
+    made = example_batch(model.config, 2, 300, 1)
+    assert made.keys() == real.keys()
+    for name in ("pixel_values", "image_grid_thw"):
+        assert made[name].shape[1:] == real[name].shape[1:]
     for tiny in TINY:
         model, _ = tiny()
-        batch = example_batch(model.config, 2, 2000)
-        batch.pop("stage_ids")
-        assert model(**batch).loss.isfinite()
-        assert (batch["labels"][0] != -100).sum() > (batch["labels"][1] != -100).sum()
+        made = example_batch(model.config, 2, 2000)
+        made.pop("stage_ids")
+        assert model(**made).loss.isfinite()
+        assert (made["labels"][0] != -100).sum() > (made["labels"][1] != -100).sum()
     with pytest.raises(ModelError, match="a picture of this llava takes 16; expected at least 24"):
         example_batch(tiny_llava()[0].config, 1, 20)

@@ -3,321 +3,263 @@ from llava_cot.files import *
 
 import contextlib
 import io
-import json
 import os
-import pytest
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import torch
 import zipfile
-from PIL import Image as PILImage, ImageDraw
-from hypothesis import given, settings, strategies as st
 from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
 from safetensors.torch import save_file
-from llava_cot import files as files_
-from llava_cot.cot import CoT, render
+
+from llava_cot.files import _archives, _member, _members, _opened
 from llava_cot.run import list_checkpoints, newest_checkpoint, remove_leftovers
+
+def mount(size, place):
+    "Mounts a disk of `size` bytes, and says whether the system let us."
+    if sys.platform != "linux" or not shutil.which("mount"):
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
 
 @contextlib.contextmanager
 def small_disk(size):
-    "A folder on a disk of `size` bytes, where the system lets us mount one; else one where no file may be longer than half of that."
-    with tempfile.TemporaryDirectory() as tmp:
-        mounted = (
-            sys.platform == "linux"
-            and shutil.which("mount")
-            and not subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp], capture_output=True
-            ).returncode
-        )
-        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    "A folder on a disk of `size` bytes; else one where no file may be longer than half of that."
+    with tempfile.TemporaryDirectory() as place:
+        mounted = mount(size, place)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if not mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, old[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
         try:
-            yield Path(tmp)
+            yield Path(place)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             if mounted:
-                subprocess.run(["umount", tmp], check=True)
-
-def picture(path, colour, shape="ellipse", size=(96, 64)):
-    "Draw one shape on grey and save it; the format follows the name."
-    image = PILImage.new("RGB", size, "#888888")
-    getattr(ImageDraw.Draw(image), shape)((20, 12, 60, 52), fill=colour)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
-def staged(conclusion, caption="A shape on grey."):
-    return render(
-        CoT(
-            summary="I will look at the shape.",
-            caption=caption,
-            reasoning="I read it off the caption.",
-            conclusion=conclusion,
-        )
-    )
-
-
-def row(id, image, *turns):
-    "One row of train.jsonl; turns alternate between human and gpt."
-    r = {
-        "id": id,
-        "image": image,
-        "conversations": [
-            {"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(turns)
-        ],
-    }
-    return {k: v for k, v in r.items() if v is not None}
-
-
-ROWS = [
-    row("a1", "drawn/red.png", "What colour is it?", staged("red")),
-    row(
-        "a2",
-        "photo/blue.jpg",
-        "<image>\nWhat colour is it?",
-        staged("blue"),
-        "And its shape?",
-        staged("square"),
-    ),
-    row("a3", "drawn/red.png", "Is it round?\n<image>", staged("yes")),
-    row("a4", None, "Is a square round?", staged("no", "There is no picture.")),
-]
-
-
-def write(folder, rows=ROWS):
-    "Write rows (dicts, or raw lines) and the two pictures in LLaVA-CoT-100k's layout."
-    folder = Path(folder)
-    picture(folder / "drawn/red.png", "#cc2222")
-    picture(folder / "photo/blue.jpg", "#2244cc", "rectangle")
-    lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
-
-def zip_up(folder, parts=3, name="image.zip", inside=""):
-    "Put the pictures of a folder into a zip, cut it into parts (0: leave it whole), and remove them."
-    folder, packed = Path(folder), io.BytesIO()
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg"))
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
-        for p in pictures:
-            z.write(p, inside + str(p.relative_to(folder)))
-    for p in pictures:
-        p.unlink()
-    return cut_up(folder, packed.getvalue(), parts, name)
-
+                subprocess.run(["umount", place], check=True)
 
 def cut_up(folder, raw, parts, name="image.zip"):
-    "Write bytes as a file, or as files like those that `split -b` makes."
-    size = -(-len(raw) // max(parts, 1))
-    for i in range(max(parts, 1)):
-        (Path(folder) / (f"{name}.part-a{chr(97 + i)}" if parts else name)).write_bytes(
-            raw[i * size : (i + 1) * size]
-        )
+    "Write bytes as a file (0 parts), or as files like those that `split -b` makes."
+    names = [f"{name}.part-a{chr(97 + i)}" for i in range(parts)] or [name]
+    size = -(-len(raw) // len(names))
+    for i, part in enumerate(names):
+        (Path(folder) / part).write_bytes(raw[i * size : (i + 1) * size])
     return Path(folder)
 
 
+def archive_of(*members, lie=None, patch=None):
+    "A zip of (name, content), whose directory lies, and whose bytes are patched."
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in members:
+            z.writestr(name, content)
+        if lie:
+            for m in z.infolist():
+                for field, value in lie.items():
+                    setattr(m, field, value)
+    return patch(raw.getvalue()) if patch else raw.getvalue()
+
+
+def contents(raw, parts=0):
+    "All members of a zip, read in place."
+    with tempfile.TemporaryDirectory() as folder:
+        _opened.cache_clear()
+        found = _members(_archives(cut_up(folder, raw, parts))[0])
+        return {name: _member(url) for name, url in found.items()}
+
+
 def test_any_changed_byte_is_found():
-    with tempfile.TemporaryDirectory() as tmp:
-        with files_.sealed(Path(tmp) / "c") as new:
-            (new / "sub").mkdir()
-            (new / "a").write_bytes(b"0123456789")
-            (new / "sub/b").write_bytes(b"x")
-        f = Path(tmp) / "c"
-        assert files_.why_broken(f) is None and {p.name for p in Path(tmp).iterdir()} == {"c"}
-        for name in ("a", "sub/b"):
-            whole = (f / name).read_bytes()
-            for i in range(len(whole)):
-                (f / name).write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
-                assert "changed" in files_.why_broken(f)
-            for n in range(len(whole)):
-                (f / name).write_bytes(whole[:n])
-                assert f"{n} bytes" in files_.why_broken(f)
-            (f / name).write_bytes(whole)
-        listed = (f / "manifest.json").read_bytes()
-        for i in range(len(listed)):
-            (f / "manifest.json").write_bytes(listed[:i])
-            assert files_.why_broken(f)
-        (f / "manifest.json").write_text('{"a": 1}')
-        assert "cannot be read" in files_.why_broken(f)
+    with tempfile.TemporaryDirectory() as made:
+        copy = Path(made) / "c"
+        with sealed(copy) as inside:
+            (inside / "sub").mkdir()
+            (inside / "a").write_bytes(b"0123456789")
+            (inside / "sub/b").write_bytes(b"x")
+        assert why_broken(copy) is None and os.listdir(made) == ["c"]
+        for member in ("a", "sub/b"):
+            good = (copy / member).read_bytes()
+            for at in range(len(good)):
+                (copy / member).write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+                assert "changed" in why_broken(copy)
+            for at in range(len(good)):
+                (copy / member).write_bytes(good[:at])
+                assert f"{at} bytes" in why_broken(copy)
+            (copy / member).write_bytes(good)
+        manifest = (copy / "manifest.json").read_bytes()
+        for at in range(len(manifest)):
+            (copy / "manifest.json").write_bytes(manifest[:at])
+            assert why_broken(copy)
+        (copy / "manifest.json").write_text('{"a": 1}')
+        assert "cannot be read" in why_broken(copy)
 
 
 def test_what_fails_half_way_leaves_no_trace():
-    with tempfile.TemporaryDirectory() as tmp:
-        with files_.sealed(Path(tmp) / "c") as new:
-            (new / "a").write_text("old")
+    with tempfile.TemporaryDirectory() as made:
+        made = Path(made)
+        with sealed(made / "c") as inside:
+            (inside / "a").write_text("old")
         with pytest.raises(KeyboardInterrupt):
-            with files_.sealed(Path(tmp) / "c") as new:
-                (new / "a").write_text("new")
+            with sealed(made / "c") as inside:
+                (inside / "a").write_text("new")
                 raise KeyboardInterrupt
-        assert (
-            [p.name for p in Path(tmp).iterdir()] == ["c"]
-            and (Path(tmp) / "c/a").read_text() == "old"
-            and not files_.why_broken(Path(tmp) / "c")
-        )
-        if not (pid := os.fork()):
-            with files_.sealed(Path(tmp) / "d") as new:
-                (new / "a").write_text("half")
+        assert os.listdir(made) == ["c"]
+        assert (made / "c/a").read_text() == "old"
+        assert why_broken(made / "c") is None
+        child = os.fork()
+        if not child:  # another process, killed half way
+            with sealed(made / "d") as inside:
+                (inside / "a").write_text("half")
                 os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(pid, 0)
-        assert not (Path(tmp) / "d").exists() and list_checkpoints(tmp) == []
-        (Path(tmp) / "best/.tmp-3").mkdir(parents=True)
-        (Path(tmp) / ".model.abc").mkdir()
-        remove_leftovers(tmp)
-        assert not list(Path(tmp).glob("best/.*")) and not (Path(tmp) / ".model.abc").exists()
-        with files_.sealed(Path(tmp) / "d") as new:
-            assert not list(new.iterdir())
-            (new / "a").write_text("whole")
-        assert (Path(tmp) / "d/a").read_text() == "whole" and not list(Path(tmp).glob(".*"))
+        os.waitpid(child, 0)
+        assert not (made / "d").exists() and list_checkpoints(made) == []
+        (made / "best/.tmp-3").mkdir(parents=True)
+        (made / ".model.abc").mkdir()
+        remove_leftovers(made)
+        assert not list(made.glob("best/.*")) and not (made / ".model.abc").exists()
+        with sealed(made / "d") as inside:
+            assert not list(inside.iterdir())
+            (inside / "a").write_text("whole")
+        assert (made / "d/a").read_text() == "whole" and not list(made.glob(".*"))
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing():
-    writers = dict(
-        text=lambda f: f.write_text("x" * 2**21),
-        torch=lambda f: torch.save({"a": torch.zeros(2**19)}, f),
-        safetensors=lambda f: save_file({"a": torch.zeros(2**19)}, f),
-    )
+    writers = {
+        "text": lambda f: f.write_text("x" * 2**21),
+        "torch": lambda f: torch.save({"a": torch.zeros(2**19)}, f),
+        "safetensors": lambda f: save_file({"a": torch.zeros(2**19)}, f),
+    }
     with small_disk(2**20) as disk:
-        with files_.sealed(disk / "checkpoints/0-0000001") as new:
-            (new / "weights").write_bytes(bytes(1000))
-        for name, write in writers.items():
-            with pytest.raises(files_.FileError, match=f"{name} could not be written .*free.*--resume"):
-                with files_.writing(disk, name), files_.sealed(disk / "checkpoints/0-0000002") as new:
-                    write(new / "weights")
-            assert [f.name for f in (disk / "checkpoints").iterdir()] == [
-                "0-0000001"
-            ] and newest_checkpoint(disk).name == "0-0000001"
-        files_.write_text(disk / "note", "old")
+        with sealed(disk / "checkpoints/0-0000001") as inside:
+            (inside / "weights").write_bytes(bytes(1000))
+        for library, put in writers.items():
+            with pytest.raises(FileError, match=f"{library} could not be written .*free.*--resume"):
+                with writing(disk, library), sealed(disk / "checkpoints/0-0000002") as inside:
+                    put(inside / "weights")
+            assert os.listdir(disk / "checkpoints") == ["0-0000001"]
+            assert newest_checkpoint(disk).name == "0-0000001"
+        write_file(disk / "note", "old")
         with pytest.raises(OSError):
-            files_.write_text(disk / "note", "x" * 2**21)
-        assert (disk / "note").read_text() == "old" and not (disk / ".note.tmp").exists()
+            write_file(disk / "note", "x" * 2**21)
+        assert (disk / "note").read_text() == "old"
+        assert sorted(os.listdir(disk)) == ["checkpoints", "note"]
+
+
+def test_a_key_that_stands_twice_is_an_error_at_any_depth():
+    for text in ("a: 1\na: 2", "x: {a: 1, a: 2}", "x:\n- {b: 1, b: 1}"):
+        with pytest.raises(FileError, match="stands twice"):
+            parse_yaml(text, "text")
+    assert parse_yaml("x: {a: 1}\ny: {a: 2}", "text") == {"x": {"a": 1}, "y": {"a": 2}}
+    with pytest.raises(FileError, match="cannot be read as YAML"):
+        parse_yaml("a: [1", "text")
 
 
 def test_parts_read_like_the_joined_file():
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as made:
 
         @settings(max_examples=100, deadline=None)
         @given(
             st.lists(st.binary(max_size=9), min_size=1, max_size=5),
             st.lists(st.tuples(st.integers(0, 50), st.integers(-1, 50)), max_size=6),
         )
-        def prop(pieces, reads):
-            paths = [Path(d) / f"p{i}" for i in range(len(pieces))]
-            for p, piece in zip(paths, pieces):
-                p.write_bytes(piece)
+        def reads_alike(pieces, reads):
+            paths = [Path(made) / f"p{i}" for i in range(len(pieces))]
+            for path, piece in zip(paths, pieces):
+                path.write_bytes(piece)
             joined = io.BytesIO(b"".join(pieces))
-            with files_.Parts(paths) as parts:
+            with Parts(paths) as parts:
                 for at, n in reads:
-                    assert (
-                        parts.seek(at) == joined.seek(at)
-                        and parts.read(n) == joined.read(n)
-                        and parts.tell() == joined.tell()
-                    )
-                    assert parts.pread(max(n, 0), at) == joined.getvalue()[at : at + max(n, 0)]
+                    assert parts.seek(at) == joined.seek(at)
+                    assert parts.read(n) == joined.read(n)
+                    assert parts.tell() == joined.tell()
+                    n = max(n, 0)
+                    assert parts.pread(n, at) == joined.getvalue()[at : at + n]
                 assert parts.seek(0, os.SEEK_END) == len(joined.getvalue())
 
-        prop()
+        reads_alike()
 
 
 def test_a_zip_is_not_trusted():
-    def archive(*members, lie=None, patch=None):
-        raw = io.BytesIO()
-        with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as z:
-            for name, content in members:
-                z.writestr(name, content)
-            for m in z.infolist() if lie else ():
-                lie(m)
-        raw = raw.getvalue()
-        return patch(raw) if patch else raw
-
-
-    def opened(raw, parts=0):
-        with tempfile.TemporaryDirectory() as d:
-            files_._opened.cache_clear()
-            found = files_._members(files_._archives(cut_up(d, raw, parts))[0])
-            return {name: files_._member(url) for name, url in found.items()}
-
-
-    assert opened(archive(("images/a.png", b"one"), ("b/é !?*:.png", b"two"))) == {
-        "images/a.png": b"one",
-        "a.png": b"one",
-        "b/é !?*:.png": b"two",
-    }
-    long = [(f"m{i}.png", os.urandom(50)) for i in range(40)]
-    assert opened(archive(*long), 7) == dict(long)
-
-
     def says(word, raw, parts=0):
-        with pytest.raises(files_.DataError, match=word) as e:
-            opened(raw, parts)
+        with pytest.raises(DataError, match=word) as e:
+            contents(raw, parts)
         assert "\n" not in str(e.value)
 
 
-    for name in ("../x.png", "/etc/x.png", "a/../../x.png"):
-        says("outside", archive((name, b"x")))
-    says("ZIP_LIMITS\\['ratio'\\]", archive(("x.png", bytes(2**21))))
-    says(
-        "ZIP_LIMITS\\['bytes'\\]",
-        archive(("x.png", b"x"), lie=lambda m: setattr(m, "file_size", 2**29)),
-    )
-    says(
-        "more bytes than the 9", archive(("x.png", b"x" * 99), lie=lambda m: setattr(m, "file_size", 9))
-    )
-    says(
-        "fewer bytes than the 999",
-        archive(("x.png", b"x" * 99), lie=lambda m: setattr(m, "file_size", 999)),
-    )
-    says("overlap", archive(("x.png", b"x"), lie=lambda m: setattr(m, "compress_size", 10_000)))
-    says("encrypted", archive(("x.png", b"x"), lie=lambda m: setattr(m, "flag_bits", 1)))
-    says("method 12", archive(("x.png", b"x"), lie=lambda m: setattr(m, "compress_type", 12)))
-    says("damaged", archive(("x.png", b"x"), lie=lambda m: setattr(m, "CRC", 5)))
-    says(
-        "cannot be unpacked|checksum|bytes than",
-        archive(
-            ("x.png", os.urandom(99) + b"x" * 99), patch=lambda raw: raw[:45] + b"\xff" * 9 + raw[54:]
-        ),
-    )
-    for n in (0, 3):
-        says("directory", archive(*long)[:-30], n)
-    limits = dict(files_.ZIP_LIMITS)
+    def burn(raw):
+        return raw[:45] + b"\xff" * 9 + raw[54:]
+
+
+    two = (("images/a.png", b"one"), ("b/é !?*:.png", b"two"))
+    assert contents(archive_of(*two)) == {**dict(two), "a.png": b"one"}
+    many = [(f"m{i}.png", os.urandom(50)) for i in range(40)]
+    assert contents(archive_of(*many), 7) == dict(many)
+    for member in ("../x.png", "/etc/x.png", "a/../../x.png"):
+        says("outside", archive_of((member, b"x")))
+    says("ZIP_LIMITS\\['ratio'\\]", archive_of(("x.png", bytes(2**21))))
+    one, long, noise = ("x.png", b"x"), ("x.png", b"x" * 99), os.urandom(99) + b"x" * 99
+    says("ZIP_LIMITS\\['bytes'\\]", archive_of(one, lie={"file_size": 2**29}))
+    says("more bytes than the 9", archive_of(long, lie={"file_size": 9}))
+    says("fewer bytes than the 999", archive_of(long, lie={"file_size": 999}))
+    says("overlap", archive_of(one, lie={"compress_size": 10_000}))
+    says("encrypted", archive_of(one, lie={"flag_bits": 1}))
+    says("method 12", archive_of(one, lie={"compress_type": 12}))
+    says("damaged", archive_of(one, lie={"CRC": 5}))
+    says("cannot be unpacked|checksum|bytes than", archive_of(("x.png", noise), patch=burn))
+    for pieces in (0, 3):
+        says("directory", archive_of(*many)[:-30], pieces)
+    limit = ZIP_LIMITS["members"]
     try:
-        files_.ZIP_LIMITS["members"] = 39
-        says("ZIP_LIMITS\\['members'\\]", archive(*long))
+        ZIP_LIMITS["members"] = 39
+        says("ZIP_LIMITS\\['members'\\]", archive_of(*many))
     finally:
-        files_.ZIP_LIMITS.update(limits)
+        ZIP_LIMITS["members"] = limit
 
 
 def test_missing_and_misordered_parts_are_named():
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w") as z:
+    stored = io.BytesIO()
+    with zipfile.ZipFile(stored, "w") as archive:
         for i in range(60):
-            z.writestr(f"m{i}.png", os.urandom(900))
-    with tempfile.TemporaryDirectory() as d:
+            archive.writestr(f"m{i}.png", os.urandom(900))
 
-        def says(word, change):
-            for p in Path(d).iterdir():
-                p.unlink()
-            cut_up(d, raw.getvalue(), 5)
-            change(*(Path(d) / f"image.zip.part-a{x}" for x in "abcde"))
-            with pytest.raises(files_.DataError, match=word):
-                files_._members(files_._archives(Path(d))[0])
 
-        for k, x in enumerate("abcd"):
-            says(f"image.zip.part-a{x} is missing", lambda *p: p[k].unlink())
-        says("after image.zip.part-ad missing", lambda *p: p[4].unlink())
-        for i in range(4):
-            for j in range(i):
+    def named(word, spoil):
+        with tempfile.TemporaryDirectory() as folder:
+            cut_up(folder, stored.getvalue(), 5)
+            spoil(*(Path(folder) / f"image.zip.part-a{x}" for x in "abcde"))
+            with pytest.raises(DataError, match=word):
+                _members(_archives(Path(folder))[0])
 
-                def swap(*p):
-                    a, b = p[i].read_bytes(), p[j].read_bytes()
-                    p[i].write_bytes(b), p[j].write_bytes(a)
 
-                says(f"image.zip.part-a{'abcd'[j]}: .*misordered", swap)
-        for change in (lambda raw: raw[:-7], lambda raw: raw + b"x"):
-            says(
-                "part-ab has .* bytes where others have",
-                lambda *p: p[1].write_bytes(change(p[1].read_bytes())),
-            )
+    def exchange(a, b):
+        of_a, of_b = a.read_bytes(), b.read_bytes()
+        a.write_bytes(of_b)
+        b.write_bytes(of_a)
+
+
+    for k, x in enumerate("abcd"):
+        named(f"image.zip.part-a{x} is missing", lambda *p: p[k].unlink())
+    named("after image.zip.part-ad missing", lambda *p: p[4].unlink())
+    for i in range(4):
+        for j in range(i):
+            named(f"image.zip.part-a{'abcd'[j]}: .*misordered", lambda *p: exchange(p[i], p[j]))
+    odd = "part-ab has .* bytes where others have"
+    named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes()[:-7]))
+    named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes() + b"x"))
+
+
+def test_a_truncated_picture_is_found_and_a_whole_one_is_not_refused():
+    for kind in ("PNG", "JPEG", "GIF", "BMP"):  # the last two have no marks and are decoded
+        saved = io.BytesIO()
+        PILImage.effect_noise((40, 40), 90).convert("RGB").save(saved, kind)
+        image = saved.getvalue()
+        assert why_unreadable(image) is None
+        for share in (0.3, 0.6, 0.9):
+            assert why_unreadable(image[: int(len(image) * share)]), (kind, share)

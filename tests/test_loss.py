@@ -2,13 +2,13 @@
 from llava_cot.loss import *
 
 import pytest
-import tempfile
 import torch
 import torch.nn.functional as F
-from pathlib import Path
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from llava_cot import data, loss as loss_, shapes, train
+
+from llava_cot import loss, shapes
 from llava_cot.cot import STAGE_NAMES
 from llava_cot.families import parts
 from llava_cot.tiny import (
@@ -22,12 +22,9 @@ from llava_cot.tiny import (
 )
 from llava_cot.tokens import Collator, encode
 
-FOLDER = tempfile.TemporaryDirectory()
-ROWS = data.load(shapes.write(Path(FOLDER.name) / "shapes", 24))
 
-
-def some_rows(n=24):
-    return ROWS.select(range(n))
+def without_labels(batch):
+    return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
 
 class Largest(TorchDispatchMode):
     "The largest tensor made while inside, in numbers."
@@ -37,24 +34,24 @@ class Largest(TorchDispatchMode):
         self.numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
+        given = func(*args, **(kwargs or {}))
         self.numbers = max(
-            self.numbers, *(t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor)), 0
+            self.numbers, *(t.numel() for t in tree_leaves(given) if isinstance(t, torch.Tensor)), 0
         )
-        return found
+        return given
 
 
 def wordy(tiny=tiny_llava, vocabulary=128_256, **options):
     "A tiny model with a large vocabulary, and a batch."
-    model, processor = tiny(**options)
-    model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    return model, Collator(processor)([encode(ex, processor) for _, ex in shapes.examples(3)])
+    toy, its = tiny(**options)
+    toy.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return toy, Collator(its)([encode(ex, its) for _, ex in shapes.examples(3)])
 
 
 def test_padding_is_masked_only_where_it_can_be_seen():
-    def masked(rows):
-        return "attention_mask" in loss_.unpadded(
-            {"attention_mask": torch.tensor(rows), "input_ids": None}
+    def masked(few):
+        return "attention_mask" in loss.unpadded(
+            {"attention_mask": torch.tensor(few), "input_ids": None}
         )
 
 
@@ -65,47 +62,31 @@ def test_padding_is_masked_only_where_it_can_be_seen():
         and masked([[1, 0, 1]])
     )
     for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl):
-        model, processor = tiny(seed=0)
-        rows = [encode(ex, processor) for _, ex in shapes.examples(4)]
-        assert len({len(r["input_ids"]) for r in rows}) > 1
-        batch = Collator(processor)(rows)
-        right = loss_.supervised_losses(
-            model, {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}, batch["labels"]
-        )
-        alone = torch.cat(
-            [
-                loss_.supervised_losses(
-                    model,
-                    {
-                        k: v
-                        for k, v in Collator(processor)([r]).items()
-                        if k not in ("labels", "stage_ids")
-                    },
-                    Collator(processor)([r])["labels"],
-                )
-                for r in rows
-            ]
-        )
-        assert torch.allclose(right, alone, atol=1e-5)
+        toy, its = tiny(seed=0)
+        few = [encode(ex, its) for _, ex in shapes.examples(4)]
+        assert len({len(r["input_ids"]) for r in few}) > 1
+        inputs_ = Collator(its)(few)
+        right = loss.supervised_losses(toy, without_labels(inputs_), inputs_["labels"])
+        singly = [Collator(its)([r]) for r in few]
+        alone = [loss.supervised_losses(toy, without_labels(b), b["labels"]) for b in singly]
+        assert torch.allclose(right, torch.cat(alone), atol=1e-5)
 
 
 def test_losses_in_chunks_are_the_same_losses_and_gradients():
-    def both(model, batch, way):
+    def losses_and_gradients(toy, inputs_, how):
         "Losses and all gradients."
-        model.zero_grad()
-        found = way(
-            model, {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}, batch["labels"]
-        )
-        (found * torch.linspace(0.5, 2, len(found))).sum().backward()
-        return found.detach(), {
-            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        toy.zero_grad()
+        given = how(toy, without_labels(inputs_), inputs_["labels"])
+        (given * torch.linspace(0.5, 2, len(given))).sum().backward()
+        return given.detach(), {
+            n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None
         }
 
 
-    def plainly_(model, inputs, labels):
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        found = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-        return found[labels[:, 1:].flatten() != -100]
+    def plainly_(toy, fields, labels_):
+        logits = toy(**fields, use_cache=False).logits[:, :-1]
+        given = F.cross_entropy(logits.flatten(0, 1), labels_[:, 1:].flatten(), reduction="none")
+        return given[labels_[:, 1:].flatten() != -100]
 
 
     def tied(seed):
@@ -113,107 +94,99 @@ def test_losses_in_chunks_are_the_same_losses_and_gradients():
 
 
     for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl, tied):
-        model, processor = tiny(seed=0)
-        batch = Collator(processor)([encode(ex, processor) for _, ex in shapes.examples(3)])
-        wanted, expected = both(model, batch, plainly_)
-        vocabulary = model.config.get_text_config().vocab_size
-        for size in (
+        toy, its = tiny(seed=0)
+        inputs_ = Collator(its)([encode(ex, its) for _, ex in shapes.examples(3)])
+        wanted, expected = losses_and_gradients(toy, inputs_, plainly_)
+        vocabulary = toy.config.get_text_config().vocab_size
+        for numbers in (
             vocabulary * 7,
             vocabulary * len(wanted),
             1,
         ):  # chunks of 7, one chunk, chunks of 1
-            with pytest.MonkeyPatch.context() as monkey:
-                monkey.setattr(loss_, "CHUNK", size)
-                found, gradients = both(model, batch, loss_.supervised_losses)
+            with pytest.MonkeyPatch.context() as patching:
+                patching.setattr(loss, "CHUNK", numbers)
+                given, gradients = losses_and_gradients(toy, inputs_, loss.supervised_losses)
                 with torch.no_grad():
-                    unseen = loss_.supervised_losses(
-                        model,
-                        {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")},
-                        batch["labels"],
-                    )
+                    unseen = loss.supervised_losses(toy, without_labels(inputs_), inputs_["labels"])
             assert (
-                torch.allclose(found, wanted, atol=1e-5)
-                and abs(found.sum() - wanted.sum()) < 1e-6 * wanted.sum()
+                torch.allclose(given, wanted, atol=1e-5)
+                and abs(given.sum() - wanted.sum()) < 1e-6 * wanted.sum()
                 and torch.allclose(unseen, wanted, atol=1e-5)
             )
             assert gradients.keys() == expected.keys() and all(
                 (g - expected[n]).norm() < 1e-5 * max(1, expected[n].norm())
                 for n, g in gradients.items()
             )
-        assert "forward" not in vars(model.get_output_embeddings())
+        assert "forward" not in vars(toy.get_output_embeddings())
 
 
 def test_no_logits_but_those_of_a_chunk_exist():
     for tiny in (tiny_llava, tiny_mllama):
-        model, batch = wordy(tiny)
-        inputs = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+        toy, inputs_ = wordy(tiny)
+        fields = without_labels(inputs_)
         for frozen in (False, True):
-            model.get_output_embeddings().requires_grad_(not frozen)
-            with Largest() as most:
-                loss_.supervised_losses(model, inputs, batch["labels"]).sum().backward()
+            toy.get_output_embeddings().requires_grad_(not frozen)
+            with Largest() as largest_:
+                loss.supervised_losses(toy, fields, inputs_["labels"]).sum().backward()
             assert (
-                (batch["labels"] != -100).sum() * 128_256
-                > loss_.CHUNK
-                >= most.numbers
-                > 0.9 * loss_.CHUNK
+                (inputs_["labels"] != -100).sum() * 128_256
+                > loss.CHUNK
+                >= largest_.numbers
+                > 0.9 * loss.CHUNK
             )
-            assert (model.get_output_embeddings().weight.grad is None) == frozen
-            model.zero_grad()
-        with torch.no_grad(), Largest() as most:
-            loss_.supervised_losses(model, inputs, batch["labels"])
-        assert most.numbers <= loss_.CHUNK
+            assert (toy.get_output_embeddings().weight.grad is None) == frozen
+            toy.zero_grad()
+        with torch.no_grad(), Largest() as largest_:
+            loss.supervised_losses(toy, fields, inputs_["labels"])
+        assert largest_.numbers <= loss.CHUNK
 
 
 def test_loss_is_the_models_own():
-    model, processor = tiny_llava(seed=0)
-    batch = Collator(processor)(
-        [encode({**ex, "images": ex["images"]}, processor) for _, ex in shapes.examples(4)]
-    )
-    losses, stages = loss_.token_losses(model, batch)
-    whole = model(**{k: v for k, v in batch.items() if k != "stage_ids"}).loss
-    assert abs(losses.mean() - whole) < 1e-5
+    toy, its = tiny_llava(seed=0)
+    inputs_ = Collator(its)([encode(ex, its) for _, ex in shapes.examples(4)])
+    each_loss, stage_of = loss.token_losses(toy, inputs_)
+    together_ = toy(**{k: v for k, v in inputs_.items() if k != "stage_ids"}).loss
+    assert abs(each_loss.mean() - together_) < 1e-5
     assert (
-        torch.isclose(loss_.by_stage(losses, stages)[:, 0].sum(), losses.sum())
-        and len(loss_.stage_means(loss_.by_stage(losses, stages))) == 5
+        torch.isclose(loss.by_stage(each_loss, stage_of)[:, 0].sum(), each_loss.sum())
+        and len(loss.stage_means(loss.by_stage(each_loss, stage_of))) == 5
     )
 
 
 def test_stage_weights_change_the_mean_and_not_its_grouping():
     for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl):
         net, its = tiny(seed=0)
-        encoded, together, accelerator = (
+        made, joined, alone_ = (
             [encode(ex, its) for _, ex in shapes.examples(6)],
             Collator(its),
-            train.Accelerator(cpu=True),
+            Accelerator(cpu=True),
         )
 
-        def gradient_(groups, weights=None):
+        def gradient_(split, weights=None):
             net.zero_grad()
-            sums = loss_.backward(
-                net, [together([encoded[i] for i in g]) for g in groups], accelerator, weights
-            )
+            sums_ = loss.backward(net, [joined([made[i] for i in g]) for g in split], alone_, weights)
             return (
                 torch.cat([p.grad.flatten() for _, p in parts(net)["language"] if p.grad is not None]),
-                sums,
+                sums_,
             )
 
         weights = dict(CONCLUSION=4.0, CAPTION=0.5, OTHER=0.0)
-        whole, sums = gradient_([range(6)], weights)
-        for groups in ([[i] for i in range(6)], [[0, 1], [2], [3, 4, 5]]):
-            assert (gradient_(groups, weights)[0] - whole).norm() < 1e-5 * whole.norm()
+        together_, sums_ = gradient_([range(6)], weights)
+        for split in ([[i] for i in range(6)], [[0, 1], [2], [3, 4, 5]]):
+            assert (gradient_(split, weights)[0] - together_).norm() < 1e-5 * together_.norm()
         net.zero_grad()
-        losses, stages = loss_.token_losses(net, together(encoded))
+        each_loss, stage_of = loss.token_losses(net, joined(made))
         w = torch.tensor([0, 1, 0.5, 1, 4.0])[
-            stages
+            stage_of
         ]  # by hand: OTHER, SUMMARY, CAPTION, REASONING, CONCLUSION
-        ((w * losses).sum() / w.sum()).backward()
+        ((w * each_loss).sum() / w.sum()).backward()
         hand = torch.cat([p.grad.flatten() for _, p in parts(net)["language"] if p.grad is not None])
-        assert (hand - whole).norm() < 1e-5 * hand.norm() and torch.allclose(
-            sums[:, 0].sum(), losses.sum()
+        assert (hand - together_).norm() < 1e-5 * hand.norm() and torch.allclose(
+            sums_[:, 0].sum(), each_loss.sum()
         )
         plain = gradient_([range(6)])[0]
         assert (
             (gradient_([range(6)], dict.fromkeys(STAGE_NAMES, 3.0))[0] - plain).norm()
             < 1e-5 * plain.norm()
-            < 1e-2 * (plain - whole).norm()
+            < 1e-2 * (plain - together_).norm()
         )

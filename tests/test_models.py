@@ -2,102 +2,58 @@
 from llava_cot.models import *
 
 import copy
-import pytest
 import subprocess
 import sys
 import tempfile
-import torch
-from PIL import Image, ImageDraw
 from contextlib import chdir
 from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText
-from unittest import mock
-from llava_cot import models
+
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
+from llava_cot.models import _adapter_state
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode
 
-def picture(colour="red", size=(48, 48)):
-    "A disc and a square on grey."
-    im = Image.new("RGB", size, (128, 128, 128))
-    draw = ImageDraw.Draw(im)
-    draw.ellipse((5, 5, 19, 19), fill=colour)
-    draw.rectangle((28, 28, 42, 42), fill="blue")
-    return im
-
-
-def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </SUMMARY>"):
-    content = [{"type": "image", "text": None} for _ in images] + [
-        {"type": "text", "text": "How many circles?"}
-    ]
-    return {
-        "id": "disc",
-        "images": list(images),
-        "source": "",
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
-
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+RED = Image.new("RGB", (48, 48), (200, 30, 30))
+
+
+def example(images=(RED,), answer="<SUMMARY> I will count the circles. </SUMMARY>"):
+    "A row of data with these pictures."
+    question = {"type": "text", "text": "How many circles?"}
+    content = [*({"type": "image", "text": None} for _ in images), question]
+    said = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+    return {"id": "red", "images": list(images), "source": "", "messages": messages}
+
+
+def batch_of(processor, *examples):
+    "A batch of these examples, or of the usual one."
+    return Collator(processor)([encode(e, processor) for e in examples or [example()]])
+
+
+def model_inputs(batch):
+    return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
 
 def bare(tiny):
-    "A tiny model, and its separators made of many pieces, as in a real tokenizer, for its vocabulary never saw them whole."
-    model, processor = tiny()
-    return model, processor, [t.replace("<", "<x") for t in SEPARATORS]
+    "A tiny model, and separators that its tokenizer never saw whole, as is so with real ones."
+    toy, own = tiny()
+    return toy, own, [t.replace("<", "<x") for t in SEPARATORS]
 
 
-def loss_of(model, batch):
-    logits = model(**{k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}).logits
+def loss_of(toy, batch):
+    logits = toy(**model_inputs(batch)).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-
-def test_load_refuses_in_one_line():
-    model, processor = tiny_llava()
-    with tempfile.TemporaryDirectory() as d, chdir(d):
-        for name in ("half", "edited", "lame", "pickled", "bare", "gap"):
-            save(model, processor, name)
-        Path("half/config.json").write_text('{"model_type": "lla')
-        f = Path("edited/processor_config.json")
-        f.write_text(f.read_text().replace('"width": 48', '"width": 24'))
-        Path("lame/processor_config.json").unlink()
-        Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
-        f = Path("bare/config.json")
-        f.write_text(f.read_text().replace('"hidden_size": 48', '"hidden_size": 52'))
-        Path("alien").mkdir()
-        Path("alien/config.json").write_text('{"model_type": "zork"}')
-        Path("empty").mkdir()
-        wanted = dict(
-            half="config.json cannot be read",
-            edited="differs in (crop_)?size",
-            lame="processor cannot be read",
-            pickled="weights cannot be read",
-            bare="cannot be read",
-            alien="'zork'",
-            empty="no config.json",
-            nowhere="no such folder",
-        )
-        for name, message in wanted.items():
-            with pytest.raises(ModelError, match=message) as e:
-                load(name)
-            assert "\n" not in str(e.value) and str(e.value).startswith(name)
-
-
-def test_weights_are_never_made_up():
-    model, processor = tiny_llava()
-    with tempfile.TemporaryDirectory() as d, chdir(d):
-        save(model, processor, "m")
-        weights = load_file("m/model.safetensors")
-        weights.pop(next(k for k in weights if "linear_1.weight" in k))
-        save_file(weights, "m/model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ModelError, match="weights are missing, .*linear_1"):
-            load("m")
 
 
 def test_every_field_of_the_fingerprint_is_compared():
@@ -118,272 +74,265 @@ def test_every_field_of_the_fingerprint_is_compared():
         (tiny_llava_next, {"crop_size": small, "image_grid_pinpoints": [[24, 24]]}),
         (tiny_qwen2_5_vl, {"patch_size": 14, "merge_size": 4, "temporal_patch_size": 1}),
     ):
-        model, processor = tiny()
-        check_preprocessing(model, processor)
+        toy, own = tiny()
+        check_preprocessing(toy, own)
         for field, value in (changes | more).items():
-            wrong = copy.deepcopy(processor)
-            setattr(wrong.image_processor, field, value)
+            changed = copy.deepcopy(own)
+            setattr(changed.image_processor, field, value)
             with pytest.raises(ModelError, match=f"eval: preprocessing differs in {field}: "):
-                check_preprocessing(model, wrong, "eval")
+                check_preprocessing(toy, changed, "eval")
             with pytest.raises(ModelError, match=field):
-                check_preprocessing(fingerprint(processor), wrong)
+                check_preprocessing(fingerprint(own), changed)
+
+
+def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
+    for tiny in TINY:
+        toy, own = tiny()
+        row = batch_of(own)
+        with tempfile.TemporaryDirectory() as d:
+            save(toy, own, f"{d}/m")
+            plain = (
+                AutoModelForImageTextToText.from_pretrained(f"{d}/m"),
+                family_of(toy).processor.from_pretrained(f"{d}/m"),
+            )
+            for other, reader in (load(f"{d}/m"), plain):
+                same = batch_of(reader)
+                assert all(torch.equal(row[k], same[k]) for k in row)
+                inputs = model_inputs(row)
+                assert torch.equal(toy(**inputs).logits, other(**inputs).logits)
+            assert fingerprint(load_processor(f"{d}/m")) == fingerprint(own)
+            assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_save_is_whole_or_not_at_all():
+    toy, own = tiny_llava()
+
+
+    class Broken:  # fails halfway, after the weights are written
+        def __getattr__(self, name):
+            return getattr(own, name)
+
+        def save_pretrained(self, folder):
+            raise KeyboardInterrupt
+
+
+    with tempfile.TemporaryDirectory() as d:
+        save(toy, own, f"{d}/m")
+        save(toy, own, f"{d}/m")  # an older model is replaced
+        with pytest.raises(KeyboardInterrupt):
+            save(toy, Broken(), f"{d}/m")
+        with pytest.raises(KeyboardInterrupt):
+            save(toy, Broken(), f"{d}/other")
+        assert [p.name for p in Path(d).iterdir()] == ["m"] and load(f"{d}/m")
+        Path(f"{d}/notes").mkdir()
+        Path(f"{d}/notes/diary.txt").write_text("dear diary")
+        with pytest.raises(ModelError, match="not a model folder"):
+            save(toy, own, f"{d}/notes")
+
+
+def test_load_refuses_in_one_line():
+    toy, own = tiny_llava()
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        for folder in ("half", "edited", "lame", "pickled", "bare", "gap"):
+            save(toy, own, folder)
+        Path("half/config.json").write_text('{"model_type": "lla')
+        f = Path("edited/processor_config.json")
+        f.write_text(f.read_text().replace('"width": 48', '"width": 24'))
+        Path("lame/processor_config.json").unlink()
+        Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
+        f = Path("bare/config.json")
+        f.write_text(f.read_text().replace('"hidden_size": 48', '"hidden_size": 52'))
+        Path("alien").mkdir()
+        Path("alien/config.json").write_text('{"model_type": "zork"}')
+        Path("empty").mkdir()
+        wanted = dict(
+            half="config.json cannot be read",
+            edited="differs in (crop_)?size",
+            lame="processor cannot be read",
+            pickled="weights cannot be read",
+            bare="cannot be read",
+            alien="'zork'",
+            empty="no config.json",
+            nowhere="no such folder",
+        )
+        for folder, message in wanted.items():
+            with pytest.raises(ModelError, match=message) as e:
+                load(folder)
+            assert "\n" not in str(e.value) and str(e.value).startswith(folder)
+
+
+def test_weights_are_never_made_up():
+    toy, own = tiny_llava()
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "m")
+        stored = load_file("m/model.safetensors")
+        stored.pop(next(k for k in stored if "linear_1.weight" in k))
+        save_file(stored, "m/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="weights are missing, .*linear_1"):
+            load("m")
 
 
 def test_adapters_stand_in_their_part_and_nowhere_else():
     for tiny in TINY:
         for selector in ("language", "vision", "language.layers[-1]"):
-            model, _ = tiny()
-            start, names, never = (
-                {n: p.detach().clone() for n, p in model.named_parameters()},
-                linear_layers(model, [selector])[selector],
-                without_gradient(model),
-            )
-            inside = {n for n, _ in select(model, [selector])[selector]}
-            assert (
-                names
-                and all(f"{n}.weight" in inside and f"{n}.weight" not in never for n in names)
-                and "lm_head" not in names
-            )
-            add_adapters(model, names, r=2, alpha=4)
-            assert set(adapter_layers(model)) == set(names) and type(model) is type(tiny()[0])
-            assert {n for n, _ in select(model, [selector])[selector] if ".lora_" in n} == {
-                n for n, _ in model.named_parameters() if ".lora_" in n
-            }
-            assert sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n) == sum(
-                2 * sum(start[f"{n}.weight"].shape) for n in names
-            )
-            assert all(
-                torch.equal(w, start[n])
-                for n, w in merged_state(model, apart=True).items()
-                if n in start
-            )
-    assert any(
-        n.endswith("q_proj") for n in linear_layers(tiny_llava()[0], ["vision"])["vision"]
-    )  # the names are the same, so it takes the whole name to tell
-
-
-def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
-    def mine(m):
-        return {n: (p.shape, p.dtype) for n, p in m.named_parameters() if ".lora_" in n}
-
-
-    for tiny in TINY:
-        model, _ = tiny()
-        real = tiny()[0].bfloat16()
-        with torch.device("meta"):
-            meta = AutoModelForImageTextToText.from_config(model.config)
-        with FakeTensorMode() as mode:
-            fake = AutoModelForImageTextToText.from_config(model.config)
-        for m in (real, meta):
-            add_adapters(m, linear_layers(m, ["language"])["language"], r=2)
-        with mode:
-            add_adapters(fake, linear_layers(fake, ["language"])["language"], r=2)
-        assert mine(real) == mine(meta) == mine(fake) and {
-            dtype for _, dtype in mine(real).values()
-        } == {torch.float32}
-        assert all(p.is_meta for p in meta.parameters()) and all(
-            isinstance(p, FakeTensor) for p in fake.parameters()
-        )
-        again = tiny()[0].bfloat16()
-        add_adapters(again, linear_layers(again, ["language"])["language"], r=2)
-        assert all(
-            torch.equal(w, adapter_state(again)[n]) for n, w in adapter_state(real).items()
-        )  # drawn from the seed alone
-        merge_adapters(real)
-        assert real.dtype == torch.bfloat16 and {p.dtype for p in real.parameters()} == {torch.bfloat16}
+            toy, _ = tiny()
+            start = {n: p.detach().clone() for n, p in toy.named_parameters()}
+            names, never = linear_layers(toy, [selector])[selector], without_gradient(toy)
+            inside = {n for n, _ in select(toy, [selector])[selector]}
+            assert names and "lm_head" not in names
+            assert all(f"{n}.weight" in inside - never for n in names)
+            add_adapters(toy, names, r=2, alpha=4)
+            assert set(adapter_layers(toy)) == set(names) and type(toy) is type(tiny()[0])
+            new = {n: p for n, p in toy.named_parameters() if ".lora_" in n}
+            assert {n for n, _ in select(toy, [selector])[selector] if ".lora_" in n} == new.keys()
+            numbers = sum(2 * sum(start[f"{n}.weight"].shape) for n in names)
+            assert sum(p.numel() for p in new.values()) == numbers
+            kept = merged_state(toy, apart=True)
+            assert all(torch.equal(w, start[n]) for n, w in kept.items() if n in start)
+    tower = linear_layers(tiny_llava()[0], ["vision"])["vision"]
+    assert any(n.endswith("q_proj") for n in tower)  # it takes the whole name to tell
 
 
 def test_without_peft_lora_is_an_error_of_one_line():
-    model, _ = tiny_llava()
-    with (
-        mock.patch.dict(sys.modules, {"peft": None}),
-        pytest.raises(ModelError, match=r"needs the package peft.*pip install 'llava_cot\[lora\]'"),
-    ):
-        add_adapters(model, linear_layers(model, ["language"])["language"])
+    toy, _ = tiny_llava()
+    missing = mock.patch.dict(sys.modules, {"peft": None})
+    message = r"needs the package peft.*pip install 'llava_cot\[lora\]'"
+    with missing, pytest.raises(ModelError, match=message):
+        add_adapters(toy, linear_layers(toy, ["language"])["language"])
     script = (
-        "import sys; sys.modules['peft'] = None; import llava_cot.models, llava_cot.schedule,"
-        " llava_cot.train"
+        "import sys; sys.modules['peft'] = None;"
+        " import llava_cot.models, llava_cot.schedule, llava_cot.train"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
+def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
+    def adapters(toy):
+        return {n: (p.shape, p.dtype) for n, p in toy.named_parameters() if ".lora_" in n}
+
+
+    def adapt(toy):
+        add_adapters(toy, linear_layers(toy, ["language"])["language"], r=2)
+        return toy
+
+
     for tiny in TINY:
-        model, processor = tiny()
-        row = Collator(processor)([encode(example(), processor)])
-        with tempfile.TemporaryDirectory() as d:
-            save(model, processor, f"{d}/m")
-            plain = (
-                AutoModelForImageTextToText.from_pretrained(f"{d}/m"),
-                family_of(model).processor.from_pretrained(f"{d}/m"),
-            )
-            for other, reader in (load(f"{d}/m"), plain):
-                again = Collator(reader)([encode(example(), reader)])
-                assert all(torch.equal(row[k], again[k]) for k in row)
-                inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
-                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
-            assert fingerprint(load_processor(f"{d}/m")) == fingerprint(processor)
-            assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-
-
-def test_save_is_whole_or_not_at_all():
-    model, processor = tiny_llava()
-    with tempfile.TemporaryDirectory() as d:
-        save(model, processor, f"{d}/m")
-        save(model, processor, f"{d}/m")  # an older model is replaced
-
-        class Broken:  # fails halfway, after the weights are written
-            def __getattr__(self, name):
-                return getattr(processor, name)
-
-            def save_pretrained(self, folder):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            save(model, Broken(), f"{d}/m")
-        with pytest.raises(KeyboardInterrupt):
-            save(model, Broken(), f"{d}/other")
-        assert [p.name for p in Path(d).iterdir()] == ["m"] and load(f"{d}/m")
-        Path(f"{d}/notes").mkdir()
-        Path(f"{d}/notes/diary.txt").write_text("dear diary")
-        with pytest.raises(ModelError, match="not a model folder"):
-            save(model, processor, f"{d}/notes")
+        config_of = tiny()[0].config
+        real = adapt(tiny()[0].bfloat16())
+        with torch.device("meta"):
+            meta = AutoModelForImageTextToText.from_config(config_of)
+        adapt(meta)
+        with FakeTensorMode():
+            fake = adapt(AutoModelForImageTextToText.from_config(config_of))
+        assert adapters(real) == adapters(meta) == adapters(fake)
+        assert {dtype for _, dtype in adapters(real).values()} == {torch.float32}
+        assert all(p.is_meta for p in meta.parameters())
+        assert all(isinstance(p, FakeTensor) for p in fake.parameters())
+        second = _adapter_state(adapt(tiny()[0].bfloat16()))  # drawn from the seed alone
+        assert all(torch.equal(w, second[n]) for n, w in _adapter_state(real).items())
+        merge_adapters(real)
+        assert {p.dtype for p in real.parameters()} == {torch.bfloat16}
 
 
 def test_adapters_begin_as_nothing_and_merge_into_the_weights():
     for tiny in TINY:
-        model, processor = tiny()
-        batch = Collator(processor)([encode(example(), processor)])
-        batch.pop("stage_ids")
+        toy, own = tiny()
+        row = batch_of(own)
+        row.pop("stage_ids")
 
         def logits(m):
-            return m(**batch).logits.detach()
+            return m(**row).logits.detach()
 
-        base = logits(model)
-        add_adapters(
-            model, linear_layers(model, ["language"])["language"], r=3, alpha=6, dropout=0.5, seed=1
-        )
-        assert torch.equal(logits(model), base)
-        for layer in adapter_layers(model).values():
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
-        adapted, state = logits(model), merged_state(model)
-        assert (adapted - base).abs().max() > 1e-3
+        def adapt(m, **how):
+            add_adapters(m, linear_layers(m, ["language"])["language"], **how)
+            return m
+
+        base = logits(toy)
+        adapt(toy, r=3, alpha=6, dropout=0.5, seed=1)
+        assert torch.equal(logits(toy), base)
+        for a_layer in adapter_layers(toy).values():
+            torch.nn.init.normal_(a_layer.lora_B["default"].weight, std=0.3)
+        learned, state = logits(toy), merged_state(toy)
+        assert (learned - base).abs().max() > 1e-3
         with tempfile.TemporaryDirectory() as d:
-            save(model, processor, Path(d) / "whole")
-            save(model, processor, Path(d) / "apart", apart=True)
-            assert torch.equal(logits(model), adapted)  # saving changes nothing
+            save(toy, own, Path(d) / "whole")
+            save(toy, own, Path(d) / "apart", apart=True)
+            assert torch.equal(logits(toy), learned)  # saving changes nothing
             plain = AutoModelForImageTextToText.from_pretrained(Path(d) / "whole")
             family_of(plain).prepare(plain)
-            assert (
-                type(plain) is type(model)
-                and (logits(plain.eval()) - adapted).abs().max() < 1e-5
-                and not adapter_layers(plain)
-            )
-            again = load(Path(d) / "apart")[0]
-            assert torch.equal(logits(again), base)
-            add_adapters(again, linear_layers(again, ["language"])["language"], r=3, alpha=6, seed=2)
-            load_adapters(again, Path(d) / "apart")
-            assert all(
-                torch.equal(p, dict(model.named_parameters())[n]) for n, p in again.named_parameters()
-            )
+            assert type(plain) is type(toy) and not adapter_layers(plain)
+            assert (logits(plain.eval()) - learned).abs().max() < 1e-5
+            back = load(Path(d) / "apart")[0]
+            assert torch.equal(logits(back), base)
+            adapt(back, r=3, alpha=6, seed=2)
+            load_adapters(back, Path(d) / "apart")
+            mine = dict(toy.named_parameters())
+            assert all(torch.equal(p, mine[n]) for n, p in back.named_parameters())
             with pytest.raises(ModelError, match="expected the run's own"):
-                other = tiny()[0]
-                add_adapters(other, linear_layers(other, ["language"])["language"], r=2)
-                load_adapters(other, Path(d) / "apart")
-        merge_adapters(model)
-        assert not adapter_layers(model) and [n for n, _ in model.named_parameters()] == [
-            n for n, _ in tiny()[0].named_parameters()
-        ]
-        assert all(torch.equal(w, state[n]) for n, w in model.state_dict().items())  # to the bit
-
-
-def test_the_digest_sees_weights_and_config():
-    one, two = (tiny_mllama(seed=0)[0] for _ in range(2))
-    assert (
-        models.model_digest(one)
-        == models.model_digest(two)
-        != models.model_digest(tiny_mllama(seed=1)[0])
-    )
-    two.config.text_config.dropout = 0.1
-    assert models.model_digest(one) != models.model_digest(two)
+                load_adapters(adapt(tiny()[0], r=2), Path(d) / "apart")
+        merge_adapters(toy)
+        assert not adapter_layers(toy)
+        assert [n for n, _ in toy.named_parameters()] == [n for n, _ in tiny()[0].named_parameters()]
+        assert all(torch.equal(w, state[n]) for n, w in toy.state_dict().items())  # to the bit
 
 
 def test_separators_become_tokens_and_survive_saving():
     for tiny in TINY:
-        model, processor, marks = bare(tiny)
-        tok, image = processor.tokenizer, processor.image_token_id
-        pieces = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
-        embed, head = (
-            m.weight.detach().clone()
-            for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
-        batch = Collator(processor)([encode(example(), processor), encode(example([]), processor)])
-        plain = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
-        before = model(**plain).logits
-        assert all(len(p) > 1 for p in pieces) and add_separators(model, processor, marks) == marks
-        assert add_separators(model, processor, marks) == []  # once is enough
-        assert torch.allclose(
-            model(**plain).logits[..., : len(head)], before
-        )  # nothing else has changed
-        assert (
-            processor.image_token_id
-            == image
-            == model.config.image_token_id
-            < model.get_input_embeddings().num_embeddings
-        )
-        for t, ids in zip(marks, pieces):
-            assert (
-                tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(
-                    i := tok.convert_tokens_to_ids(t)
-                )
-                == 1
-                and i != image
-            )
-            for weight, old in (
-                (model.get_input_embeddings().weight, embed),
-                (model.get_output_embeddings().weight, head),
-            ):
-                assert torch.allclose(weight[i], old[ids].mean(0))
-        row = Collator(processor)(
-            [encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), processor)]
-        )
-        assert (
-            tok.decode(row["labels"][0][row["labels"][0] != -100])
-            == f"{marks[0]} I count é. {marks[1]}{tok.eos_token}"
-        )
-        inputs = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
+        toy, own, marks = bare(tiny)
+        tok, image = own.tokenizer, own.image_token_id
+        old_ids = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
+        assert all(len(ids) > 1 for ids in old_ids)
+        ends = (toy.get_input_embeddings, toy.get_output_embeddings)
+        old_rows = [end().weight.detach().clone() for end in ends]
+        plain = model_inputs(batch_of(own, example(), example([])))
+        was = toy(**plain).logits
+        assert add_separators(toy, own, marks) == marks
+        assert add_separators(toy, own, marks) == []  # once is enough
+        known = toy(**plain).logits[..., : len(old_rows[1])]
+        assert torch.allclose(known, was)  # nothing else has changed
+        assert own.image_token_id == image == toy.config.image_token_id
+        assert image < toy.get_input_embeddings().num_embeddings
+        for t, ids in zip(marks, old_ids):
+            i = tok.convert_tokens_to_ids(t)
+            assert tok(f"a {t} b", add_special_tokens=False)["input_ids"].count(i) == 1 and i != image
+            for end, old in zip(ends, old_rows):
+                assert torch.allclose(end().weight[i], old[ids].mean(0))
+        said = f"{marks[0]} I count é. {marks[1]}"
+        row = batch_of(own, example(answer=said))
+        supervised = row["labels"][0][row["labels"][0] != -100]
+        assert tok.decode(supervised) == f"{said}{tok.eos_token}"
+        inputs = model_inputs(row)
         with tempfile.TemporaryDirectory() as d:
-            save(model, processor, f"{d}/m")
-            for other, reader in (
-                load(f"{d}/m"),
-                (
-                    AutoModelForImageTextToText.from_pretrained(f"{d}/m"),
-                    family_of(model).processor.from_pretrained(f"{d}/m"),
-                ),
-            ):
-                again = Collator(reader)(
-                    [encode(example(answer=f"{marks[0]} I count é. {marks[1]}"), reader)]
-                )
-                assert all(torch.equal(row[k], again[k]) for k in row)
-                assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+            save(toy, own, f"{d}/m")
+            whole = AutoModelForImageTextToText.from_pretrained(f"{d}/m")
+            reader = family_of(toy).processor.from_pretrained(f"{d}/m")
+            for other, other_reader in (load(f"{d}/m"), (whole, reader)):
+                same = batch_of(other_reader, example(answer=said))
+                assert all(torch.equal(row[k], same[k]) for k in row)
+                assert torch.equal(toy(**inputs).logits, other(**inputs).logits)
 
 
 def test_a_model_learns_its_separators_and_stops():
     for tiny in (tiny_llava, tiny_mllama):
-        model, processor, marks = bare(tiny)
-        add_separators(model, processor, marks)
-        text = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
-        ex = example(answer=text)
-        batch, optimizer = (
-            Collator(processor)([encode(ex, processor)]),
-            torch.optim.AdamW(model.parameters(), lr=1e-2),
-        )
+        toy, own, marks = bare(tiny)
+        add_separators(toy, own, marks)
+        said = f"{marks[0]} I will count. {marks[1]} {marks[6]} 2 {marks[7]}"
+        ex = example(answer=said)
+        row = batch_of(own, ex)
+        optimizer = torch.optim.AdamW(toy.parameters(), lr=1e-2)
         for _ in range(200):
-            loss = loss_of(model, batch)
+            loss = loss_of(toy, row)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if loss < 0.02:
                 break
-        got = answer(model, processor, [ex], Greedy(40), progress=False)[0]
-        assert loss < 0.02 and got.text == text and got.finished, (loss, got)
+        got = answer(toy, own, [ex], Greedy(40), progress=False)[0]
+        assert loss < 0.02 and got.text == said and got.finished, (loss, got)
+
+
+def test_the_digest_sees_weights_and_config():
+    one, two = (tiny_mllama(seed=0)[0] for _ in range(2))
+    assert model_digest(one) == model_digest(two) != model_digest(tiny_mllama(seed=1)[0])
+    two.config.text_config.dropout = 0.1
+    assert model_digest(one) != model_digest(two)

@@ -4,7 +4,6 @@ from llava_cot.preview import *
 
 import json
 import os
-import pytest
 import re
 import shutil
 import socket
@@ -12,128 +11,96 @@ import subprocess
 import sys
 import tempfile
 import time
-from PIL import Image, ImageDraw
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from llava_cot import preview
+
+import pytest
+from PIL import Image, ImageDraw
+
+from llava_cot.augment import preview
 from llava_cot.cot import CoT, render
-from llava_cot.gate import AugmentError, LIGHT, Policy, STRONG, TRANSFORMS
+from llava_cot.gate import LIGHT, STRONG, TRANSFORMS, AugmentError, Policy
 from llava_cot.template import TokensError
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import encode, show_mask
 
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 
-def picture(colour="red"):
-    im = Image.new("RGB", (48, 48), (128, 128, 128))
-    draw = ImageDraw.Draw(im)
-    for box in ((5, 5, 19, 19), (28, 28, 42, 42)):
-        draw.ellipse(box, fill=colour)
-    draw.rectangle((28, 5, 42, 19), fill="blue")
-    return im
+
+def scene(circle=(214, 40, 40), size=(96, 96)):
+    "A circle and a blue square on grey."
+    image = Image.new("RGB", size, (127, 127, 127))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((8, 8, 40, 40), fill=circle)
+    pen.rectangle((52, 52, 88, 88), fill=(40, 80, 220))
+    return image
 
 
-ANSWER = render(
-    {
-        "SUMMARY": "I will count the red circles.",
-        "CAPTION": "Top left red circle, top right blue square, bottom right red circle.",
-        "REASONING": "There is one red circle, and another one. 1 + 1 = 2.",
-        "CONCLUSION": "2",
-    }
-)
-
-
-def example(*turns, images=(picture(),), name="circles"):
-    "A conversation of user and assistant in turn, the images before the first question."
-    content = [[{"type": "text", "text": t}] for t in turns or ("How many red circles?", ANSWER)]
-    content[0] = [{"type": "image", "text": None} for _ in images] + content[0]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(content)]
-    return {"id": name, "images": list(images), "messages": messages, "source": ""}
-
-def picture(
+def drawn(
     question="How many circles are there?",
     caption="A red circle and a blue square.",
-    conclusion="1",
-    size=96,
+    images=(scene(),),
+    name="drawn-1",
 ):
-    "A small example: a red circle and a blue square on grey."
-    image = Image.new("RGB", (size, size), (127, 127, 127))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((8, 8, 40, 40), fill=(214, 40, 40))
-    pen.rectangle((52, 52, 88, 88), fill=(40, 80, 220))
-    answer = render(
-        CoT(
-            SUMMARY="I will look.",
-            CAPTION=caption,
-            REASONING="I look at it.",
-            CONCLUSION=conclusion,
-        )
-    )
-    return {
-        "id": "drawn-1",
-        "images": [image],
-        "source": "drawn",
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image", "text": None}, {"type": "text", "text": question}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
-
-
-def asked(example):
-    return example["messages"][0]["content"][1]["text"]
+    "A small example."
+    answer = CoT(SUMMARY="I will look.", CAPTION=caption, REASONING="I look at it.", CONCLUSION="1")
+    asked = [{"type": "image", "text": None} for _ in images]
+    asked.append({"type": "text", "text": question})
+    said = [{"type": "text", "text": render(answer)}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"id": name, "images": list(images), "source": "drawn", "messages": messages}
 
 ERROR = '.jp-OutputArea-output:has-text("Traceback")'
 READY = """() => document.querySelector(".jp-Notebook-ExecutionIndicator")?.dataset.status == "idle"
-        && document.querySelector(".jp-Toolbar-kernelName")?.getAttribute("aria-label")?.startsWith("Python 3")"""
+        && document.querySelector(".jp-Toolbar-kernelName")
+                   ?.getAttribute("aria-label")?.startsWith("Python 3")"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def write_notebook(path, code):
+    "A notebook of one cell."
+    cell = dict(
+        cell_type="code", id="one", metadata={}, source=code, execution_count=None, outputs=[]
+    )
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    whole = dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
+    path.write_text(json.dumps(whole))
+
+
+def wait_until_up(server, port, log):
+    "Until the server answers; fails with its log where it ended or took a minute."
+    end, up = time.monotonic() + 60, False
+    while not up:
+        assert server.poll() is None and time.monotonic() < end, log.read_text()
+        with socket.socket() as s:
+            up = s.connect_ex(("127.0.0.1", port)) == 0
+        time.sleep(0.1)
 
 
 @contextmanager
 def jupyterlab(folder, code):
     "The address of a JupyterLab on this machine, open at a notebook of one cell; ended on leaving."
-    cell = dict(
-        cell_type="code", id="one", metadata={}, source=code, execution_count=None, outputs=[]
-    )
-    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    (folder / "one.ipynb").write_text(
-        json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5))
-    )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    own = {
-        f"JUPYTER{what}_DIR": str(folder / what)
-        for what in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")
-    }  # nobody's own settings
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--ip=127.0.0.1",
-        f"--port={port}",
-        "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=t",
-        f"--ServerApp.root_dir={folder}",
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
-    with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
+    write_notebook(folder / "one.ipynb", code)
+    port, log = free_port(), folder / "lab.log"
+    kinds = ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")
+    own = {f"JUPYTER{kind}_DIR": str(folder / kind) for kind in kinds}  # nobody's own settings
+    flags = (
+        "--no-browser --allow-root --ip=127.0.0.1 --ServerApp.port_retries=0"
+        " --IdentityProvider.token=t --LabApp.news_url=None"
+        " --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"
+    ).split()
+    where = [f"--port={port}", f"--ServerApp.root_dir={folder}"]
+    command = [sys.executable, "-m", "jupyterlab", *flags, *where]
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, env=os.environ | own, stdout=out, stderr=out)
     try:
-        end, up = time.monotonic() + 60, False
-        while not up:
-            assert server.poll() is None and time.monotonic() < end, (
-                folder / "lab.log"
-            ).read_text()
-            with socket.socket() as s:
-                up = s.connect_ex(("127.0.0.1", port)) == 0
-            time.sleep(0.1)
+        wait_until_up(server, port, log)
         yield f"http://127.0.0.1:{port}/lab/tree/one.ipynb?token=t&reset"
     finally:
         server.terminate()
@@ -144,14 +111,13 @@ def browser(folder):
     "A page of headless Chromium with a profile of its own."
     from playwright.sync_api import sync_playwright
 
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
     assert path, "no chromium here: apt-get install chromium"
     flags = (
         "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-        " --disable-component-update --disable-sync".split()
-    )
+        " --disable-component-update --disable-sync"
+    ).split()
     with sync_playwright() as p:
         context = p.chromium.launch_persistent_context(
             folder / "profile",
@@ -167,183 +133,164 @@ def browser(folder):
 
 def moves(page, view, name, times):
     "What the widget shows after each press of → on a slider: the new picture, and the text."
-    handle, seen = (
-        page.locator(".widget-hslider", has_text=name).locator(".noUi-handle"),
-        lambda: (view.locator("img").nth(1).get_attribute("src"), view.inner_text()),
-    )
+    handle = page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
+
+    def seen():
+        return view.locator("img").nth(1).get_attribute("src"), view.inner_text()
+
     shown = [seen()]
     for _ in range(times):
         handle.press("ArrowRight")
         end = time.monotonic() + 20
-        while (now := seen()) == shown[-1] and time.monotonic() < end:
+        now = seen()
+        while now == shown[-1] and time.monotonic() < end:
             page.wait_for_timeout(50)
+            now = seen()
         shown.append(now)
     return shown
 
-
-def test_previews_of_augmentation_show_what_the_tower_sees():
-    for tiny in TINY:
-        processor = tiny()[1]
-        row, bad = (
-            example(images=[picture()]),
-            example("How <|image|> <image> <|image_pad|>?", ANSWER, name="bad"),
-        )
-        tiles = [
-            tile for picture_ in seen_images(encode(row, processor), processor) for tile in picture_
-        ]
-        assert [t.tobytes() for t in image_viewer(processor)(row)] == [
-            t.tobytes() for t in tiles
-        ] and image_viewer(processor)(bad) == []
-        assert (
-            image_viewer(processor, max_length=20, too_long="drop")(row)
-            == []
-            == image_viewer(processor)(example(images=[]))
-        )
-    widget = explore([row], STRONG, see=image_viewer(processor))
-    assert widget.children[1].value.count("<img") == 2 + len(tiles)
+EXPLORED = """
+from llava_cot import shapes
+from llava_cot.gate import Policy
+from llava_cot.preview import explore
+explore([row for _, row in shapes.examples(2, 0, size=96)], Policy())
+"""
 
 
-def test_rows_are_shown_with_their_pictures_and_refusals():
-    for tiny in TINY:
-        processor = tiny()[1]
-        rows = [
-            example(images=[picture(), picture("green")], name="<two>"),
-            example(images=[]),
-            example("How <|image|> <image> <|image_pad|>?", ANSWER, name="bad"),
-        ]
-        page = show_page(rows, processor, title="a & b")
-        tiles = sum(len(t) for t in seen_images(encode(rows[0], processor), processor))
-        assert page.count("data:image/png;base64,") == 2 + tiles + 1 and "http" not in page
-        assert (
-            "&lt;two&gt;" in page
-            and "<two>" not in page
-            and "a &amp; b" in page
-            and page.count("<b>refused:</b>") == 1
-            and "bad: the user" in page
-        )
-        assert (
-            show_row(rows[0], processor).counts
-            == show_mask(encode(rows[0], processor), processor).counts
-        )
-        assert "dropped:" in show_row(rows[0], processor, max_length=20, too_long="drop").html
-        box = step_rows(rows, processor)
-        (back, on, at), view = box.children[0].children, box.children[1]
-        first = view.value
-        on.click()
-        second = view.value
-        on.click()
-        on.click()
-        assert (
-            at.value == 2 and "refused" in view.value and "&lt;two&gt;" in first and "circles" in second
-        )
-        at.value = 1
-        assert view.value == second
-        back.click()
-        back.click()
-        assert view.value == first
-    with pytest.raises(TokensError, match="rows is empty"):
-        step_rows([], processor)
+def look():
+    "What is shown as first the slider of hue, then that of rotation is moved."
+    folder = Path(tempfile.mkdtemp())
+    with jupyterlab(folder, EXPLORED.strip()) as address, browser(folder) as page:
+        page.goto(address)
+        page.wait_for_function(READY, timeout=180_000)  # a cell run before that is not run at all
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        view = page.locator(".jp-OutputArea .widget-html-content")
+        page.locator(f".widget-html-content img, {ERROR}").first.wait_for(timeout=180_000)
+        assert not page.locator(ERROR).count(), page.locator(ERROR).first.inner_text()
+        return moves(page, view, "hue", 2), moves(page, view, "rotation", 3)
 
 
 def test_what_is_seen_is_the_picture():
     for tiny in TINY:
-        model, processor = tiny()
+        toy = tiny()[1]
         for size in ((48, 48), (96, 54), (30, 80)):
             flat = Image.new("RGB", size, (200, 40, 90))
-            tiles = seen_images(encode(example([flat, flat]), processor), processor)
-            assert len(tiles) == 2 and all(
-                (200, 40, 90) in tile.get_flattened_data() for tile in tiles[0][:1]
-            )
+            seen = seen_images(encode(drawn(images=[flat, flat]), toy), toy)
+            assert len(seen) == 2
+            assert (200, 40, 90) in seen[0][0].get_flattened_data()
         halves = Image.new("RGB", (48, 48), "red")
         halves.paste((0, 0, 255), (24, 0, 48, 48))
-        first = seen_images(encode(example([halves]), processor), processor)[0][0]
+        first = seen_images(encode(drawn(images=[halves]), toy), toy)[0][0]
         w, h = first.size
-        assert (
-            first.getpixel((1, h // 2)) == (255, 0, 0)
-            and first.getpixel((w - 2, h // 2)) == (0, 0, 255)
-            and first.getpixel((1, h - 2)) == (255, 0, 0)
-        )
-    assert seen_images(encode(example([]), processor), processor) == []
+        assert first.getpixel((1, h // 2)) == (255, 0, 0)
+        assert first.getpixel((w - 2, h // 2)) == (0, 0, 255)
+        assert first.getpixel((1, h - 2)) == (255, 0, 0)
+    assert seen_images(encode(drawn(images=[]), toy), toy) == []
+
+
+def test_rows_are_shown_with_their_pictures_and_refusals():
+    for tiny in TINY:
+        toy = tiny()[1]
+        mixed = [
+            drawn(images=[scene(), scene("green")], name="<two>"),
+            drawn(images=[], name="no picture"),
+            drawn("How <|image|> <image> <|image_pad|>?", name="bad"),
+        ]
+        whole = show_page(mixed, toy, title="a & b")
+        pieces = sum(len(tiles) for tiles in seen_images(encode(mixed[0], toy), toy))
+        assert whole.count("data:image/png;base64,") == 2 + pieces + 1 and "http" not in whole
+        assert "&lt;two&gt;" in whole and "<two>" not in whole and "a &amp; b" in whole
+        assert whole.count("<b>refused:</b>") == 1 and "bad: the user" in whole
+        counts = show_mask(encode(mixed[0], toy), toy).counts
+        assert show_row(mixed[0], toy).counts == counts
+        assert "dropped:" in show_row(mixed[0], toy, max_length=20, too_long="drop").html
+        stepper = step_rows(mixed, toy)
+        (left, right, slider), shown_now = stepper.children[0].children, stepper.children[1]
+        one = shown_now.value
+        right.click()
+        two = shown_now.value
+        assert "&lt;two&gt;" in one and "no picture" in two
+        right.click()
+        right.click()
+        assert slider.value == 2 and "refused" in shown_now.value
+        slider.value = 1
+        assert shown_now.value == two
+        left.click()
+        left.click()
+        assert shown_now.value == one
+    with pytest.raises(TokensError, match="rows is empty"):
+        step_rows([], toy)
 
 
 def test_previews_show_draws_and_reasons():
-    fig = preview(picture(), LIGHT, n=3)
-    assert (
-        len(fig.axes) == 4
-        and fig.axes[0].get_title() == "original"
-        and preview({**picture(), "images": []}, LIGHT, n=1).axes
-    )
+    sheet = preview(drawn(), LIGHT, n=3)
+    assert len(sheet.axes) == 4 and sheet.axes[0].get_title() == "original"
+    assert preview({**drawn(), "images": []}, LIGHT, n=1).axes
     assert word_changes("in the picture", "in the image") == [("picture", "image")]
-    seen = []
-    page = show_draw(picture(), STRONG, epoch=1, see=lambda ex: seen.append(ex) or ex["images"]).html
-    assert (
-        page.count("<img") == 3
-        and len(seen) == 1
-        and "CAPTION names a colour (&#x27;red&#x27;)" in page
-        and all(f">{verdict}</td>" in page for verdict in ("allowed", "bounded", "refused"))
-    )
-    hostile = picture(question="<script>alert(1)</script> & so?")
+    given = []
+
+
+    def noted(example):
+        given.append(example)
+        return example["images"]
+
+
+    strong = show_draw(drawn(), STRONG, epoch=1, see=noted).html
+    assert strong.count("<img") == 3 and len(given) == 1
+    assert "CAPTION names a colour (&#x27;red&#x27;)" in strong
+    assert all(f">{verdict}</td>" in strong for verdict in ("allowed", "bounded", "refused"))
+    hostile = drawn(question="<script>alert(1)</script> & so?")
     assert "<script>" not in show_draw(hostile, STRONG).html
 
 
+def test_previews_of_augmentation_show_what_the_tower_sees():
+    for tiny in TINY:
+        toy = tiny()[1]
+        good = drawn()
+        bad = drawn("How <|image|> <image> <|image_pad|>?", name="bad")
+        tiles = [tile for tiles in seen_images(encode(good, toy), toy) for tile in tiles]
+        seen = image_viewer(toy)(good)
+        assert [tile.tobytes() for tile in seen] == [tile.tobytes() for tile in tiles]
+        assert image_viewer(toy)(bad) == [] == image_viewer(toy)(drawn(images=[]))
+        assert image_viewer(toy, max_length=20, too_long="drop")(good) == []
+        explorer = explore([good], STRONG, see=image_viewer(toy))
+        assert explorer.children[1].value.count("<img") == 2 + len(tiles)
+
+
 def test_sliders_change_picture_and_reasons():
-    widget = explore(
-        [picture(), picture(question="What kind of animal is it?", caption="A cat.")], Policy()
-    )
-    (back, row, on), (epoch, *sliders), view = (
-        widget.children[0].children[0].children,
-        widget.children[0].children[1:],
-        widget.children[1],
-    )
-    assert [s.description for s in sliders] == list(TRANSFORMS) and "names a colour" not in view.value
-    first = view.value
-    sliders[TRANSFORMS.index("hue")].value = 0.3
-    second = view.value
-    assert "names a colour" in second != first
-    sliders[TRANSFORMS.index("rotation")].value = 3
-    third = view.value
-    assert third != second  # another picture
-    epoch.value = 1
-    assert view.value != third
-    on.click()
-    assert row.value == 1 and "What kind of animal" in view.value and "names a colour" not in view.value
-    on.click()
-    assert row.value == 1
+    explorer = explore([drawn(), drawn("What kind of animal is it?", "A cat.")], Policy())
+    panel, picture_and_reasons = explorer.children
+    (_, which, forward), (draw, *strengths) = panel.children[0].children, panel.children[1:]
+    assert [slider.description for slider in strengths] == list(TRANSFORMS)
+    one = picture_and_reasons.value
+    assert "names a colour" not in one
+    strengths[TRANSFORMS.index("hue")].value = 0.3
+    two = picture_and_reasons.value
+    assert "names a colour" in two != one
+    strengths[TRANSFORMS.index("rotation")].value = 3
+    three = picture_and_reasons.value
+    assert three != two  # another picture
+    draw.value = 1
+    assert picture_and_reasons.value != three
+    forward.click()
+    four = picture_and_reasons.value
+    assert which.value == 1 and "What kind of animal" in four and "names a colour" not in four
+    forward.click()
+    assert which.value == 1
     with pytest.raises(AugmentError, match="rows is empty"):
         explore([])
 
 
 @pytest.mark.slow
 def test_widget_in_a_real_jupyterlab():
-    def look():
-        "What is shown as first the slider of hue, then that of rotation is moved."
-        folder = Path(tempfile.mkdtemp())
-        code = (
-            "from llava_cot import shapes\nfrom llava_cot.augment import Policy, explore\nexplore([ex"
-            " for _, ex in shapes.examples(2, 0, size=96)], Policy())"
-        )
-        with jupyterlab(folder, code) as address, browser(folder) as page:
-            page.goto(address)
-            page.wait_for_function(
-                READY, timeout=180_000
-            )  # a cell that is run before its kernel is there is not run at all
-            page.locator(".jp-CodeCell .cm-content").first.click()
-            page.keyboard.press("Shift+Enter")
-            view = page.locator(".jp-OutputArea .widget-html-content")
-            page.locator(f".widget-html-content img, {ERROR}").first.wait_for(timeout=180_000)
-            assert not page.locator(ERROR).count(), page.locator(ERROR).first.inner_text()
-            return moves(page, view, "hue", 2) + moves(page, view, "rotation", 3)
-
-
     with ThreadPoolExecutor(1) as pool:
-        (start, *_, hue), (same, *_, turned) = (lambda s: (s[:3], s[3:]))(pool.submit(look).result())
-    assert (
-        "names a colour" not in start[1]
-        and re.search(r"hue\s.*refused\s.*names a colour", hue[1])
-        and hue[0] == start[0]
-    )  # refused: the reason appears, the picture stays
-    assert (
-        same == hue
-        and turned[0] != hue[0]
-        and re.search(r"rotation\s.*no more than 3\s+degrees", turned[1])
-    )  # allowed: another picture, and how far it was turned
+        hues, turns = pool.submit(look).result()
+    untouched, *_, hued = hues
+    same, *_, turned = turns
+    assert "names a colour" not in untouched[1]
+    assert re.search(r"hue\s.*refused\s.*names a colour", hued[1])  # the reason appears,
+    assert hued[0] == untouched[0]  # the picture stays
+    assert same == hued
+    assert turned[0] != hued[0]  # another picture, and how far it was turned
+    assert re.search(r"rotation\s.*no more than 3\s+degrees", turned[1])

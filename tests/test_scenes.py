@@ -2,34 +2,27 @@
 from llava_cot.scenes import *
 
 import json
-from llava_cot import scenes as scenes_
 
 
 def test_splits_share_no_scene():
-    scenes = {
-        s: {scenes_.sample_scene(i, split=s).things for i in range(300)}
-        for s in ("train", "val", "test")
+    held = {
+        name: {sample_scene(i, split=name).things for i in range(300)}
+        for name in ("train", "val", "test")
     }
-    assert (
-        not scenes["train"] & scenes["test"]
-        and not scenes["train"] & scenes["val"]
-        and not scenes["val"] & scenes["test"]
-    )
-    assert scenes_.sample_scene(1) == scenes_.sample_scene(1) != scenes_.sample_scene(2)
+    assert not held["train"] & held["test"]
+    assert not held["train"] & held["val"]
+    assert not held["val"] & held["test"]
+    assert sample_scene(1) == sample_scene(1) != sample_scene(2)
 
 
 def test_scene_survives_json():
-    for level in scenes_.LEVELS:
-        scene = scenes_.sample_scene(3, level)
-        assert scenes_.Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+    for hardness in LEVELS:
+        s = sample_scene(3, hardness)
+        assert Scene.from_dict(json.loads(json.dumps(s.to_dict()))) == s
 
 
 def test_drawing_is_seeded():
-    scene = scenes_.sample_scene(22)
-    assert (
-        scenes_.draw(scene, seed=1).tobytes()
-        == scenes_.draw(scene, seed=1).tobytes()
-        != scenes_.draw(scene, seed=2).tobytes()
-    )
-    assert scenes_.draw(scene, 60).size == (60, 60)
-    assert scenes_.draw(scenes_.Scene(scenes_.LEVELS["easy"], ())).getextrema() == ((127, 127),) * 3
+    s = sample_scene(22)
+    assert draw(s, seed=1).tobytes() == draw(s, seed=1).tobytes() != draw(s, seed=2).tobytes()
+    assert draw(s, 60).size == (60, 60)
+    assert draw(Scene(LEVELS["easy"], ())).getextrema() == ((127, 127),) * 3

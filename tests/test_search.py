@@ -3,6 +3,7 @@ from llava_cot.search import *
 
 import pytest
 import torch
+
 from llava_cot import shapes, tokens
 from llava_cot.families import ModelError
 from llava_cot.template import TokensError
@@ -28,24 +29,17 @@ def memorise(model, processor, examples, updates=150, lr=5e-3):
             break
     return loss.item()
 
+def talk(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 def mixture():
     "Five examples: three with a picture, one without, one of two turns."
     examples = [ex for _, ex in shapes.examples(4)]
-
-    def talk(role, text):
-        return {"role": role, "content": [{"type": "text", "text": text}]}
-
-    blind = {
-        "id": "no-picture",
-        "images": [],
-        "source": "",
-        "messages": [talk("user", "What colour is a ripe tomato, and why?")],
-    }
-    turns = {
-        **examples[3],
-        "id": "two-turns",
-        "messages": [*examples[3]["messages"], talk("user", "Sure?"), talk("assistant", "yes")],
-    }
+    tomato = talk("user", "What colour is a ripe tomato, and why?")
+    blind = {"id": "no-picture", "images": [], "source": "", "messages": [tomato]}
+    more = [talk("user", "Sure?"), talk("assistant", "yes")]
+    turns = {**examples[3], "id": "two-turns", "messages": examples[3]["messages"] + more}
     return [*examples[:3], blind, turns]
 
 
@@ -57,73 +51,68 @@ def test_greedy_is_a_checked_value():
 
 
 def test_both_families_end_where_they_were_taught():
-    for make, end in ((tiny_llava, "</s>"), (tiny_mllama, "<|eot_id|>")):
-        model, processor = make()
-        assert end_tokens(model, processor) == [processor.tokenizer.convert_tokens_to_ids(end)]
+    for build, last in ((tiny_llava, "</s>"), (tiny_mllama, "<|eot_id|>")):
+        model, processor = build()
+        taught = processor.tokenizer.convert_tokens_to_ids(last)
+        assert end_tokens(model, processor) == [taught]
         model.generation_config.eos_token_id = [5, 7]
-        assert set(end_tokens(model, processor)) == {
-            5,
-            7,
-            processor.tokenizer.convert_tokens_to_ids(end),
-        }
+        assert set(end_tokens(model, processor)) == {5, 7, taught}
 
 
 def test_read_stops_at_the_first_end():
-    model, processor = tiny_llava()
-    tok = processor.tokenizer
-    ids, end, pad = (
-        tok(" a  b ,\n\n c\t", add_special_tokens=False)["input_ids"],
-        tok.eos_token_id,
-        tok.pad_token_id,
-    )
-    assert read_answer(ids + [end, pad] + ids, [end], processor, "x") == Answer(
-        "x", " a  b ,\n\n c\t", True, len(ids) + 1
-    )
-    assert read_answer(ids, [end], processor) == Answer("", " a  b ,\n\n c\t", False, len(ids))
-    assert read_answer([end], [end], processor) == Answer("", "", True, 1)
+    processor = tiny_llava()[1]
+    tokenizer = processor.tokenizer
+    spaced = " a  b ,\n\n c\t"
+    new = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    last, fill = tokenizer.eos_token_id, tokenizer.pad_token_id
+    whole = Answer("x", spaced, True, len(new) + 1)
+    assert read_answer(new + [last, fill] + new, [last], processor, "x") == whole
+    assert read_answer(new, [last], processor) == Answer("", spaced, False, len(new))
+    assert read_answer([last], [last], processor) == Answer("", "", True, 1)
 
 
 def test_what_was_learnt_is_answered():
-    for make in (tiny_llava, tiny_mllama):
-        model, processor = make()
-        examples = [ex for _, ex in shapes.examples(2)]
-        memorise(model, processor, examples)
-        found = answer(model, processor, examples[::-1], progress=False)
-        assert [a.id for a in found] == [ex["id"] for ex in examples[::-1]]
-        assert [a.text for a in found] == [
-            ex["messages"][-1]["content"][0]["text"] for ex in examples[::-1]
-        ] and all(a.finished for a in found)
+    for build in (tiny_llava, tiny_mllama):
+        model, processor = build()
+        two = [ex for _, ex in shapes.examples(2)]
+        memorise(model, processor, two)
+        said = answer(model, processor, two[::-1], progress=False)
+        assert [a.id for a in said] == [ex["id"] for ex in two[::-1]]
+        learnt = [ex["messages"][-1]["content"][0]["text"] for ex in two[::-1]]
+        assert [a.text for a in said] == learnt and all(a.finished for a in said)
 
 
 def test_a_cut_answer_says_so():
     model, processor = tiny_llava()
-    examples = [ex for _, ex in shapes.examples(1)]
-    memorise(model, processor, examples)
-    whole, cut = (answer(model, processor, examples, Greedy(n), progress=False) for n in (512, 40))
-    for a, b in zip(whole, cut):
-        assert a.finished and not b.finished and b.tokens == 40 and a.text.startswith(b.text) and b.text
-    exact = answer(model, processor, examples[:1], Greedy(whole[0].tokens), progress=False)
-    assert exact == whole[:1]  # room for the end token, and for nothing more
-    assert not answer(model, processor, examples[:1], Greedy(whole[0].tokens - 1), progress=False)[
-        0
-    ].finished
+    one = [ex for _, ex in shapes.examples(1)]
+    memorise(model, processor, one)
+
+
+    def with_room(n):
+        return answer(model, processor, one, Greedy(n), progress=False)[0]
+
+
+    whole, short = with_room(512), with_room(40)
+    assert whole.finished and not short.finished and short.tokens == 40
+    assert short.text and whole.text.startswith(short.text)
+    assert with_room(whole.tokens) == whole  # room for the end token, and for nothing more
+    assert not with_room(whole.tokens - 1).finished
 
 
 def test_neighbours_do_not_matter():
-    for make in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
-        model, processor = make(seed=1)
+    for build in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+        model, processor = build(seed=1)
         model.double()
-        alone = answer(model, processor, mixture(), Greedy(24), batch_size=1, progress=False)
-        for size in (2, 3, 64):
-            assert (
-                answer(model, processor, mixture(), Greedy(24), batch_size=size, progress=False)
-                == alone
-            )
+
+        def ask(examples, batch_size=64):
+            return answer(model, processor, examples, Greedy(24), batch_size, progress=False)
+
+        singly = ask(mixture(), batch_size=1)
+        for at_once in (2, 3, 64):
+            assert ask(mixture(), at_once) == singly
         order = [3, 0, 4, 2, 1]
-        assert answer(model, processor, [mixture()[i] for i in order], Greedy(24), progress=False) == [
-            alone[i] for i in order
-        ]
-    assert answer(model, processor, [], progress=False) == []
+        assert ask([mixture()[i] for i in order]) == [singly[i] for i in order]
+        assert ask([]) == []
 
 
 def test_the_model_is_left_as_found():
@@ -131,52 +120,40 @@ def test_the_model_is_left_as_found():
     model.train()
     model.model.vision_tower.eval()
     model.lm_head.eval()
-    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.5)
+    sampling = dict(do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.5)
+    model.generation_config.update(**sampling)
     config, modes = model.generation_config.to_dict(), [m.training for m in model.modules()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     weights, rng = [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
-    found = answer(model, processor, mixture(), Greedy(8), progress=False)
+    said = answer(model, processor, mixture(), Greedy(8), progress=False)
     assert torch.equal(rng, torch.get_rng_state()) and [m.training for m in model.modules()] == modes
-    assert model.generation_config.to_dict() == config and all(
-        (p.grad == 1).all() and p.requires_grad for p in model.parameters()
-    )
+    assert model.generation_config.to_dict() == config
+    assert all((p.grad == 1).all() and p.requires_grad for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
     model.generation_config = tiny_llava()[0].generation_config
-    assert (
-        answer(model, processor, mixture(), Greedy(8), progress=False) == found
-    )  # its sampling settings did not reach us
-    memorise(
-        model, processor, [ex for _, ex in shapes.examples(1)], updates=1
-    );  # and it can still be trained
+    plainly = answer(model, processor, mixture(), Greedy(8), progress=False)
+    assert plainly == said  # its sampling settings did not reach us
+    one = [ex for _, ex in shapes.examples(1)]
+    memorise(model, processor, one, updates=1);  # and it can still be trained
 
 
 def test_modes_come_back_after_an_error():
     model, processor = tiny_llava()
     model.train()
+    messages = [{"role": "user", "content": [{"type": "image", "text": None}]}]
     with pytest.raises(TokensError):
-        answer(
-            model,
-            processor,
-            [
-                {
-                    "id": "x",
-                    "images": [],
-                    "messages": [{"role": "user", "content": [{"type": "image", "text": None}]}],
-                }
-            ],
-            progress=False,
-        )
+        answer(model, processor, [{"id": "x", "images": [], "messages": messages}], progress=False)
     assert all(m.training for m in model.modules()) and model.generation_config.eos_token_id is not None
 
 
 def test_wrong_input_is_refused():
     model, processor = tiny_llava()
-    examples = [ex for _, ex in shapes.examples(1)]
+    one = [ex for _, ex in shapes.examples(1)]
     with pytest.raises(ModelError, match="answer: preprocessing differs"):
-        answer(model, llava_processor(processor.tokenizer, image_size=96), examples)
+        answer(model, llava_processor(processor.tokenizer, image_size=96), one)
     with pytest.raises(SearchError, match="method"):
-        answer(model, processor, examples, "greedy")
+        answer(model, processor, one, "greedy")
     for n in (0, -1, 1.5):
         with pytest.raises(SearchError, match="batch_size"):
-            answer(model, processor, examples, batch_size=n)
+            answer(model, processor, one, batch_size=n)

@@ -2,82 +2,80 @@
 from llava_cot.shapes import *
 
 import collections
-import pytest
 import random
 import re
 import tempfile
-from hypothesis import given, strategies as st
-from llava_cot import data, shapes
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_cot import data
 from llava_cot.cot import CoT, parse, render
 from llava_cot.scenes import KINDS, LEVELS, RGB, Scene, ShapesError, Thing, sample_scene
 
 
 def test_no_answer_dominates():
-    for kind in KINDS:
-        found = collections.Counter()
-        for i in range(600):
-            s = sample_scene(i)
-            if shapes.queries(s, kind):
-                found[shapes.answer_of(s, shapes.choose_query(s, kind, i))] += 1
-        assert found.most_common(1)[0][1] <= 0.56 * found.total(), (kind, found)
+    for k in KINDS:
+        tally = collections.Counter()
+        for number in range(600):
+            s = sample_scene(number)
+            if queries(s, k):
+                tally[answer_of(s, choose_query(s, k, number))] += 1
+        assert tally.most_common(1)[0][1] <= 0.56 * tally.total(), (k, tally)
 
 
 def test_every_wording_reads_back():
-    for level in LEVELS:
-        for i in range(40):
-            scene = sample_scene(i, level)
-            for kind in KINDS:
-                for query in shapes.queries(scene, kind):
-                    for wording in range(5):
-                        q = shapes.word_question(query, wording)
-                        back = shapes.read_question(q)
-                        assert back == query, (q, back)
+    for hardness in LEVELS:
+        for number in range(40):
+            s = sample_scene(number, hardness)
+            for q in [q for k in KINDS for q in queries(s, k)]:
+                for which in range(5):
+                    words = word_question(q, which)
+                    assert read_question(words) == q, (words, read_question(words))
 
 
 def test_what_is_computed_is_sound():
-    for level in LEVELS:
-        for i in range(120):
-            scene = sample_scene(i, level)
-            for kind in KINDS:
-                for query in shapes.queries(scene, kind)[:6]:
-                    assert shapes.verify(render(shapes.solve(scene, query)), scene, query) == []
+    for hardness in LEVELS:
+        for number in range(60):
+            s = sample_scene(number, hardness)
+            for k in KINDS:
+                for q in queries(s, k)[:6]:
+                    assert verify(render(solve(s, q)), s, q) == []
 
 
 def test_other_wordings_of_a_task_are_read():
-    scene, query = sample_scene(22), shapes.Query("count", ("yellow",))
-    true = shapes.solve(scene, query)
-    for task, sound in {
+    s, q = sample_scene(22), Query("count", ("yellow",))
+    good = solve(s, q)
+    TASKS = {
         "I will count the yellow things.": True,
         "I'll count the yellow objects.": True,
         "My task is to count the yellow things.": True,
         "I am going to count the red things.": False,
         "I will not count the yellow things.": False,
         "I'll count the objects.": False,
-    }.items():
-        assert (not shapes.verify(render(CoT({**true, "SUMMARY": task})), scene, query)) == sound, task
-    for level in LEVELS:
-        scene = sample_scene(5, level)
-        other = scene.mirrored()
-        assert other.mirrored() == scene and sorted(t.name for t in other.things) == sorted(
-            t.name for t in scene.things
-        )
+    }
+    for task, sound in TASKS.items():
+        assert (not verify(render(CoT({**good, "SUMMARY": task})), s, q)) == sound, task
+    for hardness in LEVELS:
+        s = sample_scene(5, hardness)
+        flipped = s.mirrored()
+        assert flipped.mirrored() == s
+        assert sorted(t.name for t in flipped.things) == sorted(t.name for t in s.things)
 
 
 def test_a_right_answer_for_wrong_reasons_is_found_out():
-    scene = Scene(LEVELS["easy"], (Thing(0, 0, "red", "circle"), Thing(1, 1, "blue", "square")))
+    s = Scene(LEVELS["easy"], (Thing(0, 0, "red", "circle"), Thing(1, 1, "blue", "square")))
     q = "How many circles are there?"
-    text = render(shapes.solve(scene, shapes.read_question(q)))
-    assert shapes.verify(text, scene, q) == []
-    wrong = text.replace("red circle, circle? yes, 1.", "red circle, circle? no, 0.").replace(
-        "blue square, circle? no, 1.", "blue square, circle? yes, 1."
-    )
-    assert {p.kind for p in shapes.verify(wrong, scene, q)} == {"false"} and parse(wrong)[
-        "CONCLUSION"
-    ] == "1"
+    text = render(solve(s, read_question(q)))
+    assert verify(text, s, q) == []
+    wrong = text.replace("red circle, circle? yes, 1.", "red circle, circle? no, 0.")
+    wrong = wrong.replace("blue square, circle? no, 1.", "blue square, circle? yes, 1.")
+    assert {p.kind for p in verify(wrong, s, q)} == {"false"} and parse(wrong)["CONCLUSION"] == "1"
 
 
 def test_every_changed_word_is_noticed():
-    groups = [
+    GROUPS = [
         list(RGB)[:4],
         ["circle", "square", "triangle"],
         ["top", "bottom"],
@@ -90,59 +88,51 @@ def test_every_changed_word_is_noticed():
         ["Top", "Bottom"],
     ]
     tried = 0
-    for i in range(60):
-        scene = sample_scene(i)
-        for kind in KINDS:
-            if not shapes.queries(scene, kind):
-                continue
-            query = shapes.choose_query(scene, kind, i)
-            text = render(shapes.solve(scene, query))
+    for number in range(60):
+        s = sample_scene(number)
+        for q in [choose_query(s, k, number) for k in KINDS if queries(s, k)]:
+            text = render(solve(s, q))
             for m in re.finditer(r"\w+", text):
-                for group in groups:
-                    if m[0] in group:
-                        other = random.Random(tried).choice([w for w in group if w != m[0]])
-                        assert shapes.verify(
-                            text[: m.start()] + other + text[m.end() :], scene, query
-                        ), (text, m[0], other)
-                        tried += 1
+                for group in [group for group in GROUPS if m[0] in group]:
+                    swap = random.Random(tried).choice([word for word in group if word != m[0]])
+                    changed = text[: m.start()] + swap + text[m.end() :]
+                    assert verify(changed, s, q), (text, m[0], swap)
+                    tried += 1
     assert tried > 3000
 
 
 def test_verify_reads_anything():
+    @settings(max_examples=50, deadline=None)
     @given(st.text(max_size=80), st.sampled_from(("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")))
-    def run(junk, stage):
-        scene = sample_scene(22)
-        query = shapes.Query("relation", tuple(t.name for t in scene.things[:2]))
-        good = shapes.solve(scene, shapes.choose_query(scene, "relation", 0))
+    def holds(junk, stage):
+        s = sample_scene(22)
+        q = choose_query(s, "relation", 0)
         if "<" in junk or not junk.strip():
             return
-        text = render(CoT({**good, stage: junk}))
-        assert isinstance(shapes.verify(text, scene, shapes.choose_query(scene, "relation", 0)), list)
+        assert isinstance(verify(render(CoT({**solve(s, q), stage: junk})), s, q), list)
 
 
-    run()
+    holds()
 
 
 def test_written_and_read_back():
-    with tempfile.TemporaryDirectory() as folder:
-        shapes.write(folder, 20, seed=3, split="test")
-        ds, key = data.load(folder), shapes.read_key(folder)
-        assert len(ds) == len(key) == 20 and all(s.split == "test" for s in key.values())
-        for (scene, ex), row in zip(shapes.examples(20, seed=3, split="test"), ds):
-            assert (
-                row["id"] == ex["id"]
-                and row["source"] == ex["source"]
-                and row["messages"] == ex["messages"]
-            )
-            assert row["images"][0].convert("RGB").tobytes() == ex["images"][0].tobytes()
-            assert shapes.verify(data.answer_text(row), key[row["id"]], data.question(row)) == []
+    with tempfile.TemporaryDirectory() as tmp:
+        write(tmp, 20, seed=3, split="test")
+        ds, key_read = data.load(tmp), read_key(tmp)
+        assert len(ds) == len(key_read) == 20 and {s.split for s in key_read.values()} == {"test"}
+        for (drawn, ex), stored in zip(examples(20, seed=3, split="test"), ds):
+            for field in ("id", "source", "messages"):
+                assert stored[field] == ex[field]
+            assert stored["images"][0].convert("RGB").tobytes() == ex["images"][0].tobytes()
+            assert verify(data.answer_text(stored), drawn, data.question(stored)) == []
+            assert key_read[stored["id"]] == drawn
 
 
 def test_errors_name_the_culprit():
-    for wrong, words in (
-        (lambda: sample_scene(0, "simple"), "level"),
-        (lambda: sample_scene(0, split="dev"), "split"),
-        (lambda: shapes.ask(sample_scene(0), "weight", 0), "kind"),
+    for function, args, named in (
+        (sample_scene, (0, "simple"), "level"),
+        (sample_scene, (0, "easy", "dev"), "split"),
+        (ask, (sample_scene(0), "weight", 0), "kind"),
     ):
-        with pytest.raises(ShapesError, match=words):
-            wrong()
+        with pytest.raises(ShapesError, match=named):
+            function(*args)

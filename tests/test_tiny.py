@@ -2,111 +2,98 @@
 from llava_cot.tiny import *
 
 import torch
-from PIL import Image, ImageDraw
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
 from llava_cot.tokens import Collator, encode
 
-def picture(colour="red", size=(48, 48)):
-    "A disc and a square on grey."
-    im = Image.new("RGB", size, (128, 128, 128))
-    draw = ImageDraw.Draw(im)
-    draw.ellipse((5, 5, 19, 19), fill=colour)
-    draw.rectangle((28, 28, 42, 42), fill="blue")
-    return im
+def plain(colour="red"):
+    return Image.new("RGB", (48, 48), colour)
 
 
-def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </SUMMARY>"):
-    content = [{"type": "image", "text": None} for _ in images] + [
-        {"type": "text", "text": "How many circles?"}
-    ]
-    return {
-        "id": "disc",
-        "images": list(images),
-        "source": "",
-        "messages": [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
+def example(images=(plain(),), answer="<SUMMARY> I will count the circles. </SUMMARY>"):
+    "A row of data with these pictures."
+    question = {"type": "text", "text": "How many circles?"}
+    content = [*({"type": "image", "text": None} for _ in images), question]
+    said = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+    return {"id": "plain", "images": list(images), "source": "", "messages": messages}
 
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
+TOYS = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 
 
 def test_any_unicode_survives_the_tokenizer():
-    tokenizer = train_tokenizer([TINY_TEXT])
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
 
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.text())
     def check(text):
-        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+        assert toy_tokenizer.decode(toy_tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
     check()
-    assert train_tokenizer([TINY_TEXT]).get_vocab() == tokenizer.get_vocab()
+    assert train_tokenizer([TINY_TEXT]).get_vocab() == toy_tokenizer.get_vocab()
 
 
 def test_tags_are_one_token():
-    tokenizer = train_tokenizer([TINY_TEXT])
-    for tag in (
-        " </SUMMARY>",
-        "<CAPTION>",
-        " </CAPTION>",
-        "<REASONING>",
-        " </REASONING>",
-        "<CONCLUSION>",
-        " </CONCLUSION>",
-    ):
-        assert len(tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
-
-
-def test_tiny_models_are_made_of_their_seed():
-    before = torch.random.get_rng_state()
-    for tiny in TINY:
-        (a, _), (b, _), (c, _) = tiny(), tiny(), tiny(seed=1)
-        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-        assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
-        assert not a.training and all(p.dtype == torch.float32 for p in a.parameters())
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_pictures_change_what_the_models_say():
-    for tiny in TINY:
-        model, processor = tiny()
-        inputs = [
-            Collator(processor)([encode(example([picture(c)]), processor, prompt_only=True)])
-            for c in ("red", "white")
-        ]
-        a, b = (model(**x).logits[:, -1] for x in inputs)
-        assert (a - b).abs().max() > 1e-4
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
+    closing = [f" </{stage}>" for stage in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")]
+    for tag in ("<CAPTION>", "<REASONING>", "<CONCLUSION>", *closing):
+        assert len(toy_tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
 
 
 def test_a_row_without_image_computes_what_it_does_alone():
-    model, processor = tiny_mllama()
-    rows = [
-        encode(example(images), processor)
-        for images in ([picture(), picture("green")], [], [picture()])
-    ]
-    batch, alone = Collator(processor)(rows), Collator(processor)(rows[2:])
-    for b in (batch, alone):
+    toy, own = tiny_mllama()
+    of_each_row = ([plain(), plain("green")], [], [plain()])
+    encoded = [encode(example(images), own) for images in of_each_row]
+    together, third = Collator(own)(encoded), Collator(own)(encoded[2:])
+    for b in (together, third):
         b.pop("labels"), b.pop("stage_ids")
-    together, text = model(**batch).logits, {k: batch[k][1:2] for k in ("input_ids", "attention_mask")}
-    there = batch["attention_mask"] == 1
-    assert (together[1] - model(**text).logits[0])[there[1]].abs().max() < 1e-5
-    assert (together[2][there[2]] - model(**alone).logits[0]).abs().max() < 1e-5
+    second = {k: together[k][1:2] for k in ("input_ids", "attention_mask")}
+    logits, there = toy(**together).logits, together["attention_mask"] == 1
+    assert (logits[1] - toy(**second).logits[0])[there[1]].abs().max() < 1e-5
+    assert (logits[2][there[2]] - toy(**third).logits[0]).abs().max() < 1e-5
+
+
+def test_tiny_models_are_made_of_their_seed():
+    state = torch.random.get_rng_state()
+    for make in TOYS:
+        (a, _), (b, _), (c, _) = make(), make(), make(seed=1)
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+        assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
+        assert not a.training and all(p.dtype == torch.float32 for p in a.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_pictures_change_what_the_models_say():
+    for make in TOYS:
+        toy, own = make()
+        rows_of_each = [
+            Collator(own)([encode(example([plain(c)]), own, prompt_only=True)])
+            for c in ("red", "white")
+        ]
+        first, second = (toy(**x).logits[:, -1] for x in rows_of_each)
+        assert (first - second).abs().max() > 1e-4
 
 
 def test_generation_in_a_mixed_batch_is_generation_alone():
-    for tiny in TINY:
-        model, processor = tiny()
-        rows = [
-            encode(example(images), processor, prompt_only=True)
-            for images in ([picture()], [], [picture("green")])
-        ]
+    def say(encoded):
+        left = Collator(own, "left")(encoded)
+        said = toy.generate(**left, max_new_tokens=6, min_new_tokens=6)
+        return said[:, left["input_ids"].shape[1] :]
 
-        def say(rows):
-            return model.generate(
-                **(b := Collator(processor, "left")(rows)), max_new_tokens=6, min_new_tokens=6
-            )[:, b["input_ids"].shape[1] :]
 
-        assert torch.equal(say(rows), torch.cat([say([r]) for r in rows]))
+    for make in TOYS:
+        toy, own = make()
+        of_each_row = ([plain()], [], [plain("green")])
+        encoded = [encode(example(images), own, prompt_only=True) for images in of_each_row]
+        assert torch.equal(say(encoded), torch.cat([say([e]) for e in encoded]))
+
+
+def test_a_name_opens_a_toy_or_a_folder():
+    for called in TINY:
+        opened, reader = open_model(called)
+        assert type(reader) is type(open_processor(called))
+        assert opened.preprocessing["type"] in type(reader.image_processor).__name__

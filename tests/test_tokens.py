@@ -5,12 +5,14 @@ from llava_cot.tokens import *
 import json
 import math
 import pickle
-import pytest
 import re
-import torch
-from PIL import Image, ImageDraw
-from hypothesis import HealthCheck, given, settings, strategies as st
 from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -19,19 +21,12 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
+
 from llava_cot.cot import DIRECT, NO_TAGS, STAGES, parse, render, spans
 from llava_cot.template import TokensError, end_token
 from llava_cot.tiny import TINY_TEXT, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
-def picture(colour="red"):
-    im = Image.new("RGB", (48, 48), (128, 128, 128))
-    draw = ImageDraw.Draw(im)
-    for box in ((5, 5, 19, 19), (28, 28, 42, 42)):
-        draw.ellipse(box, fill=colour)
-    draw.rectangle((28, 5, 42, 19), fill="blue")
-    return im
-
-
+TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 ANSWER = render(
     {
         "SUMMARY": "I will count the red circles.",
@@ -42,14 +37,23 @@ ANSWER = render(
 )
 
 
+def picture(colour="red"):
+    image = Image.new("RGB", (48, 48), (128, 128, 128))
+    pen = ImageDraw.Draw(image)
+    for box in ((5, 5, 19, 19), (28, 28, 42, 42)):
+        pen.ellipse(box, fill=colour)
+    pen.rectangle((28, 5, 42, 19), fill="blue")
+    return image
+
+
 def example(*turns, images=(picture(),), name="circles"):
     "A conversation of user and assistant in turn, the images before the first question."
     content = [[{"type": "text", "text": t}] for t in turns or ("How many red circles?", ANSWER)]
     content[0] = [{"type": "image", "text": None} for _ in images] + content[0]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(content)]
+    roles = ("user", "assistant") * len(content)
+    messages = [{"role": role, "content": c} for role, c in zip(roles, content)]
     return {"id": name, "images": list(images), "messages": messages, "source": ""}
 
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 CONTROL = [
     "<s>",
     "</s>",
@@ -64,50 +68,43 @@ CONTROL = [
     "a<image>b <image>",
     "<<|eot_id|>|eot_id|>",
 ]
-words = st.text(max_size=30) | st.sampled_from(
-    [
-        "<SUMMARY>",
-        "</CONCLUSION> <CONCLUSION>",
-        "USER: hm",
-        "\ue0000\ue001",
-        "\ue0020\ue002",
-        "a < b",
-        "  \n é→🎈",
-        *CONTROL,
-    ]
-)
-staged = st.builds(
-    lambda *t: render(dict(zip(STAGES, t))),
-    *[
-        st.text("abc é🎈.\n", min_size=1).filter(str.strip) | st.sampled_from(CONTROL)
-        for _ in STAGES
-    ],
-)
-PATIENT = dict(
-    deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)  # a busy machine is no failure
+ODD = [
+    "<SUMMARY>",
+    "</CONCLUSION> <CONCLUSION>",
+    "USER: hm",
+    "\ue0000\ue001",
+    "\ue0020\ue002",
+    "a < b",
+    "  \n é→🎈",
+]
 PAINTS = ("red", "green", "white")
+PATIENT = dict(  # a busy machine is no failure
+    deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+words = st.text(max_size=30) | st.sampled_from([*ODD, *CONTROL])
+stage_text = st.text("abc é🎈.\n", min_size=1).filter(str.strip) | st.sampled_from(CONTROL)
+staged = st.builds(lambda *t: render(dict(zip(STAGES, t))), *[stage_text] * len(STAGES))
 
 
 @st.composite
 def conversations(draw):
-    turns = []
+    told = []
     for _ in range(draw(st.integers(1, 6))):
-        turns += [draw(words), draw((words | staged).filter(str.strip))]
+        told += [draw(words), draw((words | staged).filter(str.strip))]
     sizes = draw(st.lists(st.sampled_from([(48, 48), (96, 30), (20, 70)]), max_size=2))
-    ex = example(*turns, images=())
+    ex = example(*told, images=())
     ex["images"] = [picture(draw(st.sampled_from(PAINTS))).resize(size) for size in sizes]
-    for k in draw(
-        st.lists(st.integers(0, len(turns) // 2 - 1), min_size=len(sizes), max_size=len(sizes))
-    ):
+    questions = st.integers(0, len(told) // 2 - 1)
+    for k in draw(st.lists(questions, min_size=len(sizes), max_size=len(sizes))):
         ex["messages"][2 * k]["content"].insert(0, {"type": "image", "text": None})
-    if system := draw(st.none() | words):
+    system = draw(st.none() | words)
+    if system:
         ex["messages"].insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     return ex
 
 
-def every(check, n=40, families=TINY):
-    "Run a check on many conversations, for every family."
+def every(check, n=12, families=TINY):
+    "Run a check on `n` invented conversations of each family."
     for tiny in families:
         model, processor = tiny()
 
@@ -117,12 +114,16 @@ def every(check, n=40, families=TINY):
         settings(max_examples=n, **PATIENT)(given(conversations())(one))()
 
 
+def texts_in(ex):
+    return [c["text"] for m in ex["messages"] for c in m["content"] if c["type"] == "text"]
+
+
 def answers(ex):
     return [m["content"][0]["text"].strip() for m in ex["messages"] if m["role"] == "assistant"]
 
 
-def spell(ex, processor, **kw):
-    return encode(ex, processor, control_tokens="escape", **kw)
+def spell(ex, processor, **options):
+    return encode(ex, processor, control_tokens="escape", **options)
 
 def shown(ids, processor):
     "What tokens say, each picture's run of image tokens as one."
@@ -131,34 +132,25 @@ def shown(ids, processor):
 
 
 def framed(ex, processor, n):
-    "What the chat template makes of the first `n` messages, and its invitation to answer where more follow; with the tokenizer's BOS."
+    "What the chat template makes of the first `n` messages, and its invitation where more follow."
 
     def strip(content):
-        return [
-            c if c["type"] == "image" else {"type": "text", "text": c["text"].strip()}
-            for c in content
-        ]
+        return [{**c, "text": c["text"].strip()} if c["type"] == "text" else c for c in content]
 
     messages = [{"role": m["role"], "content": strip(m["content"])} for m in ex["messages"]]
-    text, bos = (
-        processor.apply_chat_template(messages[:n], add_generation_prompt=n < len(messages)),
-        processor.tokenizer.bos_token or "",
-    )
-    if not processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    ).startswith(bos):
+    text = processor.apply_chat_template(messages[:n], add_generation_prompt=n < len(messages))
+    bos = processor.tokenizer.bos_token or ""
+    hello = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    if not processor.apply_chat_template(hello).startswith(bos):
         text = bos + text
     return re.sub(f"({re.escape(processor.image_token)})+", processor.image_token, text)
 
 
 def learned_runs(row):
     "(first, after) of each run of learned tokens."
-    edges = (
-        torch.diff((row["labels"] != -100).int(), prepend=torch.zeros(1), append=torch.zeros(1))
-        .nonzero()
-        .flatten()
-        .tolist()
-    )
+    learned = (row["labels"] != -100).int()
+    edges = torch.diff(learned, prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()
+    edges = edges.flatten().tolist()
     return list(zip(edges[::2], edges[1::2]))
 
 
@@ -167,24 +159,17 @@ def learned_is_the_answers(ex, model, processor, row=None):
     ids, labels = row["input_ids"], row["labels"]
     if tok.bos_token:
         assert (ids == tok.bos_token_id).sum() == 1 and ids[0] == tok.bos_token_id
-    learned, places = (
-        labels != -100,
-        [i for i, m in enumerate(ex["messages"]) if m["role"] == "assistant"],
-    )
+    learned = labels != -100
+    places = [i for i, m in enumerate(ex["messages"]) if m["role"] == "assistant"]
     assert torch.equal(labels[learned], ids[learned]) and not row["stage_ids"][~learned].any()
-    assert len(learned_runs(row)) == len(places) and shown(ids, processor) == framed(
-        ex, processor, len(ex["messages"])
-    )
+    assert len(learned_runs(row)) == len(places)
+    assert shown(ids, processor) == framed(ex, processor, len(ex["messages"]))
     for (first, after), i, answer in zip(learned_runs(row), places, answers(ex)):
         assert shown(ids[:first], processor) == framed(ex, processor, i)
-        assert (
-            tok.decode(ids[first:after]) == answer + tok.eos_token
-            and ids[after - 1] == tok.eos_token_id
-        )
-        assert (
-            sum(i in tok.all_special_ids for i in ids[first:after].tolist()) == 1
-            and processor.image_token_id not in ids[first:after]
-        )
+        assert tok.decode(ids[first:after]) == answer + tok.eos_token
+        assert ids[after - 1] == tok.eos_token_id
+        assert sum(i in tok.all_special_ids for i in ids[first:after].tolist()) == 1
+        assert processor.image_token_id not in ids[first:after]
     assert len(ids) == len(row["attention_mask"]) and row["attention_mask"].all()
 
 def stages_decode_to_their_text(ex, model, processor, row=None):
@@ -194,72 +179,90 @@ def stages_decode_to_their_text(ex, model, processor, row=None):
         for s in spans(answer):
             wanted[s.start : s.end] = [STAGES.index(s.stage) + 1] * (s.end - s.start)
         pairs = zip(row["stage_ids"][first:after].tolist(), row["input_ids"][first:after].tolist())
-        found = [
-            (n, tok.decode([i for _, i in run])) for n, run in groupby(pairs, lambda pair: pair[0])
-        ]
-        assert [n for n, text in found for _ in text] == wanted and "".join(
-            text for _, text in found
-        ) == answer + tok.eos_token
+        runs = [(n, [i for _, i in run]) for n, run in groupby(pairs, lambda pair: pair[0])]
+        found = [(n, tok.decode(ids)) for n, ids in runs]
+        assert [n for n, text in found for _ in text] == wanted
+        assert "".join(text for _, text in found) == answer + tok.eos_token
 
 def prompts_begin_their_training_text(ex, model, processor):
     row, prompt = spell(ex, processor), spell(ex, processor, prompt_only=True)
     n = len(prompt["input_ids"])
     assert torch.equal(prompt["input_ids"], row["input_ids"][:n]) and "labels" not in prompt
-    assert (row["labels"][n - 1 :] == -100).nonzero().flatten()[0] == 0 and row["labels"][n] != -100
+    assert row["labels"][n - 1] == -100 and row["labels"][n] != -100
     last = row["labels"][n:]
     last = last[last != -100]
     assert processor.tokenizer.decode(last) == answers(ex)[-1] + processor.tokenizer.eos_token
-    unanswered = {**ex, "messages": ex["messages"][:-1]}
-    assert torch.equal(
-        prompt["input_ids"], spell(unanswered, processor, prompt_only=True)["input_ids"]
-    )
+    unanswered = spell({**ex, "messages": ex["messages"][:-1]}, processor, prompt_only=True)
+    assert torch.equal(prompt["input_ids"], unanswered["input_ids"])
 
-LLAVA_15 = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': '}}{% endif"
-    " %}{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{%"
-    " endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + '"
-    " '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-LLAMA_32 = (
-    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b"
-    " %Y') %}{%- endif %}{%- if messages[0]['role'] == 'system' %}{%- set system ="
-    " messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system ="
-    " '' %}{%- endif %}{%- set ns = namespace(images=false) %}{%- for m in messages %}{%- for c in"
-    " m['content'] %}{%- if c['type'] == 'image' %}{%- set ns.images = true %}{%- endif %}{%-"
-    " endfor %}{%- endfor %}{%- if ns.images and not system == '' %}{{- raise_exception('Prompting"
-    " with images is incompatible with system messages.') }}{%- endif %}{%- if not ns.images %}{{-"
-    " '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday"
-    " Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}{%- endif %}{%- for m in messages"
-    " %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}{%- for c in m['content']"
-    " %}{%- if c['type'] == 'image' %}{{- '<|image|>' }}{%- else %}{{- c['text'] }}{%- endif %}{%-"
-    " endfor %}{{- '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{-"
-    " '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
+LLAVA_15 = r"""{% for m in messages %}
+{% if m['role'] != 'system' %}
+{{ m['role'].upper() + ': '}}{% endif %}
+{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}
+{{ '<image>\n' }}{% endfor %}
+{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}
+{{ c['text'] + ' '}}{% endfor %}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ 'ASSISTANT:' }}{% endif %}"""
+LLAVA_16_MISTRAL = r"""{% for message in messages %}
+{% if message['role'] == 'system' %}
+{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}
+{%- elif message['role'] == 'user' %}
+{{ '[INST] ' }}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}
+{{ '<image>\n' }}{% endfor %}
+{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}
+{{ content['text'] }}{% endfor %}
+{{' [/INST]' }}{% elif message['role'] == 'assistant' %}
+{{ ' ' + message['content'][0]['text'] + '<\\s> '}}{% else %}
+{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}
+{% endfor %}"""
 
-LLAVA_16_MISTRAL = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\\n' +"
-    " message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}{% elif message['role'] == 'user' %}{{"
-    " '[INST] ' }}{# Render all images first #}{% for content in message['content'] |"
-    " selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}{# Render all text"
-    " next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{"
-    " content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '"
-    " + message['content'][0]['text'] + '<\\\\s> '}}{% else %}{{ raise_exception('Only user and"
-    " assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-QWEN_25 = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for"
-    " message in messages %}{% if loop.first and message['role'] != 'system'"
-    " %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{"
-    " message['role'] }}\n{% if message['content'] is string %}{{ message['content']"
-    " }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] =="
-    " 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value ="
-    " image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif"
-    " %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in"
-    " content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{"
-    " video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in"
-    " content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{%"
-    " if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+LLAMA_32 = r"""{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{%- set ns = namespace(images=false) %}
+{%- for m in messages %}{%- for c in m['content'] %}
+{%- if c['type'] == 'image' %}{%- set ns.images = true %}{%- endif %}
+{%- endfor %}{%- endfor %}
+{%- if ns.images and not system == '' %}
+{{- raise_exception('Prompting with images is incompatible with system messages.') }}{%- endif %}
+{%- if not ns.images %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}
+{{- 'Today Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}
+{%- endif %}
+{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}
+{%- for c in m['content'] %}
+{%- if c['type'] == 'image' %}{{- '<|image|>' }}{%- else %}{{- c['text'] }}{%- endif %}
+{%- endfor %}{{- '<|eot_id|>' }}{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+QWEN_25 = r"""{% set image_count = namespace(value=0) %}
+{% set video_count = namespace(value=0) %}
+{% for message in messages %}
+{% if loop.first and message['role'] != 'system' %}
+{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}
+{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}
+{{ message['content'] + '<|im_end|>\n' }}{% else %}
+{% for content in message['content'] %}
+{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}
+{% set image_count.value = image_count.value + 1 %}
+{% if add_vision_id %}
+{{ 'Picture ' ~ image_count.value ~ ': ' }}{% endif %}
+{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif content['type'] == 'video' or 'video' in content %}
+{% set video_count.value = video_count.value + 1 %}
+{% if add_vision_id %}
+{{ 'Video ' ~ video_count.value ~ ': ' }}{% endif %}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' }}{% elif 'text' in content %}
+{{ content['text'] }}{% endif %}
+{% endfor %}
+{{ '<|im_end|>\n' }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def with_template(tiny, template):
@@ -268,95 +271,116 @@ def with_template(tiny, template):
     return processor
 
 def llama_tokenizer(text=TINY_TEXT.replace("\n", " ")):
-    "transformers' LlamaTokenizer on a small vocabulary; as in the real one, no token holds a line break and a letter."
+    "transformers' LlamaTokenizer on a small vocabulary; no token holds a line break and a letter."
     learned = Tokenizer(models.BPE(unk_token="<unk>"))
     learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     first = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    learned.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=700, special_tokens=first, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=first, show_progress=False)
+    learned.train_from_iterator([text], trainer)
     bpe = json.loads(learned.to_str())["model"]
-    tok = LlamaTokenizer(
-        vocab=bpe["vocab"], merges=[tuple(m) for m in bpe["merges"]], add_bos_token=True
-    )
-    tok.add_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in ("<image>", "<pad>")],
-        special_tokens=True,
-    )
+    merges = [tuple(m) for m in bpe["merges"]]
+    tok = LlamaTokenizer(vocab=bpe["vocab"], merges=merges, add_bos_token=True)
+    added = [AddedToken(t, special=True, normalized=False) for t in ("<image>", "<pad>")]
+    tok.add_tokens(added, special_tokens=True)
     tok.pad_token = "<pad>"
     return tok
 
+
+def squeeze(text):
+    "Without blanks: one belongs to the word behind it, so a run of tokens may begin with one."
+    return text.replace(" ", "")
+
+
+def keeps_the_promises_but_for_blanks(ex, processor):
+    if "▁" in "".join(texts_in(ex)):
+        return  # how this tokenizer writes a blank
+    row, prompt = spell(ex, processor), spell(ex, processor, prompt_only=True)
+    tok, ids, labels = processor.tokenizer, row["input_ids"], row["labels"]
+    assert (ids == tok.bos_token_id).sum() == 1 and ids[0] == tok.bos_token_id
+    learned = "".join(answer + tok.eos_token for answer in answers(ex))
+    assert squeeze(tok.decode(labels[labels != -100])) == squeeze(learned)
+    assert (labels == tok.eos_token_id).sum() == len(answers(ex))
+    assert (ids == processor.image_token_id).sum() == 16 * len(ex["images"])
+    for n, stage in enumerate(STAGES, 1):
+        wanted = [a[s.start : s.end] for a in answers(ex) for s in spans(a) if s.stage == stage]
+        assert squeeze(tok.decode(ids[row["stage_ids"] == n])) == squeeze("".join(wanted))
+    n = len(prompt["input_ids"])
+    assert torch.equal(prompt["input_ids"], ids[:n])
+    assert labels[n] != -100 and labels[n - 1] == -100
+
 def refused_only_where_it_spells(ex, model, processor):
     tok = processor.tokenizer
-    control = {
-        t.content
-        for i, t in tok.added_tokens_decoder.items()
-        if t.special and i != tok.unk_token_id
-    } | {processor.image_token}
-    spelled = any(
-        t in c["text"]
-        for m in ex["messages"]
-        for c in m["content"]
-        if c["type"] == "text"
-        for t in control
-    )
+    special = [t for i, t in tok.added_tokens_decoder.items() if i != tok.unk_token_id]
+    control = {t.content for t in special if t.special} | {processor.image_token}
+    spelled = any(token in text for text in texts_in(ex) for token in control)
     try:
         row = encode(ex, processor)
     except TokensError:
         assert spelled
         return
     escaped = spell(ex, processor)
-    assert (
-        not spelled
-        and row.keys() == escaped.keys()
-        and all(torch.equal(row[k], escaped[k]) for k in row)
-    )
+    assert not spelled and row.keys() == escaped.keys()
+    assert all(torch.equal(row[k], escaped[k]) for k in row)
+
+LONG = render(
+    {
+        "SUMMARY": "I will count.",
+        "CAPTION": "Two circles.",
+        "REASONING": "First I look. Is there one? Yes, at the top (it is red.) 1. Top left.\n"
+        "2. Bottom right. So there are two.",
+        "CONCLUSION": "2",
+    }
+)
 
 def shortened(ex, row, processor):
-    "`ex` with the answers that `row` learns, each checked against the one it was: only the end of a reasoning may be missing."
-    tok, texts = processor.tokenizer, iter(learned_runs(row))
+    "`ex` with the answers that `row` learns; only the end of a reasoning may be missing in one."
+    tok, learned = processor.tokenizer, iter(learned_runs(row))
 
-    def cut(m):
-        if m["role"] != "assistant":
-            return m
-        first, after = next(texts)
-        was, now = (
-            m["content"][0]["text"].strip(),
-            tok.decode(row["input_ids"][first:after]).removesuffix(tok.eos_token),
-        )
+    def cut(message):
+        if message["role"] != "assistant":
+            return message
+        first, after = next(learned)
+        was = message["content"][0]["text"].strip()
+        now = tok.decode(row["input_ids"][first:after]).removesuffix(tok.eos_token)
         if now != was:
             a, b = parse(was), parse(now)
-            assert all(a[s] == b[s] for s in STAGES if s != "REASONING") and a.reasoning.startswith(
-                b.reasoning
-            )
-            assert b.reasoning[-1] in ".!?…。！？\"'”’)]" or a.reasoning[len(b.reasoning) :].lstrip(
-                " \t"
-            ).startswith("\n")
-        return {**m, "content": [{"type": "text", "text": now}]}
+            assert all(a[s] == b[s] for s in STAGES if s != "REASONING")
+            assert a.reasoning.startswith(b.reasoning)
+            line_ends = a.reasoning[len(b.reasoning) :].lstrip(" \t").startswith("\n")
+            assert b.reasoning[-1] in ".!?…。！？\"'”’)]" or line_ends
+        return {**message, "content": [{"type": "text", "text": now}]}
 
     return {**ex, "messages": [cut(m) for m in ex["messages"]]}
+
+
+def same(row, other, keys):
+    return all(torch.equal(row[k], other[k]) for k in keys)
+
+def shortened_to(ex, processor, n, policy="shorten"):
+    try:
+        return spell(ex, processor, max_length=n, too_long=policy)
+    except TooLong:
+        return "refused"
 
 
 def every_length_keeps_the_promises_or_refuses(ex, model, processor):
     "How many lengths it was shortened to."
     whole, last, found = spell(ex, processor), None, set()
-    for n in range(full := len(whole["input_ids"]), 0, -1):
-        for policy in ("refuse", "drop", "shorten") if n % 7 == 0 or n == full else ("shorten",):
-            try:
-                row = spell(ex, processor, max_length=n, too_long=policy)
-            except TooLong:
-                row = "refused"
-            if n == full:
-                assert torch.equal(row["input_ids"], whole["input_ids"])
-            elif policy != "shorten":
-                assert row is None if policy == "drop" else row == "refused"
+    full = len(whole["input_ids"])
+    for policy in ("refuse", "drop", "shorten"):
+        row = shortened_to(ex, processor, full, policy)
+        assert torch.equal(row["input_ids"], whole["input_ids"])
+    for n in range(full, 0, -1):
+        if n < full and n % 7 == 0:
+            assert shortened_to(ex, processor, n, "refuse") == "refused"
+            assert shortened_to(ex, processor, n, "drop") is None
+        row = shortened_to(ex, processor, n)
         if row == "refused":
             last = row
             continue
         size = len(row["input_ids"])
-        assert (
-            last != "refused" and size <= n and (last is None or size == last or n == last - 1)
-        )  # shorter only where it must be
+        assert last != "refused" and size <= n
+        assert last is None or size == last or n == last - 1  # shorter only where it must be
         if size == last:
             continue
         last = size
@@ -365,15 +389,13 @@ def every_length_keeps_the_promises_or_refuses(ex, model, processor):
         learned_is_the_answers(less, model, processor, row)
         stages_decode_to_their_text(less, model, processor, row)
         again = spell(less, processor)
-        assert row.keys() == again.keys() == whole.keys() and all(
-            torch.equal(row[k], again[k]) for k in row
-        )
-        assert all(
-            torch.equal(row[k], whole[k])
-            for k in row
-            if row[k].ndim > 1 and k != "cross_attention_mask"
-        )  # pictures are never cut
+        assert row.keys() == again.keys() == whole.keys() and same(row, again, row)
+        pictures = [k for k in row if row[k].ndim > 1 and k != "cross_attention_mask"]
+        assert same(row, whole, pictures)  # never cut
     return len(found)
+
+MLLAMA_INPUTS = ("cross_attention_mask", "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
 
 def masks_are_the_processors(ex, model, processor):
     try:
@@ -385,22 +407,17 @@ def masks_are_the_processors(ex, model, processor):
         return
     text = processor.tokenizer.decode(row["input_ids"])
     own = processor(text=[text], images=ex["images"], add_special_tokens=False, return_tensors="pt")
-    assert all(
-        torch.equal(own[k], row[k])
-        for k in ("cross_attention_mask", "pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-    )
+    assert all(torch.equal(own[k], row[k]) for k in MLLAMA_INPUTS)
+    blind = encode(example("Hi", ANSWER * 2, images=()), processor)
     for side in ("right", "left"):
-        batch = Collator(processor, side)(
-            [row, encode(example("Hi", ANSWER * 2, images=()), processor)]
-        )
-        assert torch.equal(
-            batch["cross_attention_mask"][0][batch["attention_mask"][0] == 1],
-            row["cross_attention_mask"][0],
-        )
-        assert not batch["cross_attention_mask"][1].any() and not batch["pixel_values"][1].any()
+        batch = Collator(processor, side)([row, blind])
+        there = batch["attention_mask"][0] == 1
+        masks = batch["cross_attention_mask"]
+        assert torch.equal(masks[0][there], row["cross_attention_mask"][0])
+        assert not masks[1].any() and not batch["pixel_values"][1].any()
 
 def summed_loss(model, batch):
-    "The loss summed over learned tokens, and how many there are."
+    "The cross-entropy summed over learned tokens, and how many there are."
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
     logits, labels = model(**inputs).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     return cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), (labels != -100).sum()
@@ -411,123 +428,117 @@ def gradient(model, batches):
     pairs = [summed_loss(model, b) for b in batches]
     total, n = sum(t for t, _ in pairs), sum(n for _, n in pairs)
     (total / n).backward()
-    return (total / n).item(), {
-        k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None
-    }
+    moved = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return (total / n).item(), moved
 
 
 def batches_cost_what_their_rows_cost(rows, model, processor):
     right, left = Collator(processor), Collator(processor, "left")
     loss, grad = gradient(model, [right([r]) for r in rows])
     for batches in ([right(rows)], [left(rows)], [right(rows[:2]), left(rows[2:])]):
-        other, grad2 = gradient(model, [b for b in batches])
+        other, grad2 = gradient(model, batches)
         assert math.isfinite(other) and abs(loss - other) < 1e-5
-        assert all(
-            grad2[k].isfinite().all() and (grad[k] - grad2[k]).abs().max() < 1e-5 for k in grad2
-        )
+        for k, g in grad2.items():
+            assert g.isfinite().all() and (grad[k] - g).abs().max() < 1e-5
 
 def invented_batches(check, n, size=5, families=TINY):
     "Run a check on `n` invented conversations of each family, `size` to a batch."
+    batches = st.lists(conversations(), min_size=size, max_size=size)
     for tiny in families:
         model, processor = tiny()
-        lists = st.lists(conversations(), min_size=size, max_size=size)
-        settings(max_examples=-(-n // size), **PATIENT)(
-            given(lists)(
-                lambda some: check([spell(ex, processor) for ex in some], model, processor)
-            )
-        )()
+
+        def one(some):
+            check([spell(ex, processor) for ex in some], model, processor)
+
+        settings(max_examples=-(-n // size), **PATIENT)(given(batches)(one))()
 
 def pictures_stay_in_their_row(rows, model, processor):
     def logits(rows):
-        return model(
-            **{
-                k: x
-                for k, x in Collator(processor)(rows).items()
-                if k not in ("labels", "stage_ids")
-            }
-        ).logits
+        batch = Collator(processor)(rows)
+        inputs = {k: x for k, x in batch.items() if k not in ("labels", "stage_ids")}
+        return model(**inputs).logits
 
     before = logits(rows)
-    for k in (k for k, row in enumerate(rows) if "pixel_values" in row):
-        after = logits(
-            [
-                {**row, "pixel_values": -0.5 * row["pixel_values"] + 0.3} if i == k else row
-                for i, row in enumerate(rows)
-            ]
-        )
-        there = rows[k]["attention_mask"].sum()
-        assert all(
-            torch.equal(after[i], before[i]) for i in range(len(rows)) if i != k
-        ) and not torch.equal(after[k, :there], before[k, :there])
+    for k, row in enumerate(rows):
+        if "pixel_values" not in row:
+            continue
+        painted = {**row, "pixel_values": -0.5 * row["pixel_values"] + 0.3}
+        after = logits([*rows[:k], painted, *rows[k + 1 :]])
+        there = row["attention_mask"].sum()
+        assert not torch.equal(after[k, :there], before[k, :there])
+        assert all(torch.equal(after[i], before[i]) for i in range(len(rows)) if i != k)
 
 class Pictures(Qwen3VLProcessor):
     "transformers' own, without the video half, which needs torchvision."
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kw):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kw)
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **options):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **options)
+
+
+QWEN3_VISION = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=4,
+    patch_size=12,
+    out_hidden_size=48,
+    deepstack_visual_indexes=[0],
+    num_position_embeddings=64,
+)
+QWEN3_TEXT = dict(
+    hidden_size=48,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+)
+QWEN3_TOKENS = dict(
+    image_token_id="<|image_pad|>",
+    video_token_id="<|video_pad|>",
+    vision_start_token_id="<|vision_start|>",
+    vision_end_token_id="<|vision_end|>",
+)
 
 
 def tiny_qwen3_vl():
     "A random Qwen3-VL, with the tokenizer and the template of our Qwen2.5-VL."
     old = tiny_qwen2_5_vl()[1]
     tok = old.tokenizer
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_heads=4,
-        patch_size=12,
-        out_hidden_size=48,
-        deepstack_visual_indexes=[0],
-        num_position_embeddings=64,
-    )
-    text = dict(
-        vocab_size=len(tok),
-        hidden_size=48,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
-    )
-    names = dict(
-        image_token_id="<|image_pad|>",
-        video_token_id="<|video_pad|>",
-        vision_start_token_id="<|vision_start|>",
-        vision_end_token_id="<|vision_end|>",
+    config = Qwen3VLConfig(
+        vision_config=QWEN3_VISION,
+        text_config={**QWEN3_TEXT, "vocab_size": len(tok)},
+        **{key: tok.convert_tokens_to_ids(token) for key, token in QWEN3_TOKENS.items()},
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(
-                vision_config=vision,
-                text_config=text,
-                **{k: tok.convert_tokens_to_ids(n) for k, n in names.items()},
-            )
-        )
+        model = Qwen3VLForConditionalGeneration(config)
     return model.eval(), Pictures(old.image_processor, tok, old.chat_template)
+
+def lengths_are_nearly_those_of_encode(ex, processor):
+    if ex["messages"][0]["role"] == "system":
+        del ex["messages"][0]
+    try:
+        true = len(encode(ex, processor)["input_ids"])
+    except TokensError:
+        return  # spells a control token
+    blanks = sum(len(text) - len(text.strip()) for text in texts_in(ex))
+    melted = 3 * len(ex["messages"]) + 3 * len(ex["images"])  # pieces that melt together
+    assert abs(lengths([ex], processor)[0] - true) <= melted + 4 * blanks
 
 
 def test_show_mask_counts_and_escapes():
-    for _, processor in (tiny() for tiny in TINY):
-        row = encode(example("<b>How</b> many?", "<b>Two</b> ☕"), processor)
-        view = show_mask(row, processor)
-        assert (
-            "<b>" not in view.html
-            and "&lt;" in view.html
-            and "☕" in view.html
-            and "\ufffd" not in view.html
-        )
-        assert sum(view.counts.values()) == len(row["input_ids"])
-        assert view.counts["OTHER"] == (row["labels"] != -100).sum()
-        assert (
-            "pad × 3"
-            in show_mask(
-                {"input_ids": torch.zeros(3, dtype=int), "attention_mask": torch.zeros(3, dtype=int)},
-                processor,
-            ).html
-        )
+    for tiny in TINY:
+        toy = tiny()[1]
+        seen = encode(example("<b>How</b> many?", "<b>Two</b> ☕"), toy)
+        view = show_mask(seen, toy)
+        assert "<b>" not in view.html and "&lt;" in view.html
+        assert "☕" in view.html and "\ufffd" not in view.html
+        assert sum(view.counts.values()) == len(seen["input_ids"])
+        assert view.counts["OTHER"] == (seen["labels"] != -100).sum()
+        blank = torch.zeros(3, dtype=int)
+        assert "pad × 3" in show_mask({"input_ids": blank, "attention_mask": blank}, toy).html
 
 
 def test_learned_is_exactly_the_answers_and_their_end_tokens():
@@ -543,21 +554,15 @@ def test_a_prompt_is_the_beginning_of_its_training_text():
 
 
 def test_real_templates_learn_the_answers_and_the_end():
-    def check(ex, processor):
-        row, prompt, tok = (
-            encode(ex, processor),
-            encode(ex, processor, prompt_only=True),
-            processor.tokenizer,
-        )
+    def learns_the_answers_and_the_end(ex, toy):
+        row, prompt, tok = encode(ex, toy), encode(ex, toy, prompt_only=True), toy.tokenizer
         text = tok.decode(row["labels"][row["labels"] != -100])
         assert [t.strip() for t in text.split(tok.eos_token)] == [*answers(ex), ""]
         n = len(prompt["input_ids"])
-        assert (
-            torch.equal(prompt["input_ids"], row["input_ids"][:n])
-            and (row["labels"][n:] != -100)[:2].all()
-        )  # learned from the first token on
+        assert torch.equal(prompt["input_ids"], row["input_ids"][:n])
+        assert (row["labels"][n:] != -100)[:2].all()  # learned from the first token on
         assert tok.bos_token is None or row["input_ids"].tolist().count(tok.bos_token_id) == 1
-        assert end_token(processor) == tok.eos_token_id
+        assert end_token(toy) == tok.eos_token_id
 
 
     for tiny, template in (
@@ -566,88 +571,52 @@ def test_real_templates_learn_the_answers_and_the_end():
         (tiny_qwen2_5_vl, QWEN_25),
         (tiny_mllama, LLAMA_32),
     ):
-        processor = with_template(tiny, template)
+        toy = with_template(tiny, template)
         for images in ([picture()], []):
-            check(example("How many?", ANSWER, "Sure?", "Yes.", images=images), processor)
-    with pytest.raises(
-        TokensError, match="circles: the chat template refuses.*incompatible with system"
-    ):
-        ex = example()
-        ex["messages"].insert(0, {"role": "system", "content": "Be brief."})
-        encode(ex, processor)
+            asked = example("How many?", ANSWER, "Sure?", "Yes.", images=images)
+            learns_the_answers_and_the_end(asked, toy)
+    spoken_to = example()
+    spoken_to["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    why = "circles: the chat template refuses.*incompatible with system"
+    with pytest.raises(TokensError, match=why):
+        encode(spoken_to, toy)
 
 
 def test_llamas_own_tokenizer_keeps_the_promises():
-    processor = tiny_llava()[1]
-    processor.tokenizer = tok = llama_tokenizer()
-    processor.image_token_id = tok.convert_tokens_to_ids("<image>")
-
-
-    def squeeze(text):
-        return text.replace(
-            " ", ""
-        )  # a blank belongs to the word behind it, so a run may begin with one
-
-
-    def check(ex):
-        if "▁" in "".join(
-            c["text"] or "" for m in ex["messages"] for c in m["content"] if c["type"] == "text"
-        ):
-            return  # how this tokenizer writes a blank
-        row, prompt = spell(ex, processor), spell(ex, processor, prompt_only=True)
-        ids, labels = row["input_ids"].tolist(), row["labels"]
-        assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
-        assert squeeze(tok.decode(labels[labels != -100])) == squeeze(
-            "".join(a + tok.eos_token for a in answers(ex))
-        )
-        assert (labels == tok.eos_token_id).sum() == len(answers(ex)) and (
-            row["input_ids"] == processor.image_token_id
-        ).sum() == 16 * len(ex["images"])
-        for n, stage in enumerate(STAGES, 1):
-            wanted = [a[s.start : s.end] for a in answers(ex) for s in spans(a) if s.stage == stage]
-            assert squeeze(tok.decode(row["input_ids"][row["stage_ids"] == n])) == squeeze(
-                "".join(wanted)
-            )
-        n = len(prompt["input_ids"])
-        assert (
-            torch.equal(prompt["input_ids"], row["input_ids"][:n])
-            and row["labels"][n] != -100
-            and row["labels"][n - 1] == -100
-        )
-
-
-    for template in (processor.chat_template, LLAVA_15):
-        processor.chat_template = template
-        settings(max_examples=40, **PATIENT)(given(conversations())(check))()
-    processor.tokenizer = llama_tokenizer("\n< " * 9 + TINY_TEXT)
-    processor.chat_template = tiny_llava()[1].chat_template
-    with pytest.raises(
-        TokensError,
-        match=r"circles: the tokenizer melts the template into the answer, in the token '\\n<'",
-    ):
-        encode(example("Hm?", "< 3", images=()), processor)
+    toy = tiny_llava()[1]
+    toy.tokenizer = llama_tokenizer()
+    toy.image_token_id = toy.tokenizer.convert_tokens_to_ids("<image>")
+    for template in (toy.chat_template, LLAVA_15):
+        toy.chat_template = template
+        settings(max_examples=20, **PATIENT)(
+            given(conversations())(lambda ex: keeps_the_promises_but_for_blanks(ex, toy))
+        )()
+    toy.tokenizer = llama_tokenizer("\n< " * 9 + TINY_TEXT)
+    toy.chat_template = tiny_llava()[1].chat_template
+    why = r"circles: the tokenizer melts the template into the answer, in the token '\\n<'"
+    with pytest.raises(TokensError, match=why):
+        encode(example("Hm?", "< 3", images=()), toy)
 
 
 def test_control_tokens_in_a_text_are_refused():
-    for tiny, tokens in (
+    for tiny, spelled in (
         (tiny_qwen2_5_vl, ("<|im_end|>", "<|image_pad|>", "<|video_pad|>")),
         (tiny_llava_next, ("<image>",)),
         (tiny_llava, ("<s>", "</s>", "<pad>", "<image>")),
         (tiny_mllama, ("<|begin_of_text|>", "<|eot_id|>", "<|image|>", "<|start_header_id|>")),
     ):
-        processor = tiny()[1]
-        for token in tokens:
-            for turns, role in (
-                ((f"a {token} b", "c"), "user"),
-                (("a", f"{token}"), "assistant"),
-                (("a", "b", "c" + token, "d"), "user"),
+        toy = tiny()[1]
+        for spelling in spelled:
+            for spoken, role in (
+                ((f"a {spelling} b", "c"), "user"),
+                (("a", f"{spelling}"), "assistant"),
+                (("a", "b", "c" + spelling, "d"), "user"),
             ):
                 with pytest.raises(TokensError, match=f"row 17: the {role}'s text spells.*") as e:
-                    encode(example(*turns, name="row 17"), processor)
-                assert token in str(e.value)
-    assert (
-        pickle.loads(pickle.dumps(e.value)).args == e.value.args
-    )  # it may have to leave a worker process
+                    encode(example(*spoken, name="row 17"), toy)
+                assert spelling in str(e.value)
+    left_a_worker = pickle.loads(pickle.dumps(e.value))
+    assert left_a_worker.args == e.value.args
 
 
 def test_only_what_spells_a_control_token_is_refused():
@@ -655,93 +624,80 @@ def test_only_what_spells_a_control_token_is_refused():
 
 
 def test_escaped_text_is_text():
+    def counted(ids, toy):
+        "How many of the ids are control tokens."
+        tok = toy.tokenizer
+        control = {*tok.all_special_ids, *tok.added_tokens_decoder, toy.image_token_id}
+        return sum(i in control for i in ids)
+
+
     for tiny in TINY:
-        processor = tiny()[1]
-        tok = processor.tokenizer
-        for token in CONTROL:
-            ex = example(f"What is {token}?", f"It is {token}.", "And?", token, images=[])
-            ids = encode(ex, processor, control_tokens="escape")["input_ids"].tolist()
-            plain = encode(example("What is it?", "It is it.", "And?", "it", images=[]), processor)[
-                "input_ids"
-            ].tolist()
-
-            def count(ids):
-                return sum(
-                    i in (*tok.all_special_ids, *tok.added_tokens_decoder, processor.image_token_id)
-                    for i in ids
-                )
-
-            assert count(ids) == count(plain)
-            assert tok.decode(ids).endswith(processor.apply_chat_template(ex["messages"]))
-            if tok.bos_token is None or tok.bos_token in processor.chat_template:
-                theirs = processor.apply_chat_template(
-                    ex["messages"], tokenize=True, return_dict=True, sanitize_control_tokens=True
+        toy = tiny()[1]
+        harmless = example("What is it?", "It is it.", "And?", "it", images=[])
+        for spelling in CONTROL:
+            quoted = example(f"What is {spelling}?", f"It is {spelling}.", "And?", spelling, images=[])
+            ours = encode(quoted, toy, control_tokens="escape")["input_ids"].tolist()
+            assert counted(ours, toy) == counted(encode(harmless, toy)["input_ids"].tolist(), toy)
+            assert toy.tokenizer.decode(ours).endswith(toy.apply_chat_template(quoted["messages"]))
+            bos = toy.tokenizer.bos_token
+            if bos is None or bos in toy.chat_template:
+                theirs = toy.apply_chat_template(
+                    quoted["messages"], tokenize=True, return_dict=True, sanitize_control_tokens=True
                 )["input_ids"]
-                assert ids == (theirs[0] if isinstance(theirs[0], list) else theirs)
+                assert ours == (theirs[0] if isinstance(theirs[0], list) else theirs)
 
 
 def test_max_length_counts_every_token():
-    for _, processor in (tiny() for tiny in TINY):
-        n = len(encode(example(), processor)["input_ids"])
-        encode(example(), processor, max_length=n)
-        with pytest.raises(TooLong, match=f"circles: {n} tokens"):
-            encode(example(), processor, max_length=n - 1)
+    for tiny in TINY:
+        toy = tiny()[1]
+        longest = len(encode(example(), toy)["input_ids"])
+        encode(example(), toy, max_length=longest)
+        with pytest.raises(TooLong, match=f"circles: {longest} tokens"):
+            encode(example(), toy, max_length=longest - 1)
 
 
 def test_truncation_at_every_length_keeps_the_promises_or_refuses():
-    long = render(
-        {
-            "SUMMARY": "I will count.",
-            "CAPTION": "Two circles.",
-            "CONCLUSION": "2",
-            "REASONING": (
-                "First I look. Is there one? Yes, at the top (it is red.) 1. Top left.\n2. Bottom"
-                " right. So there are two."
-            ),
-        }
-    )
     for tiny in TINY:
-        model, processor = tiny()
-        for turns in (("How many?", long), ("Hm?", "Yes.", "Really?", long, "Sure?", ANSWER)):
-            assert (
-                every_length_keeps_the_promises_or_refuses(
-                    example(*turns, images=[picture(), picture("green")]), model, processor
-                )
-                >= 6
-            )
+        reasoned = example("How many?", LONG, images=[picture(), picture("green")])
+        assert every_length_keeps_the_promises_or_refuses(reasoned, *tiny()) >= 6
+    several = example("Hm?", "Yes.", "Really?", LONG, "Sure?", ANSWER)
+    assert every_length_keeps_the_promises_or_refuses(several, *tiny_llava()) >= 6
 
 
 @pytest.mark.slow
 def test_invented_conversations_at_every_length_keep_the_promises_or_are_refused():
     every(every_length_keeps_the_promises_or_refuses, 25)
+    several = example("Hm?", "Yes.", "Really?", LONG, "Sure?", ANSWER, images=[picture()] * 2)
+    for tiny in TINY:
+        assert every_length_keeps_the_promises_or_refuses(several, *tiny()) >= 6
 
 
 def test_other_formats_have_stages_too():
-    processor = tiny_llava()[1]
-    row = encode(
-        example("How many?", "Count.\n\nTwo circles.\n\nOne and one.\n\n2"), processor, fmt=NO_TAGS
-    )
-    assert set(row["stage_ids"].tolist()) == {0, 1, 2, 3, 4}
-    row = encode(example("How many?", "2"), processor, fmt=DIRECT)
-    assert processor.tokenizer.decode(row["input_ids"][row["stage_ids"] == 4]) == "2"
+    toy = tiny_llava()[1]
+    four = "Count.\n\nTwo circles.\n\nOne and one.\n\n2"
+    untagged = encode(example("How many?", four), toy, fmt=NO_TAGS)
+    assert set(untagged["stage_ids"].tolist()) == {0, 1, 2, 3, 4}
+    direct = encode(example("How many?", "2"), toy, fmt=DIRECT)
+    assert toy.tokenizer.decode(direct["input_ids"][direct["stage_ids"] == 4]) == "2"
 
 
 def test_padding_is_masked_by_position():
     for tiny in TINY:
-        processor = tiny()[1]
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # as in many published models
-        rows = [encode(ex, processor) for ex in (example(), example("Hello", "Hi", images=()))]
+        toy = tiny()[1]
+        toy.tokenizer.pad_token = toy.tokenizer.eos_token  # as in many published models
+        alone = [encode(ex, toy) for ex in (example(), example("Hello", "Hi", images=()))]
         for side in ("right", "left"):
-            batch = Collator(processor, side)(rows)
-            for row, *got in zip(
-                rows, *(batch[k] for k in ("attention_mask", "input_ids", "labels", "stage_ids"))
-            ):
-                there, n = got[0] == 1, len(row["input_ids"])
-                assert there.sum() == n and (there[:n] if side == "right" else there[-n:]).all()
-                for name, x in zip(("input_ids", "labels", "stage_ids"), got[1:]):
-                    assert torch.equal(x[there], row[name])
-                assert (got[2][~there] == -100).all() and (got[3][~there] == 0).all()
-                assert got[2][got[2] != -100][-1] == processor.tokenizer.eos_token_id
+            padded = Collator(toy, side)(alone)
+            for k, one in enumerate(alone):
+                there, length = padded["attention_mask"][k] == 1, len(one["input_ids"])
+                assert there.sum() == length
+                assert (there[:length] if side == "right" else there[-length:]).all()
+                for column in ("input_ids", "labels", "stage_ids"):
+                    assert torch.equal(padded[column][k][there], one[column])
+                learned = padded["labels"][k]
+                assert (learned[~there] == -100).all()
+                assert (padded["stage_ids"][k][~there] == 0).all()
+                assert learned[learned != -100][-1] == toy.tokenizer.eos_token_id
 
 
 def test_cross_attention_masks_are_the_processors_own():
@@ -750,120 +706,100 @@ def test_cross_attention_masks_are_the_processors_own():
 
 def test_mixed_rows_cost_what_they_cost_alone():
     for tiny in TINY:
-        model, processor = tiny()
-        some = (
+        net, toy = tiny()
+        mixed = (
             example(),
             example("Hello.", "Hi!", images=()),
             example("What?", ANSWER, "Sure?", "Yes.", images=[picture("green")]),
         )
-        batches_cost_what_their_rows_cost([encode(ex, processor) for ex in some], model, processor)
+        batches_cost_what_their_rows_cost([encode(ex, toy) for ex in mixed], net, toy)
 
 
 def test_invented_batches_cost_what_their_rows_cost():
-    invented_batches(batches_cost_what_their_rows_cost, 20)
+    invented_batches(batches_cost_what_their_rows_cost, 10)
 
 
 def test_another_rows_picture_changes_nothing():
     for tiny in TINY:
-        model, processor = tiny()
-        some = (
+        net, toy = tiny()
+        mixed = (
             example(),
             example(images=[picture("green")]),
             example("Hello.", "Hi!", images=()),
             example(images=[picture().resize((96, 40)), picture("white")]),
         )
-        pictures_stay_in_their_row([encode(ex, processor) for ex in some], model, processor)
-    invented_batches(pictures_stay_in_their_row, 20)
+        pictures_stay_in_their_row([encode(ex, toy) for ex in mixed], net, toy)
+    invented_batches(pictures_stay_in_their_row, 10)
 
 
 @pytest.mark.slow
 def test_five_hundred_conversations_of_each_family():
-    for check in (
+    for promise in (
         learned_is_the_answers,
         stages_decode_to_their_text,
         prompts_begin_their_training_text,
         refused_only_where_it_spells,
     ):
-        every(check, 500)
-    for check in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row):
-        invented_batches(check, 500)
+        every(promise, 500)
+    for promise in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row):
+        invented_batches(promise, 500)
     every(masks_are_the_processors, 500, (tiny_mllama,))
 
 
 def test_a_later_family_keeps_the_promises_too():
     later = (tiny_qwen3_vl,)
-    for check in (
+    for promise in (
         learned_is_the_answers,
         stages_decode_to_their_text,
         prompts_begin_their_training_text,
     ):
-        every(check, 20, later)
-    for check in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row):
-        invented_batches(check, 20, families=later)
+        every(promise, 12, later)
+    for promise in (batches_cost_what_their_rows_cost, pictures_stay_in_their_row):
+        invented_batches(promise, 10, families=later)
     assert every_length_keeps_the_promises_or_refuses(example(), *tiny_qwen3_vl()) == 2
 
 
 def test_logits_only_where_labels_are():
     for tiny in TINY:
-        model, processor = tiny()
-        batch = Collator(processor)(
-            [encode(ex, processor) for ex in (example(), example("Hello.", "Hi!", images=()))]
-        )
-        full, n = summed_loss(model, batch)
-        labels = batch.pop("labels").roll(-1, 1)
-        labels[:, -1] = -100
-        batch.pop("stage_ids")
-        kept = model(**batch, logits_to_keep=labels != -100).logits
-        assert len(kept) == n
-        assert abs(cross_entropy(kept, labels[labels != -100], reduction="sum") - full) / n < 1e-5
+        net, toy = tiny()
+        mixed = Collator(toy)([encode(e, toy) for e in (example(), example("Oh.", "Hi!", images=()))])
+        full, learned = summed_loss(net, mixed)
+        shifted = mixed.pop("labels").roll(-1, 1)
+        shifted[:, -1] = -100
+        mixed.pop("stage_ids")
+        kept = net(**mixed, logits_to_keep=shifted != -100).logits
+        assert len(kept) == learned
+        less = cross_entropy(kept, shifted[shifted != -100], reduction="sum")
+        assert abs(less - full) / learned < 1e-5
 
 
 def test_examples_with_several_images():
+    def compared(*colours):
+        return example("Compare.", "Same.", images=[picture(colour) for colour in colours])
+
+
     for tiny in TINY:
-        model, processor = tiny()
+        net, toy = tiny()
         sets = [("red", "green"), ("red", "white"), (), ("red",)]
-        rows = [
-            encode(example("Compare.", "Same.", images=[picture(c) for c in colours]), processor)
-            for colours in sets
-        ]
-        loss, n = summed_loss(model, Collator(processor)(rows))
-        alone = sum(summed_loss(model, Collator(processor)([r]))[0] for r in rows)
-        assert abs(loss - alone) / n < 1e-5
+        mixed = [encode(compared(*colours), toy) for colours in sets]
+        together, learned = summed_loss(net, Collator(toy)(mixed))
+        apart = sum(summed_loss(net, Collator(toy)([one]))[0] for one in mixed)
+        assert abs(together - apart) / learned < 1e-5
 
 
 def test_lengths_are_those_of_encode_nearly():
     for tiny in TINY:
-        processor = tiny()[1]
-        for template in (processor.chat_template, *((QWEN_25,) if tiny is tiny_qwen2_5_vl else ())):
-            processor.chat_template = template
-
-            def check(ex):
-                if ex["messages"][0]["role"] == "system":
-                    del ex["messages"][0]
-                try:
-                    n = len(encode(ex, processor)["input_ids"])
-                except TokensError:
-                    return  # spells a control token
-                per_turn = 3  # blanks that are stripped, and pieces that melt together
-                blanks = sum(
-                    len(c["text"]) - len(c["text"].strip())
-                    for m in ex["messages"]
-                    for c in m["content"]
-                    if c["type"] == "text"
-                )
-                assert abs(lengths([ex], processor)[0] - n) <= per_turn * len(
-                    ex["messages"]
-                ) + 4 * blanks + 3 * len(ex["images"])
-
-            settings(max_examples=40, **PATIENT)(given(conversations())(check))()
+        toy = tiny()[1]
+        for template in (toy.chat_template, *((QWEN_25,) if tiny is tiny_qwen2_5_vl else ())):
+            toy.chat_template = template
+            settings(max_examples=20, **PATIENT)(
+                given(conversations())(lambda ex: lengths_are_nearly_those_of_encode(ex, toy))
+            )()
 
 
 def test_image_tokens_are_counted_without_the_picture():
     for tiny in TINY:
-        processor = tiny()[1]
+        toy = tiny()[1]
         for size in ((48, 48), (96, 48), (31, 77), (200, 40), (640, 480), (24, 24), (333, 500)):
-            ids = encode(example(images=[Image.new("RGB", size)]), processor)["input_ids"]
-            assert (ids == processor.image_token_id).sum() == image_tokens(processor, size), (
-                processor,
-                size,
-            )
+            there = encode(example(images=[Image.new("RGB", size)]), toy)["input_ids"]
+            assert (there == toy.image_token_id).sum() == image_tokens(toy, size), (toy, size)

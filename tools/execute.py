@@ -1,8 +1,9 @@
-"""Run notebooks in place, as a reader's *Run All* does; what is marked `#| slow` keeps the output it has.
+"""Run notebooks in place, as a reader's *Run All* does; what is slow keeps the output it has.
 
-    python tools/execute.py nbs/13_template.ipynb [more]       stop at the first cell that fails
-    python tools/execute.py --slow nbs/14_tokens.ipynb         run the slow cells, too
+python tools/execute.py nbs/13_template.ipynb [more]       stop at the first cell that fails
+python tools/execute.py --slow nbs/14_tokens.ipynb         run the slow cells, too
 """
+
 import argparse
 import os
 import re

@@ -2,10 +2,12 @@
 
     python tools/export_tests.py
 
-A cell marked `#| testmod` goes to the top of the file as it stands; a cell marked `#| test some name words` becomes
-`def test_some_name_words():`, with `#| slow` under it also `@pytest.mark.slow`. A notebook without `#| default_exp`
-(a tutorial, a benchmark) that has test cells gives `tests/test_<stem>.py`. Test files whose notebook is gone are removed.
+A cell marked `#| testmod` goes to the top of the file as it stands; a cell marked
+`#| test some name words` becomes `def test_some_name_words():`, with `#| slow` under it also
+`@pytest.mark.slow`. A notebook without `#| default_exp` (a tutorial, a benchmark) that has test
+cells gives `tests/test_<stem>.py`. Test files whose notebook is gone are removed.
 """
+
 import ast
 import io
 import os
@@ -30,58 +32,86 @@ def inside_strings(source: str) -> set[int]:
     lines, opened = set(), []
     for tok in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = tokenize.tok_name[tok.type]
-        if kind == "STRING": lines.update(range(tok.start[0] + 1, tok.end[0] + 1))
-        elif kind in ("FSTRING_START", "TSTRING_START"): opened.append(tok.start[0])  # Python 3.12 and later
-        elif kind in ("FSTRING_END", "TSTRING_END"): lines.update(range(opened.pop() + 1, tok.end[0] + 1))
+        if kind == "STRING":
+            lines.update(range(tok.start[0] + 1, tok.end[0] + 1))
+        elif kind in ("FSTRING_START", "TSTRING_START"):
+            opened.append(tok.start[0])  # Python 3.12 and later
+        elif kind in ("FSTRING_END", "TSTRING_END"):
+            lines.update(range(opened.pop() + 1, tok.end[0] + 1))
     return lines
 
 
 def indent(source: str) -> str:
     "`source` as the body of a function; the contents of its strings stay as they are"
     keep = inside_strings(source)
-    return "\n".join(line if n in keep or not line.strip() else "    " + line
-                     for n, line in enumerate(source.split("\n"), 1))
+    return "\n".join(
+        line if n in keep or not line.strip() else "    " + line
+        for n, line in enumerate(source.split("\n"), 1)
+    )
 
 
 class Tests(Processor):
     "Collects the module's name, its `testmod` cells and its `test` cells"
-    def begin(self): self.module, self.testmod, self.tests, self.warnings = None, [], {}, []
 
-    def _default_exp_(self, cell, name): self.module = name
+    def begin(self):
+        self.module, self.testmod, self.tests, self.warnings = None, [], {}, []
 
-    def _testmod_(self, cell): self.testmod.append(cell.source.strip("\n"))
+    def _default_exp_(self, cell, name):
+        self.module = name
+
+    def _testmod_(self, cell):
+        self.testmod.append(cell.source.strip("\n"))
 
     def _test_(self, cell, *words):
         name = "test_" + "_".join(words)
-        if not words or not re.fullmatch(r"\w+", name): raise ExportError(f"'#| test {' '.join(words)}' is not a name: use letters, digits and spaces")
-        if name in self.tests: raise ExportError(f"two cells are named '#| test {' '.join(words)}': rename one")
+        if not words or not re.fullmatch(r"\w+", name):
+            raise ExportError(
+                f"'#| test {' '.join(words)}' is not a name: use letters, digits and spaces"
+            )
+        if name in self.tests:
+            raise ExportError(f"two cells are named '#| test {' '.join(words)}': rename one")
         try:
             body = indent(cell.source.strip("\n"))
             code = f"def {name}():\n{body}\n"
             compile(code, name, "exec")
-            if any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(ast.parse(code))):
-                self.warnings.append(f"the cell '#| test {' '.join(words)}' imports: move that to a '#| testmod' cell, for a build of the site runs every cell with an import")
+            if any(
+                isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(ast.parse(code))
+            ):
+                self.warnings.append(
+                    f"the cell '#| test {' '.join(words)}' imports: move that to a '#| testmod'"
+                    " cell, for a build of the site runs every cell with an import"
+                )
         except (SyntaxError, tokenize.TokenError) as e:
-            raise ExportError(f"the cell '#| test {' '.join(words)}' is not the body of a Python function: {e}") from None
+            raise ExportError(
+                f"the cell '#| test {' '.join(words)}' is not the body of a Python function: {e}"
+            ) from None
         self.tests[name] = ("@pytest.mark.slow\n" if "slow" in cell.directives_ else "") + code
 
 
 def render(path: Path, lib: str) -> tuple[str | None, str, list[str]]:
-    "Name and text of the test file made from the notebook at `path`, and warnings; the name is None where there is nothing to test"
+    "Name and text of the test file of a notebook, and warnings; no name where nothing is tested."
     tests = Tests(None)
     NBProcessor(path, procs=tests, process=True)
-    if not tests.tests: return None, "", ["a module without a test cell"] if tests.module else []
+    if not tests.tests:
+        return None, "", ["a module without a test cell"] if tests.module else []
     stem = re.sub(r"\W", "_", tests.module or re.sub(r"^\d+[a-z]?_", "", path.stem))
     head = [f"# AUTOGENERATED! DO NOT EDIT! File to edit: ../{path.relative_to(ROOT).as_posix()}."]
-    if any(t.startswith("@pytest") for t in tests.tests.values()): head.append("import pytest")
-    if tests.module: head.append(f"from {lib}.{tests.module} import *")
+    if any(t.startswith("@pytest") for t in tests.tests.values()):
+        head.append("import pytest")
+    if tests.module:
+        head.append(f"from {lib}.{tests.module} import *")
     top = "\n\n".join(["\n".join(head), *tests.testmod])
-    return f"test_{stem}.py", "\n\n\n".join([top, *(t.rstrip("\n") for t in tests.tests.values())]) + "\n", tests.warnings
+    return (
+        f"test_{stem}.py",
+        "\n\n\n".join([top, *(t.rstrip("\n") for t in tests.tests.values())]) + "\n",
+        tests.warnings,
+    )
 
 
 def put(path: Path, text: str):
     "Write `text` to `path` if it is not there already; whole or not at all"
-    if path.exists() and path.read_text(encoding="utf-8") == text: return
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
@@ -97,17 +127,23 @@ def main():
         where = path.relative_to(ROOT).as_posix()
         try:
             name, text, warnings = render(path.absolute(), cfg.lib_name)
-            if name in made: raise ExportError(f"{name} is made from {made[name]} already: rename one")
+            if name in made:
+                raise ExportError(f"{name} is made from {made[name]} already: rename one")
         except Exception as e:
             errors.append(f"{where}: {e}")
             continue
-        for w in warnings: print(f"export_tests: warning: {where}: {w}", file=sys.stderr)
-        if name is None: continue
+        for w in warnings:
+            print(f"export_tests: warning: {where}: {w}", file=sys.stderr)
+        if name is None:
+            continue
         put(out / name, text)
         made[name] = where
-    if errors: sys.exit("\n".join(f"export_tests: error: {e}" for e in errors))
+    if errors:
+        sys.exit("\n".join(f"export_tests: error: {e}" for e in errors))
     for path in out.glob("test_*.py"):
-        if path.name not in made: path.unlink()
+        if path.name not in made:
+            path.unlink()
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What a reader, and a contributor, may rely on in every notebook and module.
+
+    python tools/check.py    end non-zero if something is found; names notebook and cell
+
+It looks at columns, statements a line and names nobody binds (ruff), at the order of the rooms (a
+module imports only modules of notebooks before its own), at the size of modules, at the form of
+test names, and at leaks: a cell of the story that reads a name which a proof has bound again, so
+that its output is not what a reader gets.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_LINES = 700
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def notebooks() -> list[Path]:
+    "The notebooks, in reading order, tutorials and benchmarks last."
+    nbs = ROOT / "nbs"
+    return sorted(nbs.glob("*.ipynb")) + sorted(nbs.glob("[a-z]*/*.ipynb"))
+
+
+def code_cells(path: Path) -> Iterator[tuple[int, str]]:
+    "Number and source of each code cell, magics left out."
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            yield i, re.sub(r"(?m)^\s*[%!].*$", "", "".join(cell["source"]))
+
+
+def directive(source: str, word: str) -> bool:
+    "Whether a cell carries a directive."
+    return re.search(rf"(?m)^#\|\s*{word}\b", source) is not None
+
+
+# Lines
+
+
+def lines() -> list[str]:
+    "Lines over 100 columns, several statements a line, names nobody binds: cell and line, by ruff."
+    found = []
+    for words in (["check", "--quiet", "--output-format", "concise"], ["format", "--check"]):
+        paths = ["nbs", "tools", "setup.py", "tests/conftest.py"]
+        done = subprocess.run(["ruff", *words, *paths], capture_output=True, text=True)
+        found += [line for line in done.stdout.splitlines() if re.match(r"\S+:|Would", line)]
+    return found
+
+
+def lengths() -> list[str]:
+    "Modules that are longer than a subject should be."
+    found = []
+    for path in sorted((ROOT / "llava_cot").glob("[a-z]*.py")):
+        n = len(path.read_text(encoding="utf-8").splitlines())
+        if n > MOST_LINES:
+            found.append(f"llava_cot/{path.name}: {n} lines, expected at most {MOST_LINES}")
+    return found
+
+
+# Rooms
+
+
+def order() -> list[str]:
+    "Modules that import one whose notebook comes later."
+    numbers = {}
+    for path in notebooks():
+        for _, source in code_cells(path):
+            name = re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", source)
+            if name:
+                numbers[name[1]] = len(numbers)
+    found = []
+    for name, number in numbers.items():
+        tree = ast.parse((ROOT / f"llava_cot/{name}.py").read_text(encoding="utf-8"))
+        for line, other in imported(tree):
+            if numbers.get(other, -1) >= number:
+                found.append(f"llava_cot/{name}.py:{line}: imports {other}, which comes later")
+    return found
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    "Line and name of each module of the package that a module imports, inside functions, too."
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        if node.level == 1 and module or module.startswith("llava_cot."):
+            yield node.lineno, module.removeprefix("llava_cot.").split(".")[0]
+        elif node.level == 1 or module == "llava_cot":
+            yield from ((node.lineno, alias.name) for alias in node.names)
+
+
+# Proofs
+
+
+def names(source: str) -> list[ast.Name]:
+    "Names that a cell binds or reads itself, outside its functions and comprehensions."
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return []
+    inner = set()
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTIONS + COMPREHENSIONS):
+            inner |= {id(child) for child in ast.walk(node) if child is not node}
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in inner]
+
+
+def defined(source: str) -> set[str]:
+    "Functions and classes that a cell defines."
+    try:
+        return {n.name for n in ast.parse(source).body if isinstance(n, FUNCTIONS[:3])}
+    except SyntaxError:
+        return set()
+
+
+def leaks(path: Path) -> list[str]:
+    "Cells of the story that read a name which a proof has bound after the story had."
+    story, taken, found = set(), {}, []
+    for i, source in code_cells(path):
+        used = names(source)
+        stored = {n.id for n in used if isinstance(n.ctx, ast.Store)} | defined(source)
+        if directive(source, "test"):
+            taken |= {name: i for name in stored & story}
+            continue
+        for n in used:
+            if isinstance(n.ctx, ast.Load) and n.id in taken:
+                found.append(
+                    f"cell {i}: reads {n.id!r}, which the proof in cell {taken[n.id]} binds"
+                )
+        story |= stored
+        for name in stored:
+            taken.pop(name, None)
+    return [f"{path.relative_to(ROOT)} {text}" for text in dict.fromkeys(found)]
+
+
+def test_names(path: Path) -> list[str]:
+    "Test cells whose names are not words in lower case."
+    found = []
+    for i, source in code_cells(path):
+        for name in re.findall(r"(?m)^#\|\s*test[ \t]+(.+)$", source):
+            if not re.fullmatch(r"[A-Za-z0-9]+( [A-Za-z0-9]+)*", name.strip()):
+                found.append(f"{path.relative_to(ROOT)} cell {i}: '#| test {name}': expected words")
+    return found
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    found = lines() + lengths() + order()
+    for path in notebooks():
+        found += leaks(path) + test_names(path)
+    print("\n".join(found) or "tools/check.py: nothing found")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
