@@ -6,16 +6,19 @@
 __all__ = ['trained_parameters', 'freeze', 'make_optimizer', 'lora_targets', 'add_phase_adapters', 'check_schedule']
 
 # %% ../nbs/22_trainable.ipynb #trainable-imports
-import torch
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
 from transformers import PreTrainedModel
+
 from . import families, models
 from .families import ModelError, part_modules, parts, selected_modules, without_gradient
 from .schedule import LORA, Phase, Schedule, ScheduleError, has_adapters_on
 
 # %% ../nbs/22_trainable.ipynb #c036
-def _resolve(find, model, phase):
-    "`models.select` or `models.linear_layers` of what a phase trains; an error names the phase."
+def _resolve(find: Callable, model: PreTrainedModel, phase: Phase) -> dict:
+    "`families.select` or `models.linear_layers` of what a phase trains; an error names the phase."
     try:
         return find(model, phase.train)
     except ModelError as e:
@@ -23,44 +26,40 @@ def _resolve(find, model, phase):
 
 
 def trained_parameters(
-    model: PreTrainedModel,  # of a family that `models` knows; for a phase with `lora` after `adapt`
+    model: PreTrainedModel,  # of a family in `FAMILIES`; with its adapters if the phase has `lora`
     phase: Phase,
-) -> dict:  # key of `train` → [(name, Parameter), …]
-    "The parameters a phase trains, each under the narrowest key that holds it. Raises `ScheduleError` for a key the model cannot serve."
+) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    "key of `train` -> its `(name, parameter)`s. Raises `ScheduleError` for a key the model lacks."
     if phase.lora and not models.adapter_layers(model):
         raise ScheduleError(
-            f"phase {phase.name!r}: lora trains adapters, and this model has none; call adapt first"
+            f"phase {phase.name!r}: lora trains adapters, and this model has none; call"
+            " add_phase_adapters first"
         )
-    never = without_gradient(model)
-    found = {
-        key: [
-            (n, p)
-            for n, p in named
-            if n not in never and (".lora_" in n) == has_adapters_on(phase, key)
-        ]
-        for key, named in _resolve(families.select, model, phase).items()
-    }
+    never, found = without_gradient(model), {}
+    for key, named in _resolve(families.select, model, phase).items():
+        adapters = has_adapters_on(phase, key)  # then they learn, and nothing else of the key
+        able = [(n, p) for n, p in named if n not in never]
+        found[key] = [(n, p) for n, p in able if (".lora_" in n) == adapters]
     for key, named in found.items():
         if not named:
-            raise ScheduleError(
-                f"phase {phase.name!r}: train names {key!r}, which has no parameter that can be"
-                " trained" + " and is not another key's" * (len(found) > 1)
-            )
+            more = " and is not another key's" if len(found) > 1 else ""
+            reason = f"which has no parameter that can be trained{more}"
+            raise ScheduleError(f"phase {phase.name!r}: train names {key!r}, {reason}")
     return found
 
 # %% ../nbs/22_trainable.ipynb #c037
 def freeze(
-    model: PreTrainedModel,  # of a family that `models` knows; for a phase with `lora` after `adapt`
+    model: PreTrainedModel,  # of a family in `FAMILIES`; with its adapters if the phase has `lora`
     phase: Phase,
-) -> dict:  # part → how many numbers will be trained
-    "Leave exactly what the phase trains trainable and in train mode; all else without gradient and in eval mode."
+) -> dict[str, int]:  # part -> how many numbers will be trained
+    "Leave what the phase trains in train mode; all else without gradient and in eval mode."
     picked = {id(p) for named in trained_parameters(model, phase).values() for _, p in named}
     for p in model.parameters():
         p.requires_grad_(id(p) in picked)
         if not p.requires_grad:
             p.grad = None
-    for tops in part_modules(model).values():
-        for m in tops:
+    for modules in part_modules(model).values():
+        for m in modules:
             m.eval()
     for key in phase.train:
         for m in selected_modules(model, key):
@@ -71,78 +70,86 @@ def freeze(
     }
 
 # %% ../nbs/22_trainable.ipynb #c042
+def _decay_of(phase: Phase, key: str) -> float:
+    "The weight decay of a key: one for all, or its own."
+    if isinstance(phase.weight_decay, dict):
+        return phase.weight_decay.get(key, 0.0)
+    return phase.weight_decay
+
+
+def _groups(phase: Phase, key: str, params: list) -> list[dict]:
+    "The optimizer's groups for a key: one, or matrices with weight decay and the rest without."
+    decay, rest = _decay_of(phase, key), params
+    matrices = []
+    if decay:
+        matrices = [p for p in params if p.ndim > 1]
+        rest = [p for p in params if p.ndim <= 1]
+    how = {"lr": phase.train[key], "name": key}
+    both = ({"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0})
+    return [group | how for group in both if group["params"]]
+
+
 def make_optimizer(
-    model: PreTrainedModel,  # of a family that `models` knows; for a phase with `lora` after `adapt`
+    model: PreTrainedModel,  # of a family in `FAMILIES`; with its adapters if the phase has `lora`
     phase: Phase,
 ) -> torch.optim.AdamW:
-    "AdamW over what the phase trains: groups carry `name` (the key of `train`), their peak `lr` and their decay."
+    "AdamW over what the phase trains; groups carry `name` (the key), peak `lr` and weight decay."
     groups = []
     for key, named in trained_parameters(model, phase).items():
-        decay = (
-            phase.weight_decay.get(key, 0.0)
-            if isinstance(phase.weight_decay, dict)
-            else phase.weight_decay
-        )
-        split = (
-            [
-                ([p for _, p in named if p.ndim > 1], decay),
-                ([p for _, p in named if p.ndim <= 1], 0.0),
-            ]
-            if decay
-            else [([p for _, p in named], 0.0)]
-        )
-        groups += [
-            dict(params=ps, lr=phase.train[key], weight_decay=wd, name=key)
-            for ps, wd in split
-            if ps
-        ]
-    fused = all(
-        p.device.type in ("cpu", "cuda") for g in groups for p in g["params"]
-    )  # one kernel for all; a planner's tensors have none
+        groups += _groups(phase, key, [p for _, p in named])
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = devices <= {"cpu", "cuda"}  # one kernel for all; a planner's tensors have none
     return torch.optim.AdamW(groups, betas=phase.betas, fused=fused)
 
 # %% ../nbs/22_trainable.ipynb #g002
 def lora_targets(
     model: PreTrainedModel,  # without adapters
     phase: Phase,
-) -> list:
-    "Full names of the linear layers that get adapters in a phase. Raises `ScheduleError` where there are none."
+) -> list[str]:
+    "Full names of the linear layers that get adapters. Raises `ScheduleError` if there are none."
     if not phase.lora:
         return []
-    last = phase.lora.get("modules")
-    found = {
-        key: [n for n in names if not last or n.rpartition(".")[2] in last]
-        for key, names in _resolve(models.linear_layers, model, phase).items()
-        if has_adapters_on(phase, key)
-    }
-    for key, names in found.items():
-        have = sorted({n.rpartition(".")[2] for n in models.linear_layers(model, [key])[key]})
-        if not names:
-            raise ScheduleError(
-                f"phase {phase.name!r}: lora finds no linear layer in {key!r}"
-                + (f" by {list(last)}" if last else "")
-                + f"; expected some of {', '.join(have) or 'another key'}"
-            )
-    return [n for names in found.values() for n in names]
+    wanted, found = phase.lora.get("modules"), []
+    for key, names in _resolve(models.linear_layers, model, phase).items():
+        if not has_adapters_on(phase, key):
+            continue
+        picked = [n for n in names if not wanted or _last_name(n) in wanted]
+        if not picked:
+            raise ScheduleError(_no_layer(model, phase, key))
+        found += picked
+    return found
 
 
+def _last_name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _no_layer(model: PreTrainedModel, phase: Phase, key: str) -> str:
+    "What to say where no linear layer of a key has a wanted name."
+    there = sorted({_last_name(n) for n in models.linear_layers(model, [key])[key]})
+    wanted = phase.lora.get("modules")
+    by = f" by {list(wanted)}" if wanted else ""
+    there = ", ".join(there) or "another key"
+    found = f"lora finds no linear layer in {key!r}{by}"
+    return f"phase {phase.name!r}: {found}; expected some of {there}"
+
+# %% ../nbs/22_trainable.ipynb #g002b
 def add_phase_adapters(
     model: PreTrainedModel,  # changed in place; one that has adapters stays as it is
     phase: Phase,
     seed: int = 0,  # of the adapters
-):
-    "Give the model the adapters of a phase, if it has any."
+) -> None:
+    "Give the model the LoRA adapters of a phase, if it has any."
     if phase.lora and not models.adapter_layers(model):
-        models.add_adapters(
-            model, lora_targets(model, phase), **{k: phase.lora[k] for k in LORA}, seed=seed
-        )
+        how = {field: phase.lora[field] for field in LORA}
+        models.add_adapters(model, lora_targets(model, phase), **how, seed=seed)
 
-
+# %% ../nbs/22_trainable.ipynb #g002c
 def check_schedule(
     model: PreTrainedModel,  # without adapters; not changed
     schedule: Schedule,
-):
-    "Raise for the first phase that this model cannot go through, so that a wrong third phase does not wait for its turn."
+) -> None:
+    "Raise `ScheduleError` for the first phase that this model cannot go through."
     for phase in schedule:
         if phase.lora:
             models.need_peft()

@@ -6,20 +6,25 @@ import colorsys
 import copy
 import hashlib
 import json
-import numpy as np
 import os
-import pytest
 import random
 import subprocess
 import sys
-import torch
 import warnings
-from PIL import Image, ImageDraw
 from dataclasses import replace
-from llava_cot import batches as batches_, shapes
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from llava_cot import batches as training
+from llava_cot import shapes
+from llava_cot.augment import _DRAW
 from llava_cot.batches import Order, Reader
-from llava_cot.cot import CoT, DIRECT, LLAVA_COT, parse, render, to_format
-from llava_cot.gate import AugmentError, LIGHT, Policy, STRONG, allowed, objections
+from llava_cot.cot import DIRECT, LLAVA_COT, CoT, parse, render, to_format
+from llava_cot.gate import LIMITS, TRANSFORMS, AugmentError, mirror_words, objections
+from llava_cot.paraphrase import INSTRUCTIONS, QUESTIONS
 from llava_cot.scenes import KINDS, RGB, Scene, Thing
 from llava_cot.tiny import tiny_llava
 
@@ -27,44 +32,37 @@ def picture(
     question="How many circles are there?",
     caption="A red circle and a blue square.",
     conclusion="1",
-    size=96,
 ):
     "A small example: a red circle and a blue square on grey."
-    image = Image.new("RGB", (size, size), (127, 127, 127))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((8, 8, 40, 40), fill=(214, 40, 40))
-    pen.rectangle((52, 52, 88, 88), fill=(40, 80, 220))
-    answer = render(
-        CoT(
-            SUMMARY="I will look.",
-            CAPTION=caption,
-            REASONING="I look at it.",
-            CONCLUSION=conclusion,
-        )
-    )
-    return {
-        "id": "drawn-1",
-        "images": [image],
-        "source": "drawn",
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image", "text": None}, {"type": "text", "text": question}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
+    drawn = Image.new("RGB", (96, 96), (127, 127, 127))
+    ImageDraw.Draw(drawn).ellipse((8, 8, 40, 40), fill=(214, 40, 40))
+    ImageDraw.Draw(drawn).rectangle((52, 52, 88, 88), fill=(40, 80, 220))
+    looks = dict(SUMMARY="I will look.", CAPTION=caption, REASONING="I look at it.")
+    staged = render(CoT(**looks, CONCLUSION=conclusion))
+    user = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    assistant = [{"type": "text", "text": staged}]
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"id": "drawn-1", "images": [drawn], "source": "drawn", "messages": messages}
 
 
-def asked(example):
-    return example["messages"][0]["content"][1]["text"]
+def asked(ex):
+    return ex["messages"][0]["content"][1]["text"]
+
+
+def answered(ex):
+    return ex["messages"][1]["content"][0]["text"]
+
+
+def digest(ex):
+    "A hash of all that an example holds."
+    pixels = b"".join(image.tobytes() for image in ex["images"])
+    return hashlib.sha256(pixels + json.dumps(ex["messages"]).encode()).hexdigest()
 
 def followed(parameters, things, size):
-    "For each pixel of the new picture, which thing of the old one is shown there, 0 for none; H×W, from the H×W map of the old one."
+    "For each pixel of the new picture, which thing of the old is shown there, 0 for none; H×W."
     (w, h), (y, x) = size, np.mgrid[: size[1], : size[0]]
-    at = geometry(parameters, size) @ np.stack(
-        [(x.ravel() + 0.5) / w, (y.ravel() + 0.5) / h, np.ones(x.size)]
-    )
+    centres = np.stack([(x.ravel() + 0.5) / w, (y.ravel() + 0.5) / h, np.ones(x.size)])
+    at = geometry(parameters, size) @ centres
     u, v = (at[:2] / at[2] * [[w], [h]]).astype(int)
     inside = (at[0] >= 0) & (at[1] >= 0) & (u < w) & (v < h)
     return np.where(inside, things[v.clip(0, h - 1), u.clip(0, w - 1)], 0).reshape(h, w)
@@ -80,115 +78,86 @@ def map_of(scene, image):
     return np.where(np.abs(pixels - 127).max(-1) > 60, number[row, col], 0)
 
 
+def hue_of(rgb):
+    return colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0]
+
+
+HUES = {name: hue_of(rgb) for name, rgb in RGB.items() if name not in ("white", "black")}
+
+
 def colour_of(pixels):
     "The name of a colour: by its light where it is pale, else by its hue."
-    r, g, b = np.median(pixels, axis=0)
-    h, s, v = colorsys.rgb_to_hsv(r / 255, g / 255, b / 255)
+    h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in np.median(pixels, axis=0)))
     if s < 0.25 or v < 0.25:
         return "white" if v > 0.75 else "black" if v < 0.25 else "grey"
-    hues = {
-        name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0]
-        for name, rgb in RGB.items()
-        if name not in ("white", "black")
-    }
-    return min(hues, key=lambda name: min(abs(hues[name] - h), 1 - abs(hues[name] - h)))
+    apart = {name: min(abs(hue - h), 1 - abs(hue - h)) for name, hue in HUES.items()}
+    return min(apart, key=apart.get)
 
 def shown(scene, before, image, parameters):
     "The scene that a new picture shows, from its pixels; `before` is the old picture of `scene`."
-    old = map_of(scene, before)
-    new, seen, goes = (
-        followed(parameters, old, image.size),
-        [],
-        np.linalg.inv(geometry(parameters, image.size)),
-    )
+    old, seen = map_of(scene, before), []
+    new = followed(parameters, old, image.size)
+    goes = np.linalg.inv(geometry(parameters, image.size))
     pixels, n = np.asarray(image.convert("RGB")), scene.level.grid
     for i, t in enumerate(scene.things, 1):
         y, x = (np.argwhere(old == i).T + 0.5) / len(old)
         at = goes @ np.stack([x, y, np.ones_like(x)])
-        if ((at[:2] / at[2] >= 0) & (at[:2] / at[2] <= 1)).all(0).mean() < 0.8:
+        at = at[:2] / at[2]
+        if ((at >= 0) & (at <= 1)).all(0).mean() < 0.8:
             continue
         rows, cols = np.nonzero(new == i)
-        place = [
-            int((x.mean() + 0.5) * n // side)
-            for x, side in ((rows, image.height), (cols, image.width))
-        ]
-        seen.append(Thing(*place, colour_of(pixels[rows, cols]), t.shape))
+        row = int((rows.mean() + 0.5) * n // image.height)
+        col = int((cols.mean() + 0.5) * n // image.width)
+        seen.append(Thing(row, col, colour_of(pixels[rows, cols]), t.shape))
     return Scene(scene.level, tuple(sorted(seen)))
 
 
 def violations(scene, ex, policy, epoch, gate=True, fmt=LLAVA_COT):
-    "What the verifier has against an augmented example, given the scene that the new picture shows; and whether the example changed at all."
+    "What the verifier has against an augmented example, given its new scene; whether it changed."
     query = shapes.read_question(asked(ex))
-    d, new = draw_changes(ex, policy, 0, epoch, gate), augment(ex, policy, 0, epoch, gate)
-    now = shown(scene, ex["images"][0], new["images"][0], d["images"][0] if d["images"] else {})
-    changed = (
-        new["messages"] != ex["messages"] or new["images"][0].tobytes() != ex["images"][0].tobytes()
-    )
+    drawn, new = draw_changes(ex, policy, 0, epoch, gate), augment(ex, policy, 0, epoch, gate)
+    parameters = drawn["images"][0] if drawn["images"] else {}
+    now = shown(scene, ex["images"][0], new["images"][0], parameters)
+    changed = digest(new) != digest(ex)
     if query.kind in ("colour", "relation") and query not in shapes.queries(now, query.kind):
         return ["what is asked about is not to be seen"], changed
-    return shapes.verify(new["messages"][1]["content"][0]["text"], now, query, fmt), changed
+    return shapes.verify(answered(new), now, query, fmt), changed
 
-ALONE = dict(
-    crop=0.45,
-    rotation=20,
-    perspective=0.2,
-    flip=1,
-    brightness=1,
-    contrast=1,
-    saturation=1,
-    hue=0.5,
-    grayscale=1,
-    blur=0.05,
-    noise=0.3,
-    jpeg=0.95,
-    synonyms=1,
-    patterns=1,
-    instructions=1,
-)
-EACH = {
-    **{t: Policy(**{t: strength}) for t, strength in ALONE.items()},
-    "all": Policy(**ALONE),
-    "strong": STRONG,
-}
+ALONE = {t: LIMITS.get(t, 1) for t in TRANSFORMS}
+EACH = {t: Policy(**{t: strength}) for t, strength in ALONE.items()}
+EACH |= {"all": Policy(**ALONE), "strong": STRONG}
+SIZES = {"easy": 48, "medium": 72, "hard": 96}
 
 
 def formatted(ex, fmt):
     "An example whose answer is in another format."
-    return {
-        **ex,
-        "messages": [
-            ex["messages"][0],
-            {
-                "role": "assistant",
-                "content": [
-                    {
-                        "type": "text",
-                        "text": to_format(ex["messages"][1]["content"][0]["text"], LLAVA_COT, fmt),
-                    }
-                ],
-            },
-        ],
-    }
+    user, assistant = ex["messages"]
+    content = [{"type": "text", "text": to_format(answered(ex), LLAVA_COT, fmt)}]
+    return {**ex, "messages": [user, {**assistant, "content": content}]}
+
+
+def until_changed(scene, ex, policy, gate, fmt):
+    "`violations` of the first of eight epochs in which something is drawn, if anything may be."
+    for epoch in range(8):
+        problems, changed = violations(scene, ex, policy, epoch, gate, fmt)
+        if changed or problems:
+            break
+    return problems, changed
 
 
 def prove(n, gate=True):
-    "Violations among `n` augmented examples, by transform and kind: `{(transform, kind): [violations, changed, examples]}`."
+    "Of `n` augmented examples: `{(transform, kind): [violations, changed, examples]}`."
     found, per = {}, len(EACH) * len(KINDS)
-    made = {
-        level: list(shapes.examples(-(-n // per) * 5, 7, level, "any", size))
-        for level, size in (("easy", 48), ("medium", 72), ("hard", 96))
-    }
+    made = [
+        list(shapes.examples(-(-n // per) * 5, 7, level, "any", size))
+        for level, size in SIZES.items()
+    ]
     for i in range(n):
         kind, name, turn = i % 5, list(EACH)[i // 5 % len(EACH)], i // per
-        (scene, ex), fmt = (
-            made[list(made)[turn % 3]][5 * turn + kind],
-            (LLAVA_COT, DIRECT)[turn // 3 % 2],
-        )
-        cell, ex = found.setdefault((name, KINDS[kind]), [0, 0, 0]), formatted(ex, fmt)
-        for epoch in range(8):  # until something is drawn, if anything may be
-            problems, changed = violations(scene, ex, EACH[name], epoch, gate, fmt)
-            if changed or problems:
-                break
+        scene, ex = made[turn % 3][5 * turn + kind]
+        fmt = (LLAVA_COT, DIRECT)[turn // 3 % 2]
+        problems, changed = until_changed(scene, formatted(ex, fmt), EACH[name], gate, fmt)
+        cell = found.setdefault((name, KINDS[kind]), [0, 0, 0])
         cell[0] += bool(problems)
         cell[1] += changed
         cell[2] += 1
@@ -214,39 +183,28 @@ def test_pictures_are_transformed_as_drawn():
     ):
         for q in (p, p | {"flip": {}}, p | {"rotation": dict(degrees=-3)}):
             u, v, w = geometry(q, im.size) @ [*spot(transform(im, q)), 1]
-            assert np.allclose((u / w, v / w), spot(im), atol=0.02), (
-                q
-            )  # the point shown comes from where the matrix says
+            assert np.allclose((u / w, v / w), spot(im), atol=0.02), q  # shown is what the matrix says
     grey = np.asarray(transform(im, {"grayscale": {}}))
     assert (grey.min(-1) == grey.max(-1)).all()
-    assert (
-        np.abs(np.asarray(transform(im, {"hue": dict(turn=1 / 3)}), int)[6, 10].argmax()) != 0
-    )  # red is red no more
-    assert (
-        np.abs(
-            np.asarray(transform(im, {"contrast": dict(factor=1, grey=90)}), int) - np.asarray(im)
-        ).max()
-        <= 1
-    )
-    assert 4 < np.asarray(transform(im, {"noise": dict(sigma=8, at=5)}), float)[20:].std() < 12
-    everything = {t: draw(0.2, random.Random(1), im) for t, draw in DRAW.items()} | {"flip": {}}
+    turned_hue = np.asarray(transform(im, {"hue": dict(turn=1 / 3)}), int)
+    assert turned_hue[6, 10].argmax() != 0  # red is red no more
+    same = np.asarray(transform(im, {"contrast": dict(factor=1, grey=90)}), int)
+    assert np.abs(same - np.asarray(im)).max() <= 1
+    noisy = np.asarray(transform(im, {"noise": dict(sigma=8, at=5)}), float)
+    assert 4 < noisy[20:].std() < 12
+    everything = {t: draw(0.2, random.Random(1), im) for t, draw in _DRAW.items()} | {"flip": {}}
     everything = {t: p for t, p in everything.items() if p is not None}
-    assert (
-        transform(im, everything).tobytes() == transform(im.convert("RGBA"), everything).tobytes()
-        and transform(im, everything).size == im.size
-    )
-    assert transform(im, {}) is im
+    done = transform(im, everything)
+    assert done.tobytes() == transform(im.convert("RGBA"), everything).tobytes()
+    assert done.size == im.size and transform(im, {}) is im
 
 
 def test_none_changes_nothing():
     ex = picture()
     before = copy.deepcopy(ex)
     same = augment(ex, Policy.none(), 0, 0)
-    assert (
-        same == before
-        and same is not ex
-        and same["images"][0].tobytes() == before["images"][0].tobytes()
-    )
+    assert same == before and same is not ex
+    assert same["images"][0].tobytes() == before["images"][0].tobytes()
     same["messages"][0]["content"][1]["text"] = "changed"
     same["images"].clear()
     assert ex == before  # the copy shares nothing that can be changed
@@ -257,32 +215,16 @@ def test_none_changes_nothing():
 
 
 def test_augmentation_is_stateless():
-    strong = STRONG
-    examples = [
-        {
-            **picture(question="What kind of animal can you see in the picture?", caption="A cat."),
-            "id": f"e{i}",
-        }
-        for i in range(6)
-    ]
-
-
-    def bits(e):
-        return (e["images"][0].tobytes(), json.dumps(e["messages"]))
-
-
-    once = {e["id"]: bits(augment(e, strong, 1, 2)) for e in examples}
+    animal = picture(question="What kind of animal can you see in the picture?", caption="A cat.")
+    examples = [{**animal, "id": f"e{i}"} for i in range(6)]
+    once = {e["id"]: digest(augment(e, STRONG, 1, 2)) for e in examples}
     random.seed(99)
-    again = {e["id"]: bits(augment(e, strong, 1, 2)) for e in random.sample(examples, 6)}
-    assert (
-        once == again and len(set(once.values())) == 6
-    )  # any order, repeated; and another for each id
-    assert (
-        bits(augment(examples[0], strong, 1, 3))
-        != once["e0"]
-        != bits(augment(examples[0], strong, 2, 2))
-    )
-    # crops are the same whether or not the brightness is varied too
+    again = {e["id"]: digest(augment(e, STRONG, 1, 2)) for e in random.sample(examples, 6)}
+    assert once == again  # any order, repeated
+    assert len(set(once.values())) == 6  # and another for each id, epoch and seed
+    assert digest(augment(examples[0], STRONG, 1, 3)) != once["e0"]
+    assert digest(augment(examples[0], STRONG, 2, 2)) != once["e0"]
+    # crops are the same whether or not the words are varied too
     only = augment(examples[0], Policy(crop=0.2), 1, 2)["images"][0]
     both = augment(examples[0], Policy(crop=0.2, synonyms=1.0), 1, 2)["images"][0]
     assert only.tobytes() == both.tobytes()
@@ -292,21 +234,19 @@ def test_augmentation_is_the_same_in_another_process():
     code = """
 import hashlib, json
 from llava_cot import shapes
-from llava_cot.augment import augment
-from llava_cot.gate import STRONG
+from llava_cot.augment import STRONG, augment
 def digest(ex):
     new = augment(ex, STRONG, 11, 4)
-    return hashlib.sha256(new["images"][0].tobytes() + json.dumps(new["messages"]).encode()).hexdigest()
+    told = new["images"][0].tobytes() + json.dumps(new["messages"]).encode()
+    return hashlib.sha256(told).hexdigest()
 made = sorted(digest(ex) for _, ex in %s(list(shapes.examples(10, 3))))
 """
-    exec(code % "list", here := {})
+    here = {}
+    exec(code % "list", here)
     for seed, order in (("1", "list"), ("2", "reversed")):
-        done = subprocess.run(
-            [sys.executable, "-c", code % order + "print(made)"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        )
+        command = [sys.executable, "-c", code % order + "print(made)"]
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.stdout.strip() == str(here["made"]), done.stderr
 
 
@@ -318,13 +258,7 @@ def test_the_same_bytes_in_any_worker():
         "Digests of augmented rows, addressed by (epoch, row)."
 
         def __getitem__(self, address):
-            new = augment(rows[address[1]], STRONG, 11, address[0])
-            return (
-                address,
-                hashlib.sha256(
-                    new["images"][0].tobytes() + json.dumps(new["messages"]).encode()
-                ).hexdigest(),
-            )
+            return address, digest(augment(rows[address[1]], STRONG, 11, address[0]))
 
 
     def digests(addresses, workers):
@@ -341,110 +275,84 @@ def test_the_same_bytes_in_any_worker():
     addresses = [(epoch, row) for epoch in range(2) for row in range(len(rows))]
     once = digests(addresses, 0)
     assert len(set(once.values())) == len(addresses)
-    for workers in (1, 4):
-        assert (
-            digests(random.Random(workers).sample(addresses, len(addresses)), workers) == once
-        )  # any order
-    assert digests(addresses[20:], 1) == {
-        a: once[a] for a in addresses[20:]
-    }  # a run that goes on from its middle
+    for workers in (1, 4):  # in any order
+        mixed = random.Random(workers).sample(addresses, len(addresses))
+        assert digests(mixed, workers) == once
+    rest = addresses[20:]  # a run that goes on from its middle
+    assert digests(rest, 1) == {address: once[address] for address in rest}
 
 
 def test_the_same_batches_in_training():
     processor, made = tiny_llava(seed=0)[1], [ex for _, ex in shapes.examples(24, 3)]
 
 
+    def hashed(batch):
+        values = b"".join(v.numpy().tobytes() for _, v in sorted(batch.items()))
+        return hashlib.sha256(values).hexdigest()
+
+
     def batches(workers, start=0):
-        "Digests of the batches of updates `start` to 11, two epochs in all, as training reads them."
+        "Digests of the batches of updates `start` to 11, two epochs, as training reads them."
         warnings.filterwarnings("ignore", "This DataLoader will create")
         reader = Reader(made, processor, policy=replace(STRONG, ramp=0.5), seed=11)
-        return [
-            hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in sorted(b.items()))).hexdigest()
-            for b in batches_.loader(reader, Order(len(made), 4, 1, 11, start=start, stop=12), workers)
-        ]
+        order = Order(len(made), 4, 1, 11, start=start, stop=12)
+        return [hashed(batch) for batch in training.loader(reader, order, workers)]
 
 
     once = batches(0)
-    assert (
-        len(set(once)) == 12
-        and batches(1) == batches(4) == once
-        and batches(1, 5) == batches(4, 5) == once[5:]
-    )
+    assert len(set(once)) == 12 and batches(1) == batches(4) == once
+    assert batches(1, 5) == batches(4, 5) == once[5:]
 
 
 def test_left_and_right_are_exchanged_or_the_flip_refused():
-    no = """You are right.|All right.|the right answer|the right choice is B|right angle|a right triangle|the right angle at C|right now|right next to the car|She left.|He left the room.|three are left|What is left?|two left over
-    |left alone|nothing left of the cake|in the right order|on the right track|the right to vote|at the right time|from the right perspective|turn right|the far right party|the left wing of politics|was left on the table|5 apples left. How many"""
-    yes = """on the left|to the right of the car|the man on the right is tall|at the top left|top-left corner|left side|the right-hand side|on its left side|from left to right|the rightmost dog|facing right|Is it on the left or on the right?
-    |A. left|Answer: left|above left|So left.|the left half|in the left foreground|his left hand|the right arm|left and right sides|Columns: outer left against right, left."""
-    for texts, fit in ((no, False), (yes, True)):
-        for text in map(str.strip, texts.split("|")):
-            ex = picture(question=text, caption="A cat.", conclusion="yes")
-            assert ("flip" not in objections(ex)) == fit, text
-            if not fit:
-                assert (
-                    "may not mean a side" in allowed(ex)["flip"]
-                    and augment(ex, Policy(flip=1))["messages"] == ex["messages"]
-                )
-                continue
-            new = augment(ex, Policy(flip=1))
-            assert (
-                asked(new) != text and asked(augment({**new, "id": "again"}, Policy(flip=1))) == text
-            )  # twice mirrored is as it was
-            assert (
-                new["images"][0].tobytes()
-                == ex["images"][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
-            )
+    no = """You are right.|All right.|the right answer|the right choice is B|right angle
+|a right triangle|the right angle at C|right now|right next to the car|She left.|He left the room.
+|three are left|What is left?|two left over|left alone|nothing left of the cake|in the right order
+|on the right track|the right to vote|at the right time|from the right perspective|turn right
+|the far right party|the left wing of politics|was left on the table|5 apples left. How many"""
+    yes = """on the left|to the right of the car|the man on the right is tall|at the top left
+|top-left corner|left side|the right-hand side|on its left side|from left to right|the rightmost dog
+|facing right|Is it on the left or on the right?|A. left|Answer: left|above left|So left.
+|the left half|in the left foreground|his left hand|the right arm|left and right sides
+|Columns: outer left against right, left."""
+    for text in map(str.strip, no.split("|")):
+        ex = picture(question=text, caption="A cat.", conclusion="yes")
+        assert "may not mean a side" in allowed(ex)["flip"], text
+        assert augment(ex, Policy(flip=1))["messages"] == ex["messages"], text
+    for text in map(str.strip, yes.split("|")):
+        ex = picture(question=text, caption="A cat.", conclusion="yes")
+        assert "flip" not in objections(ex), text
+        new = augment(ex, Policy(flip=1))
+        twice = augment({**new, "id": "again"}, Policy(flip=1))
+        assert asked(new) != text and asked(twice) == text  # twice mirrored is as it was
+        mirrored = ex["images"][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert new["images"][0].tobytes() == mirrored.tobytes()
     for text, why in {
         "What time does the clock show?": "clock",
         "What is in her hands?": "hand",
         "Do cars drive on the left?": "side of its own",
-        "Do cars drive on asphalt?": "",
         'Who is "Kid"?': "quotes",
         "What does the sign's text say?": "read",
         "Is it turning clockwise?": "order or direction",
     }.items():
-        assert why in (
-            found := allowed(picture(question=text, caption="A cat."))["flip"] or ""
-        ) and bool(why) == bool(found), text
+        assert why in allowed(picture(question=text, caption="A cat."))["flip"], text
+    assert not allowed(picture(question="Do cars drive on asphalt?", caption="A cat."))["flip"]
     both = picture(question="What is on the left?", caption="A cat.")
     both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
     assert "more than one picture" in allowed(both)["flip"]
-    sided = augment(
-        picture(
-            question="On which side is it?\nA. left\nB. right",
-            caption="On the left, a cat.",
-            conclusion="left",
-        ),
-        Policy(flip=1),
-    )
-    assert (
-        asked(sided).endswith("A. right\nB. left")
-        and parse(sided["messages"][1]["content"][0]["text"])["CONCLUSION"] == "right"
-    )
+    ex = picture("On which side is it?\nA. left\nB. right", "On the left, a cat.", "left")
+    new = augment(ex, Policy(flip=1))
+    assert asked(new).endswith("A. right\nB. left") and parse(answered(new))["CONCLUSION"] == "right"
+    # no pattern of a question, and no instruction, speaks of a side: a flip leaves them alone
+    templates = [t for table in (QUESTIONS, INSTRUCTIONS) for listed in table.values() for t in listed]
+    assert templates and all(mirror_words(template) == template for template in templates)
 
 
 def test_answers_and_stages_stay_true():
     found = prove(len(EACH) * 5 * 6)
     assert not sum(c[0] for c in found.values()), {k: c for k, c in found.items() if c[0]}
-    assert {name for (name, _), c in found.items() if c[1]} >= {
-        "crop",
-        "rotation",
-        "perspective",
-        "flip",
-        "brightness",
-        "blur",
-        "noise",
-        "jpeg",
-        "synonyms",
-        "patterns",
-        "instructions",
-        "all",
-        "hue",
-        "saturation",
-        "grayscale",
-        "contrast",
-    }
+    changed = {name for (name, _), c in found.items() if c[1]}
+    assert changed >= EACH.keys() - {"strong"}
     caught = {name for (name, _), c in prove(len(EACH) * 5 * 3, gate=False).items() if c[0]}
     assert {"hue", "grayscale", "flip", "crop"} <= caught, caught
 
@@ -452,29 +360,15 @@ def test_answers_and_stages_stay_true():
 @pytest.mark.slow
 def test_answers_and_stages_stay_true_five_thousand():
     found, free = prove(7500), prove(7500, gate=False)
-    assert found.keys() == free.keys() == {(name, kind) for name in EACH for kind in KINDS} and all(
-        c[2] >= 80 for c in found.values()
-    )  # every transform, every kind
+    assert found.keys() == free.keys() == {(name, kind) for name in EACH for kind in KINDS}
+    assert all(c[2] >= 80 for c in found.values())  # every transform, every kind
     assert {name for (name, _), c in found.items() if c[1]} == set(EACH)
-    assert sum(c[1] for c in found.values()) >= 5000 and not sum(c[0] for c in found.values()), {
-        k: c for k, c in found.items() if c[0]
-    }
+    assert sum(c[1] for c in found.values()) >= 5000
+    assert not sum(c[0] for c in found.values()), {k: c for k, c in found.items() if c[0]}
     caught = {cell for cell, c in free.items() if c[0]}  # so it can fail
-    assert caught >= {
-        (name, kind)
-        for name in (
-            "hue",
-            "saturation",
-            "contrast",
-            "brightness",
-            "grayscale",
-            "flip",
-            "crop",
-            "rotation",
-            "perspective",
-        )
-        for kind in KINDS
-    }, caught
+    colours = "hue saturation contrast brightness grayscale".split()
+    places = "flip crop rotation perspective".split()
+    assert caught >= {(name, kind) for name in colours + places for kind in KINDS}, caught
     assert ("synonyms", "compare") in caught
 
 
@@ -483,32 +377,21 @@ def test_colours_stay_where_they_are_named():
         return colorsys.rgb_to_hsv(*(v / 255 for v in p))[:2]
 
 
-    strong = Policy(brightness=0.4, contrast=0.4, saturation=0.4)
+    jitter = Policy(brightness=0.4, contrast=0.4, saturation=0.4)
     spots, seen = [(24, 24), (70, 70), (2, 2)], set()
     for epoch in range(20):
         for question in ("What colour is the circle?", "Is the red circle there?"):
             ex = picture(question=question, caption="A red circle and a blue square.")
-            new = augment(ex, strong, 0, epoch)["images"][0]
+            new = augment(ex, jitter, 0, epoch)["images"][0]
             for spot in spots:
                 (h, s), (h2, s2) = hs(ex["images"][0].getpixel(spot)), hs(new.getpixel(spot))
-                assert abs(s - s2) < 0.02 and (s == 0 or min(abs(h - h2), 1 - abs(h - h2)) < 0.01), (
-                    spot,
-                    epoch,
-                )
+                assert abs(s - s2) < 0.02, (spot, epoch)
+                assert s == 0 or min(abs(h - h2), 1 - abs(h - h2)) < 0.01, (spot, epoch)
             seen.add(new.getpixel(spots[0]))
     assert len(seen) > 5  # brightness did vary
     dark = picture(caption="A dark red circle.")
-    assert (
-        augment(dark, strong, 0, 1)["images"][0].tobytes() == dark["images"][0].tobytes()
-    )  # nothing left that may be done
+    unvaried = augment(dark, jitter, 0, 1)["images"][0]
+    assert unvaried.tobytes() == dark["images"][0].tobytes()  # nothing left that may be done
     free = picture(question="What is it?", caption="A cat.", conclusion="a cat")
-    assert (
-        max(
-            abs(
-                hs(augment(free, strong, 0, e)["images"][0].getpixel((24, 24)))[1]
-                - hs((214, 40, 40))[1]
-            )
-            for e in range(8)
-        )
-        > 0.05
-    )
+    varied = [augment(free, jitter, 0, e)["images"][0].getpixel((24, 24)) for e in range(8)]
+    assert max(abs(hs(rgb)[1] - hs((214, 40, 40))[1]) for rgb in varied) > 0.05

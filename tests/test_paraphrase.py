@@ -3,70 +3,78 @@ import pytest
 from llava_cot.paraphrase import *
 
 import json
-import pytest
+import random
 import re
-from PIL import Image, ImageDraw
 from collections import Counter
-from hypothesis import Phase, given, settings, strategies as st
 from importlib.resources import files
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
 from llava_cot import shapes
-from llava_cot.augment import augment
-from llava_cot.cot import CoT, STAGES, check, parse, render
-from llava_cot.gate import COLOURS, EDGES, PLACES, Policy, SHADES
+from llava_cot.cot import STAGES, CoT, check, parse, render
+from llava_cot.gate import RULES
 from llava_cot.scenes import KINDS, RGB, SHAPES
 
-def picture(
-    question="How many circles are there?",
-    caption="A red circle and a blue square.",
-    conclusion="1",
-    size=96,
-):
-    "A small example: a red circle and a blue square on grey."
-    image = Image.new("RGB", (size, size), (127, 127, 127))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((8, 8, 40, 40), fill=(214, 40, 40))
-    pen.rectangle((52, 52, 88, 88), fill=(40, 80, 220))
-    answer = render(
-        CoT(
-            SUMMARY="I will look.",
-            CAPTION=caption,
-            REASONING="I look at it.",
-            CONCLUSION=conclusion,
-        )
-    )
-    return {
-        "id": "drawn-1",
-        "images": [image],
-        "source": "drawn",
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image", "text": None}, {"type": "text", "text": question}],
-            },
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-    }
+def question_of(question, answer):
+    "A question about a picture, and its answer, as an example."
+    user = [{"type": "image", "text": None}, {"type": "text", "text": question}]
+    assistant = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"id": "drawn-1", "images": [], "source": "drawn", "messages": messages}
+
+
+def staged(caption, conclusion):
+    "An answer in four stages."
+    looks = dict(SUMMARY="I will look.", CAPTION=caption, REASONING="I look at it.")
+    return render(CoT(**looks, CONCLUSION=conclusion))
 
 
 def asked(example):
     return example["messages"][0]["content"][1]["text"]
 
+
+def answered(example):
+    return example["messages"][1]["content"][0]["text"]
+
+
+def drawn_words(example, epoch, protect=True, **strength):
+    "What is drawn for an example in an epoch."
+    strength = {"patterns": 0, "synonyms": 0, "instructions": 0, **strength}
+
+    def draws(*what):
+        return random.Random(f"{epoch} {example['id']} {what}")
+
+    return draw_words(example, strength, draws, protect)
+
 PHRASES = st.sampled_from(sorted(synonyms()))  # all that could be exchanged
-NUMBERS = st.one_of(
-    st.integers(0, 99_999).map(str),
-    st.decimals(0, 999, places=2).map(str),
-    st.sampled_from("1,250 3/4 ½ 1st 2014 five twelve".split()),
-)
+INTEGERS = st.integers(0, 99_999).map(str)
+DECIMALS = st.decimals(0, 999, places=2).map(str)
+SPELLED = st.sampled_from("1,250 3/4 ½ 1st 2014 five twelve".split())
+NUMBERS = st.one_of(INTEGERS, DECIMALS, SPELLED)
 UNITS = st.sampled_from("cm kg % ° km/h € m² °C years".split())
+QUOTES = st.sampled_from(['""', "''", "“”", "‘’", "``"])
+
+
+def with_unit(amount):
+    number, unit = amount
+    return f"{number} {unit}" if unit.isalpha() else number + unit
+
+
+def in_quotes(made):
+    (opens, closes), phrase = made
+    return opens + phrase + closes
+
+
 HELD = dict(  # what must survive, and how it is made
-    amount=st.tuples(NUMBERS, UNITS).map(lambda a: a[0] + " " * a[1].isalpha() + a[1]),
-    quotation=st.tuples(st.sampled_from(['""', "''", "“”", "‘’", "``"]), PHRASES).map(
-        lambda q: q[0][0] + q[1] + q[0][1]
-    ),
+    amount=st.tuples(NUMBERS, UNITS).map(with_unit),
+    quotation=st.tuples(QUOTES, PHRASES).map(in_quotes),
     negation=st.sampled_from("not never no none cannot can't don't isn't without nor".split()),
     name=st.sampled_from(["New York", "the Kid", "Automobile Club", "Big Ben"]),
     shape=st.sampled_from("red circle square left above or".split()),
 )
+
 SENTENCES = [
     "There is a dog on the mat.",
     "How many dogs are there?",
@@ -79,149 +87,103 @@ SENTENCES = [
     ".",
     "?",
 ]
-TEXT = st.lists(
-    st.one_of(
-        *(st.tuples(st.just(what), made) for what, made in HELD.items()),
-        PHRASES.map(lambda p: ("free", p)),
-        st.sampled_from(SENTENCES).map(lambda s: ("free", s)),
-    ),
-    min_size=1,
-    max_size=7,
-)
+PIECES = [st.tuples(st.just(what), made) for what, made in HELD.items()]
+FREE = [st.tuples(st.just("free"), made) for made in (PHRASES, st.sampled_from(SENTENCES))]
+TEXT = st.lists(st.one_of(*PIECES, *FREE), min_size=1, max_size=7)
 OPTION = st.one_of(PHRASES, NUMBERS, HELD["amount"], HELD["negation"])
-OPTIONS = st.tuples(
-    st.sampled_from(
-        [
-            "",
-            "\nA. {}\nB. {}\nC. {}",
-            "\n(A) {}\n(B) {}",
-            " Options: (A) {} (B) {}",
-            "\n1) {}\n2) {}\n3) {}",
-            "\nChoices: {}, {}",
-        ]
-    ),
-    OPTION,
-    OPTION,
-    OPTION,
-).map(lambda o: o[0].format(*o[1:]))
+LISTS = [
+    "",
+    "\nA. {}\nB. {}\nC. {}",
+    "\n(A) {}\n(B) {}",
+    " Options: (A) {} (B) {}",
+    "\n1) {}\n2) {}\n3) {}",
+    "\nChoices: {}, {}",
+]
+OPTIONS = st.tuples(st.sampled_from(LISTS), OPTION, OPTION, OPTION).map(
+    lambda made: made[0].format(*made[1:])
+)
+CONCLUSIONS = st.one_of(OPTION, st.just("There is a dog on the mat."))
 
 def tally(words, text):
     return [len(re.findall(rf"(?<![\w'’]){re.escape(w)}(?![\w'’])", text)) for w in words]
 
 
-def check_kept(texts, options, conclusion, epoch, gate=True):
-    "Augments an example by all that changes words, and asserts that what is protected is as it was; whether anything changed."
+def check_kept(texts, options, conclusion, epoch, protect=True):
+    "Rewords an example and asserts that what is protected is as it was; whether it changed."
     question, *stages = (" ".join(words for _, words in text) for text in texts)
-    answer = CoT(**dict(zip(STAGES, (f"It is {s}" for s in stages))), CONCLUSION=conclusion)
-    ex = picture(question=question + options)
-    ex["messages"][1]["content"][0]["text"] = render(answer)
-    new = augment(ex, Policy(synonyms=0.8, patterns=0.8, instructions=0.5), 0, epoch, gate)
-    old, text = (e["messages"][1]["content"][0]["text"] for e in (ex, new))
-    after = parse(text)
-    assert not check(text) and re.findall("<[^<>]*>", text) == re.findall(
-        "<[^<>]*>", old
-    )  # separators, and what is read from between them
+    told = dict(zip(STAGES, (f"It is {s}" for s in stages)))
+    answer = CoT(**told, CONCLUSION=conclusion)
+    ex = question_of(question + options, render(answer))
+    strength = dict(synonyms=0.8, patterns=0.8, instructions=0.5)
+    new = reword(ex, drawn_words(ex, epoch, protect, **strength), protect)
+    after = parse(answered(new))
+    assert not check(answered(new))
+    separators = [re.findall("<[^<>]*>", answered(e)) for e in (ex, new)]
+    assert separators[0] == separators[1]
     assert list(after) == list(answer) and after["CONCLUSION"] == answer["CONCLUSION"]
-    for held, was, now in zip(
-        texts, (asked(ex), *(answer[s] for s in STAGES)), (asked(new), *(after[s] for s in STAGES))
-    ):
+    was = asked(ex), *(answer[s] for s in STAGES)
+    now = asked(new), *(after[s] for s in STAGES)
+    for held, old_text, new_text in zip(texts, was, now):
         words = ["12", "3 kg", "not", *(w for what, w in held if what != "free")]
-        assert tally(words, was) == tally(words, now), (was, now)
+        assert tally(words, old_text) == tally(words, new_text), (old_text, new_text)
     assert asked(new).endswith(options), (asked(ex), asked(new))
     return new != ex
 
 
-def survive(n, gate=True):
+def survive(n, protect=True):
     "`check_kept` on `n` examples that hypothesis makes; most must change in some word."
     changed = []
 
     @settings(
         max_examples=n, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
     )
-    @given(
-        st.tuples(TEXT, TEXT, TEXT, TEXT),
-        OPTIONS,
-        st.one_of(OPTION, st.just("There is a dog on the mat.")),
-        st.integers(0, 9),
-    )
+    @given(st.tuples(TEXT, TEXT, TEXT, TEXT), OPTIONS, CONCLUSIONS, st.integers(0, 9))
     def holds(texts, options, conclusion, epoch):
-        changed.append(check_kept(texts, options, conclusion, epoch, gate))
+        changed.append(check_kept(texts, options, conclusion, epoch, protect))
 
     holds()
     assert len(changed) >= n and sum(changed) > n / 3
 
 NOUNS = "thing object item figure shape element piece one".split()
+ANY_COLOUR, ANY_THING = "|".join(RGB), "|".join((*SHAPES, *NOUNS))
 MENTION = re.compile(
-    rf"(?:\b(?P<colour>{'|'.join(RGB)})\b[-"
-    rf" ]*)?\b(?P<noun>{'|'.join((*SHAPES, *NOUNS))})(?P<many>s?)\b|\b(?P<bare>{'|'.join(RGB)})\b"
+    rf"(?:\b(?P<colour>{ANY_COLOUR})\b[- ]*)?\b(?P<noun>{ANY_THING})(?P<many>s?)\b"
+    rf"|\b(?P<bare>{ANY_COLOUR})\b"
 )
 REFERENCE = re.compile(
-    r"(?<!position )(?<!location )(?<!place )\b(?:from|to|of|than|against|with|at|by)(?: the| a|"
-    r" an)? $"
-)  # "the position of X" seeks X
+    r"(?<!position )(?<!location )(?<!place )"  # "the position of X" seeks X
+    r"\b(?:from|to|of|than|against|with|at|by)(?: the| a| an)? $"
+)
 CUES = dict(
-    forbidden=(
-        "not no none never without nor fewer less fewest least zero one two three four five six"
-        " seven eight nine ten first second biggest smallest".split()
-    ),
-    number="many number count tally total quantity amount".split(),
-    colour="colour color coloured colored hue shade tint paint painted".split(),
-    place=(
-        "where direction way place placed position positioned side located location lie lies sit"
-        " sits relative situated".split()
-    ),
-    more=(
-        "more most outnumber outnumbers exceed greater larger bigger frequent often majority"
-        " compare".split()
-    ),
-    exist=(
-        "is are there see seen show shows shown appear appears present contain contains exist"
-        " exists visible include includes find found spot have any depict depicts do does can".split()
-    ),
+    forbidden="""not no none never without nor fewer less fewest least zero one two three four
+        five six seven eight nine ten first second biggest smallest""",
+    number="many number count tally total quantity amount",
+    colour="colour color coloured colored hue shade tint paint painted",
+    place="""where direction way place placed position positioned side located location lie lies
+        sit sits relative situated""",
+    more="""more most outnumber outnumbers exceed greater larger bigger frequent often majority
+        compare""",
+    exist="""is are there see seen show shows shown appear appears present contain contains exist
+        exists visible include includes find found spot have any depict depicts do does can""",
 )
 
 def mentions(text):
-    "Things a question names, in order: (word or words as a query has them, many, follows a preposition)."
+    "Things named, in order: (words as a query has them, many, follows a preposition)."
     for m in MENTION.finditer(text):
         colour, noun = m["colour"] or m["bare"], m["noun"]
+        refers = bool(REFERENCE.search(text[: m.start()]))
         if noun in SHAPES:
-            yield (
-                f"{colour} {noun}" if colour else noun,
-                bool(m["many"]),
-                bool(REFERENCE.search(text[: m.start()])),
-            )
+            yield f"{colour} {noun}" if colour else noun, bool(m["many"]), refers
         elif colour:
-            yield (
-                colour,
-                bool(m["many"]) or bool(m["bare"]),
-                bool(REFERENCE.search(text[: m.start()])),
-            )
+            yield colour, bool(m["many"] or m["bare"]), refers
 
 
-def understand(question):
-    "The query an English question asks, from the words in it; `None` where they do not make one."
-    text = " ".join(question.lower().split())
-    named, words = list(mentions(text)), set(re.findall(r"[a-z]+", text))
-    cue = {name: bool(words & set(listed)) for name, listed in CUES.items()}
-    if cue["forbidden"] or "n't" in text:
-        return None
-    if len(named) == 2:
-        (a, many_a, ref_a), (b, many_b, ref_b) = named
-        if many_a and many_b and cue["more"] and not cue["place"]:
-            return shapes.Query("compare", (a, b))
-        if many_a or many_b or not cue["place"] or cue["more"] or ref_a == ref_b:
-            return None
-        return shapes.Query("relation", (b, a) if ref_a else (a, b))
-    if len(named) != 1 or cue["more"]:
-        return None
-    [(what, many, _)] = named
-    whole = " " in what
+def understand_one(what, many, cue):
+    "The query about one thing named."
+    whole = " " in what  # a colour and a shape
     if many:
-        return (
-            shapes.Query("count", (what,))
-            if cue["number"] and not whole and not cue["colour"] and not cue["place"]
-            else None
-        )
+        counts = cue["number"] and not whole and not cue["colour"] and not cue["place"]
+        return shapes.Query("count", (what,)) if counts else None
     if cue["number"] or cue["place"]:
         return None
     if cue["colour"]:
@@ -229,84 +191,82 @@ def understand(question):
     return shapes.Query("exist", (what,)) if whole and cue["exist"] else None
 
 
+def understand(question):
+    "The query an English question asks, from the words in it; `None` where they do not make one."
+    text = " ".join(question.lower().split())
+    named, words = list(mentions(text)), set(re.findall(r"[a-z]+", text))
+    cue = {name: bool(words & set(listed.split())) for name, listed in CUES.items()}
+    if cue["forbidden"] or "n't" in text or len(named) not in (1, 2):
+        return None
+    if len(named) == 1:
+        what, many, _ = named[0]
+        return None if cue["more"] else understand_one(what, many, cue)
+    (a, many_a, ref_a), (b, many_b, ref_b) = named
+    if many_a and many_b and cue["more"] and not cue["place"]:
+        return shapes.Query("compare", (a, b))
+    if many_a or many_b or not cue["place"] or cue["more"] or ref_a == ref_b:
+        return None
+    return shapes.Query("relation", (b, a) if ref_a else (a, b))
+
+
 def test_synonym_list_is_careful():
-    groups = json.loads((files("llava_cot") / "assets" / "synonyms.json").read_text(encoding="utf-8"))[
-        "groups"
-    ]
-    assert 60 <= len(groups) and all(
-        g["pos"] and g["words"] and len(g["words"]) + len(g.get("also", [])) > 1 for g in groups
-    )
-    phrases = [
-        p
-        for g in groups
-        for p in g["words"] + g.get("also", [])
-        if len(g["words"]) > 1 or p in g.get("also", [])
-    ]
-    assert not [p for p, n in Counter(phrases).items() if n > 1] and all(
-        re.fullmatch(r"[a-z]+([ -][a-z]+)*", p) for p in phrases
-    )
-    kept = set(
-        COLOURS
-        + SHADES
-        + PLACES
-        + EDGES
-        + "circle square triangle diamond star not no never none nothing".split()
-    ) - {"most", "front", "lit"}
-    lemmas = {}
+    listed = (files("llava_cot") / "assets" / "synonyms.json").read_text(encoding="utf-8")
+    groups = json.loads(listed)["groups"]
+
+
+    def members(group):
+        return group["words"] + group.get("also", [])
+
+
+    assert len(groups) >= 60
+    assert all(g["pos"] and g["words"] and len(members(g)) > 1 for g in groups)
+    exchanged = [p for g in groups if len(g["words"]) > 1 for p in members(g)]
+    exchanged += [p for g in groups if len(g["words"]) == 1 for p in g["also"]]
+    assert max(Counter(exchanged).values()) == 1  # a phrase is in one group
+    assert all(re.fullmatch(r"[a-z]+([ -][a-z]+)*", p) for p in exchanged)
+    sizes = {}
     for g in groups:
-        lemmas.setdefault(g.get("lemma", g["words"][0]), set()).add(len(g["words"]))
-    assert all(len(sizes) == 1 for sizes in lemmas.values())  # so that the n-th word has its n-th
-
-
-    def special(p):
-        return sorted(set(re.split("[ -]", p)) & kept)
-
-
+        sizes.setdefault(g.get("lemma", g["words"][0]), set()).add(len(g["words"]))
+    assert all(len(found) == 1 for found in sizes.values())  # so that the n-th word has its n-th
+    # Words on which the truth of an answer hangs are the same before and after.
+    told = {"names a colour", "names a degree of light", "says where", "speaks of the edge"}
+    kept = {word for rule in RULES if rule.why in told for word in rule.words}
+    kept |= set("circle square triangle diamond star not no never none nothing".split())
+    kept -= {"most", "front", "lit"}
     for g in groups:
-        assert len({tuple(special(p)) for p in g["words"] + g.get("also", [])}) == 1, (
-            g
-        )  # protected words are the same before and after
-    assert not synonyms().keys() & {
-        "light-green",
-        "sportsman",
-        "meadow",
-        "cheery",
-        "not",
-    }  # WordNet's, turned down
+        assert len({tuple(sorted(kept & set(re.split("[ -]", p)))) for p in members(g)}) == 1, g
+    turned_down = {"light-green", "sportsman", "meadow", "cheery", "not"}  # WordNet's
+    assert not turned_down & synonyms().keys()
 
 
 def test_sentences_that_fit_no_pattern():
-    for q in (
-        "What color is the man wearing?",
-        "How many people are there wearing hats?",
-        "How many more cubes than balls are there?",
-        "What is the number of the bus?",
-        "Is there no dog?",
-        "Isn't there a dog?",
-        "How many of the dogs are there?",
-        "What colour is the shirt the man wears?",
-        'How many "cats" are there?',
-        "What color is New York?",
-        "How many 5s are there?",
-        "how many dogs are there",
-        "Is there a dog or a cat?",
-        "What color is the car? It",
-        "Which are more, cats or not?",
-        "How many dogs and cats are there?",
-    ):
-        assert forms(q) == [], q
-    for s in (
-        "There is a dog that is on the mat.",
-        "There is not a dog on the mat.",
-        "The image shows a man and a dog.",
-        "There is a 3 on the wall.",
-        "There is a dog.",
-        "I will not count.",
-        "He holds a cup.",
-        "The man holds a cup and a bag.",
-        "The dogs are on the mat, sleeping.",
-    ):
-        assert forms(s, False) == [], s
+    asked_otherwise = """What color is the man wearing?
+How many people are there wearing hats?
+How many more cubes than balls are there?
+What is the number of the bus?
+Is there no dog?
+Isn't there a dog?
+How many of the dogs are there?
+What colour is the shirt the man wears?
+How many "cats" are there?
+What color is New York?
+How many 5s are there?
+how many dogs are there
+Is there a dog or a cat?
+What color is the car? It
+Which are more, cats or not?
+How many dogs and cats are there?"""
+    told_otherwise = """There is a dog that is on the mat.
+There is not a dog on the mat.
+The image shows a man and a dog.
+There is a 3 on the wall.
+There is a dog.
+I will not count.
+He holds a cup.
+The man holds a cup and a bag.
+The dogs are on the mat, sleeping."""
+    assert not [s for s in asked_otherwise.split("\n") if forms(s)]
+    assert not [s for s in told_otherwise.split("\n") if forms(s, False)]
 
 
 def test_forms_lead_back():
@@ -336,30 +296,48 @@ def test_forms_lead_back():
     for sentence, question in [*((q, True) for q in some.values()), *((s, False) for s in told)]:
         found = forms(sentence, question)
         assert len(found) > 1 and len(set(found)) == len(found), sentence
+        called_picture = [f.replace("image", "picture") for f in found]
         for form in found:  # from each form the way leads to the same forms
-            assert (
-                form[0].isupper()
-                and form[-1] in ".?"
-                and "{" not in form
-                and not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", form)
-            ), form
+            assert form[0].isupper() and form[-1] in ".?" and "{" not in form, form
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  ", form), form
             if "picture" in form and "picture" not in sentence:
                 continue
-            assert set(forms(form, question)) - {sentence} <= set(found) | {
-                f.replace("image", "picture") for f in found
-            }, (sentence, form, forms(form, question))
-    assert forms("A dog is on the mat.", False) == [
-        "A dog is on the mat.",
-        "There is a dog on the mat.",
-        "On the mat, there is a dog.",
-    ]
+            back = set(forms(form, question)) - {sentence}
+            assert back <= {*found, *called_picture}, (sentence, form, back)
+    fronted = ["There is a dog on the mat.", "On the mat, there is a dog."]
+    assert forms("A dog is on the mat.", False) == ["A dog is on the mat.", *fronted]
     assert forms("A woman holds an umbrella.", False)[1] == "An umbrella is held by a woman."
+
+
+def test_questions_are_reworded():
+    def wordings(question, answer, p, n):
+        found = set()
+        for epoch in range(n):
+            drawn = drawn_words(question_of(question, answer), epoch, synonyms=p)
+            found.add(asked(reword(question_of(question, answer), drawn)))
+        return found
+
+
+    purrs = staged("It purrs.", "1")
+    animals = wordings("What kind of animal can you see in the picture?", purrs, 0.7, 40)
+    assert len(animals) > 8
+    form = r"(What|Which)? ?(kind|type|sort) of animal .* in the (picture|image)\?"
+    assert all(re.fullmatch(form, text) for text in animals)
+    for question, expected in {
+        "Is this an automobile?": "Is this a car?",
+        "Is there a photo?": "Is there a photo?",
+        "Is it a kid or an infant? Is it tiny?": "Is it a kid or an infant? Is it very small?",
+        "Where did Kid Rock occur?": "Where did Kid Rock happen?",
+    }.items():
+        assert wordings(question, purrs, 1.0, 12) == {expected}
+    infant = staged("It purrs.", "an infant")  # the conclusion says infant
+    assert wordings("What is an infant?", infant, 1.0, 12) == {"What is an infant?"}
 
 
 def test_words_that_survive():
     survive(300)
     with pytest.raises(AssertionError):
-        survive(300, gate=False)  # nothing survives by itself
+        survive(300, protect=False)  # nothing survives by itself
 
 
 @pytest.mark.slow
@@ -367,54 +345,26 @@ def test_words_that_survive_ten_thousand():
     survive(10_000)
 
 
-def test_questions_are_reworded():
-    texts = {
-        asked(
-            augment(
-                picture(
-                    question="What kind of animal can you see in the picture?", caption="It purrs."
-                ),
-                Policy(synonyms=0.7),
-                0,
-                e,
-            )
-        )
-        for e in range(40)
-    }
-    assert len(texts) > 8 and all(
-        re.fullmatch(r"(What|Which)? ?(kind|type|sort) of animal .* in the (picture|image)\?", t)
-        for t in texts
-    )
-
-
-    def one(q, **kw):
-        return {
-            asked(
-                augment(
-                    picture(question=q, **{"caption": "It purrs.", **kw}), Policy(synonyms=1.0), 0, e
-                )
-            )
-            for e in range(12)
-        }
-
-
-    assert one("Is this an automobile?") == {"Is this a car?"} and one("Is there a photo?") == {
-        "Is there a photo?"
-    }
-    assert one("What is an infant?", conclusion="an infant") == {
-        "What is an infant?"
-    }  # the conclusion says infant
-    assert one("Is it a kid or an infant? Is it tiny?") == {
-        "Is it a kid or an infant? Is it very small?"
-    }
-    assert one("Where did Kid Rock occur?") == {"Where did Kid Rock happen?"}
+def test_the_second_reader_understands():
+    for question, asks_for in {
+        "Please give the tally of blue objects.": "count: blue",
+        "What hue is the star?": "colour: star",
+        "From the red circle, where is the blue square?": "relation: blue square, red circle",
+        "In which direction from the blue square lies the red circle?": (
+            "relation: red circle, blue square"
+        ),
+        "Is there no red circle?": None,
+        "Are there fewer circles than squares?": None,
+        "Where is the circle?": None,
+    }.items():
+        query = understand(question)
+        said = query and f"{query.kind}: {', '.join(query.args)}"
+        print(f"{question:62}", said)
+        assert said == asks_for
 
 
 def test_paraphrases_ask_the_same():
-    policy, asks = (
-        Policy(synonyms=1, patterns=1, instructions=1, flip=0.5),
-        {kind: set() for kind in KINDS},
-    )
+    asks = {kind: set() for kind in KINDS}
     made = [ex for level in ("easy", "hard") for _, ex in shapes.examples(50, 3, level)]
     for ex in made:
         query = shapes.read_question(asked(ex))
@@ -422,21 +372,20 @@ def test_paraphrases_ask_the_same():
             for form in forms(shapes.word_question(query, wording)) or [asked(ex)]:
                 asks[query.kind].add(form)
                 assert understand(form) == query, (form, understand(form), query)
-        for epoch in range(8):  # and what is drawn, with synonyms, instructions and the flip
-            text = asked(augment(ex, policy, 0, epoch))
+        for epoch in range(8):  # and what is drawn, with synonyms and instructions
+            drawn = drawn_words(ex, epoch, synonyms=1, patterns=1, instructions=1)
+            text = asked(reword(ex, drawn))
             asks[query.kind].add(text)
             assert understand(text) == query, (text, understand(text), query)
-    assert all(len(found) > 5 * len(made) / len(KINDS) for found in asks.values()), {
-        kind: len(found) for kind, found in asks.items()
-    }
+    assert min(map(len, asks.values())) > 5 * len(made) / len(KINDS)
     for kind, found in asks.items():  # every template of every pattern came up
         for template in QUESTIONS[kind]:
-            assert any(
-                re.fullmatch(re.sub(r"\\\{\w+\\\}", ".*", re.escape(template)), text) for text in found
-            ), template
+            like = re.sub(r"\\\{\w+\\\}", ".*", re.escape(template))
+            assert any(re.fullmatch(like, text) for text in found), template
 
 
 def test_a_wrong_paraphrase_is_caught():
+    where = "Where is the red circle relative to the blue star?"
     wrong = [
         ("How many red things are there?", "How many blue things are there?"),
         ("How many circles are there?", "Is there a circle?"),
@@ -448,18 +397,9 @@ def test_a_wrong_paraphrase_is_caught():
         ("Is there a red circle?", "Is there a circle?"),
         ("Are there more circles or squares?", "Are there fewer circles or squares?"),
         ("Are there more circles or squares?", "Are there circles or squares?"),
-        (
-            "Where is the red circle relative to the blue star?",
-            "Where is the blue star relative to the red circle?",
-        ),
-        (
-            "Where is the red circle relative to the blue star?",
-            "From the red circle, where is the blue star?",
-        ),
-        (
-            "Where is the red circle relative to the blue star?",
-            "Is there a red circle and a blue star?",
-        ),
+        (where, "Where is the blue star relative to the red circle?"),
+        (where, "From the red circle, where is the blue star?"),
+        (where, "Is there a red circle and a blue star?"),
     ]
     for true, false in wrong:
         assert understand(true) == shapes.read_question(true)
