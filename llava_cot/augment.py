@@ -252,7 +252,7 @@ def _keeps_inside(parameters, size, margin=0.05):
     at = np.array([x / w, y / w])
     return bool(((at >= 0) & (at <= 1)).all())
 
-
+# %% ../nbs/17_augment.ipynb #c039p
 def _draw_picture(image, strength, draws, flipped, held):
     "The parameters of one picture, for each transform that is done."
     found = {}

@@ -36,7 +36,7 @@ LIMITS = dict(  # the highest strength, where it is not 1
     crop=0.45, rotation=20, perspective=0.2, hue=0.5, blur=0.05, noise=0.3, jpeg=0.95
 )
 
-
+# %% ../nbs/16_gate.ipynb #c009p
 @dataclass(frozen=True, repr=False)
 class Policy:
     "How strongly examples are varied; all zero is nothing. Raises `AugmentError` over `LIMITS`."
@@ -69,7 +69,7 @@ class Policy:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
         return f"Policy({', '.join(f'{name}={v}' for name, v in given.items())})"
 
-
+# %% ../nbs/16_gate.ipynb #c009s
 TRANSFORMS = tuple(f.name for f in fields(Policy) if f.name != "ramp")
 PICTURES = TRANSFORMS[:12]  # those that change the picture
 
@@ -445,7 +445,7 @@ class GateReport:
         return sum(self.counts[source, transform][v] for v in verdicts) / self.n[source]
 
     def __repr__(self):
-        return f"GateReport of {sum(self.n.values()):,} rows from {len(self.n)} sources"
+        return f"GateReport(rows={sum(self.n.values())}, sources={len(self.n)})"
 
 
 def gate_report(
@@ -519,7 +519,7 @@ def plot(self: GateReport):  # a matplotlib `Figure`
         ax.barh(sources, held, left=free, color="0.75")
         ax.set_title(t, fontsize=8)
         ax.set_xlim(0, 1)
-        ax.set_xticks([0, 1], ["0", "1"], fontsize=7)
+        ax.set_xticks([0, 1], ["0", "1"] if ax is axes[0] else ["", ""], fontsize=7)
         ax.tick_params(axis="y", labelsize=8)
     fig.supxlabel("share of rows: allowed (dark), bounded (light)", fontsize=8)
     fig.tight_layout(w_pad=0.2)

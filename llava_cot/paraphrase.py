@@ -455,7 +455,7 @@ def _compiled(template):
     slotted = [_slot(p[1:-1]) if p.startswith("{") else re.escape(p) for p in parts]
     return re.compile("".join(slotted))
 
-
+# %% ../nbs/15_paraphrase.ipynb #c031h3
 @lru_cache(maxsize=2)
 def _readers(question):
     "`(templates, compiled)` of each pattern of questions, or of statements."
@@ -586,7 +586,7 @@ def edit_texts(
         messages.append({**message, "content": content})
     return {**example, "messages": messages}
 
-
+# %% ../nbs/15_paraphrase.ipynb #c031s2
 def _with_patterns(example, patterns):
     "A copy of an example with sentences in their new form."
 
@@ -616,7 +616,7 @@ def draw_words(
         instructions = draw_instructions(example, strength["instructions"], draws)
     return {"patterns": patterns, "synonyms": synonyms, "instructions": instructions}
 
-
+# %% ../nbs/15_paraphrase.ipynb #c031t2
 def reword(
     example: dict,  # not touched
     drawn: dict,  # from `draw_words`

@@ -4,15 +4,17 @@ from llava_cot.plan import *
 
 import gc
 import json
-import pytest
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
+from importlib.resources import files
+
+import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from importlib.resources import files
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -22,12 +24,12 @@ from transformers import (
     LlavaConfig,
     MllamaConfig,
 )
+
 from llava_cot import train
 from llava_cot.families import example_batch, family_of
 from llava_cot.loss import one_update
 from llava_cot.memory import KINDS, gradient_checkpointing
 from llava_cot.plan import PlanError
-from llava_cot.run import PLAIN
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
@@ -85,12 +87,10 @@ def small_mllama(vocabulary=4096):
     return MllamaConfig(vision_config=vision, text_config=text, image_token_index=vocabulary)
 
 def two_updates(config, phase, batch, mark, **settings):
-    "Two updates of a phase by the loop's own functions, on a model with numbers; the second inside `mark()`."
+    "Two updates of a phase by the loop's own functions, with numbers; the second inside `mark()`."
     AcceleratorState._reset_state()
-    s, accelerator = (
-        Settings(Schedule([phase]), **settings),
-        Accelerator(mixed_precision=settings.get("precision", "no"), cpu=True),
-    )
+    s = Settings(Schedule([phase]), **settings)
+    accelerator = Accelerator(mixed_precision=s.precision, cpu=True)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     family_of(config).prepare(model)
     prepared, optimizer, scheduler = train.prepare_phase(model, phase, 2, accelerator)
@@ -102,16 +102,20 @@ def two_updates(config, phase, batch, mark, **settings):
             one_update(prepared, group, optimizer, scheduler, phase, accelerator)
 
 
+def start_of(event):
+    return event.start_ns()
+
+
 def allocated(config, phase, batch, **settings):
     "The most bytes that the CPU allocator had given out at a time during the second update."
+    gc.collect()  # or what is garbage already would be given back in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as books:
         two_updates(config, phase, batch, lambda: record_function("second"), **settings)
-    events = sorted(
-        (e for e in books.profiler.kineto_results.events() if e.name() in ("[memory]", "second")),
-        key=lambda e: e.start_ns(),
-    )
+    events = [
+        e for e in books.profiler.kineto_results.events() if e.name() in ("[memory]", "second")
+    ]
     live, peak, second = 0, 0, False
-    for e in events:
+    for e in sorted(events, key=start_of):
         if e.name() == "second":
             second = True
         else:
@@ -121,6 +125,7 @@ def allocated(config, phase, batch, **settings):
     return peak
 
 ALIGN, FINETUNE = PRESETS["two_phase"]
+SEE = Phase("see", train={"vision": 1e-5})
 CASES = [
     (small_llava, ALIGN, 4, dict()),
     (small_llava, FINETUNE, 4, dict()),
@@ -129,313 +134,265 @@ CASES = [
     (small_mllama, ALIGN, 4, dict(precision="bf16")),
     (small_mllama, FINETUNE, 2, dict(accumulate=2)),
     (small_mllama, FINETUNE, 4, dict(checkpointing="language")),
-    (
-        small_mllama,
-        Phase("see", train={"vision": 1e-5}),
-        4,
-        dict(checkpointing="all", accumulate=3),
-    ),
+    (small_mllama, SEE, 4, dict(checkpointing="all", accumulate=3)),
     (small_llava, PRESETS["lora"][0], 4, dict()),
 ]
 
 TWO = """
-import sys, torch, torch.distributed as dist
+import sys
+
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForImageTextToText
+
 from llava_cot import distributed, families, loss, memory, train
 from llava_cot.memory import Ledger
-from llava_cot.plan import one_process
+from llava_cot.plan import _one_process
 from llava_cot.schedule import PRESETS
-config, precision, accumulate, checkpointing = AutoConfig.from_pretrained(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+
+folder, precision, accumulate, checkpointing = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder)
 dist.init_process_group("gloo")
 mesh, half, ledger = init_device_mesh("cpu", (2,)), torch.bfloat16, Ledger()
-policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half) if precision == "bf16" else MixedPrecisionPolicy()
-with one_process("no", "fsdp2", 2) as accelerator:
+policy = MixedPrecisionPolicy()
+if precision == "bf16":
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+with _one_process("no", "fsdp2", 2) as accelerator:
     model = AutoModelForImageTextToText.from_config(config)
     families.family_of(config).prepare(model)
     with ledger:
         distributed.shard(model, mesh=mesh, mp_policy=policy)
-        for p in (*model.parameters(), *model.buffers()): ledger.hold(p)
-        group = [families.example_batch(config, 2, 256) for _ in range(accumulate)]
+        for p in (*model.parameters(), *model.buffers()):
+            ledger.hold(p)
+        group = [families.example_batch(config, 2, 256) for _ in range(int(accumulate))]
         for phase in PRESETS["two_phase"]:
-            prepared, optimizer, scheduler = train.prepare_phase(model, phase, 2, accelerator)
+            model_, optimizer, scheduler = train.prepare_phase(model, phase, 2, accelerator)
             with memory.gradient_checkpointing(model, checkpointing):
-                loss.one_update(prepared, group, optimizer, scheduler, phase, accelerator)
+                loss.one_update(model_, group, optimizer, scheduler, phase, accelerator)
                 ledger.reset()
-                loss.one_update(prepared, group, optimizer, scheduler, phase, accelerator)
-if dist.get_rank() == 0: print("PEAK", ledger.peak)
+                loss.one_update(model_, group, optimizer, scheduler, phase, accelerator)
+if dist.get_rank() == 0:
+    print("PEAK", ledger.peak)
 """
 
 
 def shared(config, folder, *how):
     "The most that one of two real processes held in the second update of the second phase."
     config.save_pretrained(folder)
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=29631",
-            "--no-python",
-            sys.executable,
-            "-c",
-            TWO,
-            str(folder),
-            *map(str, how),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert "PEAK" in out.stdout, out.stderr[-3000:]
-    return int(out.stdout.split("PEAK")[1].split()[0])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    script = ["--master_port=29631", "--no-python", sys.executable, "-c", TWO]
+    command = [*torchrun, *script, str(folder), *map(str, how)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "PEAK" in done.stdout, done.stderr[-3000:]
+    return int(done.stdout.split("PEAK")[1].split()[0])
 
-LLAMA = MllamaConfig(vision_config={"image_size": 560})
-SEVEN = LlavaConfig(
-    vision_config=CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    ),
+CLIP = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+SEVEN = LlavaConfig(  # LLaVA-1.5-7B
+    vision_config=CLIP,
     text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
     image_token_index=32000,
     vision_feature_layer=-2,
-)  # LLaVA-1.5-7B
+)
+LLAMA = MllamaConfig(vision_config={"image_size": 560})
+RECIPES = (  # and the GiB that their comments say
+    ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8), 33),
+    ("llava_cot_100k_1xH200", LLAMA, dict(gpu="H200"), 94),
+    ("lora_24gb", SEVEN, dict(gpu="RTX4090"), 16),
+)
+
+
+def recipe_text(name):
+    return (files("llava_cot") / "recipes" / f"{name}.yaml").read_text()
 
 
 def plan_recipe(name, config, **how):
     "The plan of a recipe's own settings."
-    options = yaml.safe_load((files("llava_cot") / "recipes" / f"{name}.yaml").read_text())
-    return plan(
-        config,
-        options["schedule"],
-        rows=93_670,
-        **{k: v for k, v in options.items() if k in PLAIN},
-        **how,
-    )
+    options = yaml.safe_load(recipe_text(name))
+    plain = {f.name for f in fields(Settings)} - {"schedule", "fmt", "augment"}
+    own = {k: v for k, v in options.items() if k in plain}
+    return plan(config, options["schedule"], rows=93_670, **own, **how)
 
 
 @pytest.mark.slow
 def test_eleven_billion_are_planned_in_a_minute_and_four_gigabytes():
-    code = (
-        "import time; t = time.time(); from transformers import MllamaConfig; from llava_cot.plan"
-        " import plan; p = plan(MllamaConfig(vision_config={'image_size': 560}), 'two_phase',"
-        " batch_size=1, accumulate=8, precision='bf16', length=1024); import resource; print(p.peak,"
-        " time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    peak, seconds, kib = map(
-        float,
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split(),
-    )
-    assert 170 < peak / 2**30 < 230 and seconds < 60 and kib < 4 * 2**20
+    script = """
+import resource
+import time
 
+from transformers import MllamaConfig
 
-def test_four_numbers_for_each_weight():
-    made = plan(small_mllama(), Schedule([FINETUNE]), batch_size=1, length=64, checkpointing="all")
-    n, [finetune] = sum(made.parameters.values()), made
-    assert (
-        4 * n <= finetune.weights < 4.001 * n
-        and finetune.gradients == 4 * n
-        and 8 * n < finetune.optimizer < 8.01 * n
-    )
-    assert (
-        15 * n < finetune.peak < 17 * n
-        and finetune.trainable == made.parameters
-        and made.peak == finetune.peak
-        and len(made) == 1
-    )
-    assert (
-        plan(small_mllama(), Schedule([FINETUNE]), batch_size=1, length=64, dtype="bfloat16")[0].held
-        < 0.51 * finetune.held
-    )
+from llava_cot.plan import plan
+
+llama = MllamaConfig(vision_config={'image_size': 560})
+p = plan(llama, 'two_phase', batch_size=1, accumulate=8, precision='bf16', length=1024)
+print(p.peak, time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    peak, took, kib = map(float, done.stdout.split())
+    assert 170 < peak / 2**30 < 230 and took < 60 and kib < 4 * 2**20
 
 
 def test_planned_peak_is_what_the_allocator_gives_out():
-    for make, phase, rows, settings in CASES:
-        batch = example_batch(make(), rows, 256)
-        planned, found = (
-            plan(make(), Schedule([phase]), batch=batch, **settings),
-            allocated(make(), phase, batch, **settings),
+    for make, phase, n, how in CASES:
+        inputs = example_batch(make(), n, 256)
+        planned = plan(make(), Schedule([phase]), batch=inputs, **how)
+        real = allocated(make(), phase, inputs, **how)
+        told = ", ".join(f"{k} {v}" for k, v in how.items()) or "as it is"
+        print(
+            f"{planned.family:7} {phase.name:9} {n} rows  {told:32}"
+            f" planned {planned.peak / 2**20:6.2f}  allocated {real / 2**20:6.2f} MiB"
         )
-        assert abs(planned.peak / found - 1) < 0.05, (
-            make.__name__,
-            phase.name,
-            settings,
-            planned.peak,
-            found,
-        )
-        assert (
-            planned.peak
-            == sum(planned[0].at_peak.values())
-            <= sum(getattr(planned[0], k) for k in KINDS)
-        )
+        assert abs(planned.peak / real - 1) < 0.05, (make.__name__, phase.name, how)
+        assert planned.peak == sum(planned[0].at_peak.values())
+        assert planned.peak <= sum(getattr(planned[0], k) for k in KINDS)
+
+
+def test_four_numbers_for_each_weight():
+    how = dict(batch_size=1, length=64)
+    whole = plan(small_mllama(), Schedule([FINETUNE]), checkpointing="all", **how)
+    n, [every] = sum(whole.parameters.values()), whole
+    assert 4 * n <= every.weights < 4.001 * n and every.gradients == 4 * n
+    assert 8 * n < every.optimizer < 8.01 * n and 15 * n < every.peak < 17 * n
+    assert every.trainable == whole.parameters and whole.peak == every.peak and len(whole) == 1
+    in_half = plan(small_mllama(), Schedule([FINETUNE]), dtype="bfloat16", **how)[0]
+    assert in_half.held < 0.51 * every.held
 
 
 def test_flops_are_those_of_torchs_counter():
     for make, phase in ((small_llava, FINETUNE), (small_mllama, ALIGN)):
-        config = make()
-        config._attn_implementation = "eager"  # torch's counter knows no attention of the CPU
-        batch, counter = example_batch(config, 2, 128), FlopCounterMode(display=False)
-        two_updates(config, phase, batch, lambda: counter)
-        plain, twice = (
-            plan(config, Schedule([phase]), batch=batch, checkpointing=c)[0] for c in ("none", "all")
-        )
-        assert plain.flops == counter.get_total_flops() and plain.again == 0
-        assert plan(config, Schedule([phase]), batch=batch, accumulate=5)[0].flops == 5 * plain.flops
-        assert (twice.again > 0) and twice.flops == plain.flops + twice.again
+        plain = make()
+        plain._attn_implementation = "eager"  # torch's counter knows no attention of the CPU
+        inputs, counter = example_batch(plain, 2, 128), FlopCounterMode(display=False)
+        two_updates(plain, phase, inputs, lambda: counter)
+        how = dict(batch=inputs)
+        once = plan(plain, Schedule([phase]), **how)[0]
+        twice = plan(plain, Schedule([phase]), checkpointing="all", **how)[0]
+        assert once.flops == counter.get_total_flops() and once.again == 0
+        assert plan(plain, Schedule([phase]), accumulate=5, **how)[0].flops == 5 * once.flops
+        assert twice.again > 0 and twice.flops == once.flops + twice.again
     fused = plan(small_mllama(), Schedule([ALIGN]), length=128, batch_size=2)[0]
-    config = small_mllama()
-    config._attn_implementation = "eager"
-    assert (
-        1 < fused.flops / plan(config, Schedule([ALIGN]), length=128, batch_size=2)[0].flops < 1.05
-    )  # attention in one piece makes its scores again in the backward pass
+    plain = small_mllama()
+    plain._attn_implementation = "eager"
+    eager = plan(plain, Schedule([ALIGN]), length=128, batch_size=2)[0]
+    assert 1 < fused.flops / eager.flops < 1.05  # attention in one piece makes its scores again
 
 
 @pytest.mark.slow
 def test_planned_shards_are_what_two_processes_hold():
-    with tempfile.TemporaryDirectory() as folder:
-        for make, precision, accumulate, checkpointing in (
-            (small_llava, "no", 1, "none"),
-            (small_mllama, "bf16", 1, "all"),
-            (small_llava, "bf16", 2, "none"),
-        ):
-            found = shared(make(), folder, precision, accumulate, checkpointing)
-            planned = plan(
-                make(),
-                "two_phase",
-                batch_size=2,
-                length=256,
-                gpus=2,
-                precision=precision,
-                accumulate=accumulate,
-                checkpointing=checkpointing,
-            )[1].peak
-            assert abs(planned / found - 1) < 0.05, (
-                make.__name__,
-                precision,
-                accumulate,
-                checkpointing,
-                planned,
-                found,
-            )
+    for make, precision, accumulate, checkpointing in (
+        (small_llava, "no", 1, "none"),
+        (small_mllama, "bf16", 1, "all"),
+        (small_llava, "bf16", 2, "none"),
+    ):
+        how = dict(precision=precision, accumulate=accumulate, checkpointing=checkpointing)
+        with tempfile.TemporaryDirectory() as tmp:
+            real = shared(make(), tmp, *how.values())
+        planned = plan(make(), "two_phase", batch_size=2, length=256, gpus=2, **how)[1].peak
+        print(
+            f"{make().model_type:7} {precision:5} × {accumulate} {checkpointing:5} planned"
+            f" {planned / 2**20:6.2f} MiB  held {real / 2**20:6.2f} MiB  {planned / real - 1:+.2%}"
+        )
+        assert abs(planned / real - 1) < 0.05, (make.__name__, how)
 
 
 def test_shards_are_shares_and_micro_batches_keep_whole_gradients():
-    one, four = (
-        plan(small_llava(), "two_phase", batch_size=2, length=256, gpus=n, precision="bf16")
-        for n in (1, 4)
-    )
-    for a, b in zip(one, four):
+    how = dict(batch_size=2, length=256)
+    one_gpu, four = (plan(small_llava(), "two_phase", gpus=n, precision="bf16", **how) for n in (1, 4))
+    for a, b in zip(one_gpu, four):
         assert a.trainable == b.trainable and a.exchange == 0 < b.exchange
         for k in ("weights", "gradients", "optimizer"):
             assert abs(getattr(b, k) / (getattr(a, k) / 4) - 1) < 0.03
-    twice = plan(
-        small_llava(), "two_phase", batch_size=2, accumulate=2, length=256, gpus=4, precision="bf16"
-    )
-    assert (
-        twice[1].peak > four[1].peak + 0.9 * one[1].gradients / 2
-    )  # bf16 gradients of all layers wait for the last micro-batch, unsharded
-    ddp = plan(small_llava(), "two_phase", batch_size=2, length=256, gpus=4, engine="ddp")
-    alone = plan(small_llava(), "two_phase", batch_size=2, length=256)
-    assert (
-        ddp[1].exchange == ddp[1].gradients
-        and ddp[1].peak == alone[1].peak + ddp[1].gradients
-        and ddp[1].flops == alone[1].flops
-    )
+    twice = plan(small_llava(), "two_phase", gpus=4, precision="bf16", accumulate=2, **how)
+    # bf16 gradients of all layers wait for the last micro-batch, unsharded
+    assert twice[1].peak > four[1].peak + 0.9 * one_gpu[1].gradients / 2
+    ddp = plan(small_llava(), "two_phase", gpus=4, engine="ddp", **how)[1]
+    alone = plan(small_llava(), "two_phase", **how)[1]
+    assert ddp.exchange == ddp.gradients and ddp.flops == alone.flops
+    assert ddp.peak == alone.peak + ddp.gradients
 
 
 def test_adapters_are_counted():
     llava = small_llava()
-    full, lora = (
-        plan(llava, Schedule([Phase("all", train={"projector": 1e-4, "language": 1e-4})]), length=256)[
-            0
-        ],
-        plan(llava, "lora", length=256)[0],
-    )
+    both = Schedule([Phase("all", train={"projector": 1e-4, "language": 1e-4})])
+    full, lora = plan(llava, both, length=256)[0], plan(llava, "lora", length=256)[0]
     r, layers, h, f = 16, 4, 256, 688
     adapters = layers * r * (4 * 2 * h + 3 * (h + f))  # A and B on q, k, v, o and on gate, up, down
-    assert (
-        lora.trainable["language"] == adapters
-        and lora.trainable["projector"] == full.trainable["projector"]
-    )
-    assert (
-        lora.weights == full.weights + 4 * adapters
-        and lora.gradients == 4 * (adapters + lora.trainable["projector"])
-        and lora.held < full.held / 2
-    )
+    projector = lora.trainable["projector"]
+    assert lora.trainable["language"] == adapters and projector == full.trainable["projector"]
+    assert lora.weights == full.weights + 4 * adapters
+    assert lora.gradients == 4 * (adapters + projector) and lora.held < full.held / 2
     half = plan(llava, "lora", length=256, dtype="bfloat16")[0]
-    assert (
-        half
-        == plan(llava, "lora", length=256, weights="bf16")[0]
-        == plan(llava, "lora", length=256, weights="bf16_stochastic")[0]
-    )
-    assert (
-        half.gradients == 4 * adapters + 2 * lora.trainable["projector"]
-    )  # adapters are float32 whatever the model is
+    for weights in ("bf16", "bf16_stochastic"):
+        assert half == plan(llava, "lora", length=256, weights=weights)[0]
+    assert half.gradients == 4 * adapters + 2 * projector  # adapters are float32 in any case
     with pytest.raises(PlanError, match="engine: found fsdp2, and phase 'lora' has lora"):
         plan(llava, "lora", gpus=2, engine="fsdp2")
     assert plan(llava, "lora", length=256, gpus=2).setting["engine"] == "ddp"
 
 
 def test_layers_of_a_part_and_all_families():
-    some = plan(
-        small_llava(), Schedule([Phase("top", train={"language.layers[-1:]": 1e-5})]), length=256
-    )[0]
-    whole = plan(small_llava(), Schedule([Phase("whole", train={"language": 1e-5})]), length=256)[0]
-    assert (
-        0 < some.gradients < whole.gradients / 4 and some.peak < whole.peak and some.flops < whole.flops
-    )
+    last = Schedule([Phase("top", train={"language.layers[-1:]": 1e-5})])
+    every = Schedule([Phase("whole", train={"language": 1e-5})])
+    some, whole = (plan(small_llava(), which, length=256)[0] for which in (last, every))
+    assert 0 < some.gradients < whole.gradients / 4
+    assert some.peak < whole.peak and some.flops < whole.flops
     for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
         model, _ = tiny()
         before = [(p.requires_grad, p.detach().clone()) for p in model.parameters()]
-        planned = plan(model, "two_phase", batch_size=2, length=1200, tiles=1)
-        assert all(
-            p.requires_grad == r and torch.equal(p, old)
-            for p, (r, old) in zip(model.parameters(), before)
-        )  # planning changes nothing
-        assert (
-            plan(model.config, "two_phase", batch_size=2, length=1200, tiles=1) == planned
-            and planned[1].flops > planned[0].flops > 0
-        )
+        how = dict(batch_size=2, length=1200, tiles=1)
+        planned = plan(model, "two_phase", **how)
+        for p, (requires_grad, old) in zip(model.parameters(), before):  # planning changes nothing
+            assert p.requires_grad == requires_grad and torch.equal(p, old)
+        assert plan(model.config, "two_phase", **how) == planned
+        assert planned[1].flops > planned[0].flops > 0
+
+
+def test_plan_plots_prints_and_serialises():
+    short = dict(batch_size=2, length=64)
+    small = plan(tiny_llava()[0], "two_phase", **short)
+    figure = small.plot(limit=2**20)
+    scale = {"MiB": 2**20, "KiB": 2**10}[figure.axes[0].get_xlabel().split()[1]]
+    present = [k for k in KINDS if any(p.at_peak[k] for p in small)]
+    widths = [round(bar.get_width() * scale) for bar in figure.axes[0].patches]
+    assert widths == [p.at_peak[k] for k in present for p in small]
+    saved = json.loads(json.dumps(small.to_dict()))
+    assert saved["phases"][1]["optimizer"] == small[1].optimizer and saved["peak"] == small.peak
+    assert saved["engine"] == "single" and saved["length"] == 64
+    assert "align" in str(small) and "hours" not in str(small) and "<table>" in small._repr_html_()
+    timed = plan(tiny_llava()[0], PRESETS["demo"], gpu="h100", mfu=0.5, **short)
+    assert timed[0].updates == 200 and "hours" in str(timed)
+    assert timed[0].hours == 200 * timed[0].flops / (0.5 * 989e12) / 3600
+    by_rows = plan(tiny_llava()[0], "two_phase", accumulate=2, gpus=2, engine="ddp", rows=100, **short)
+    assert by_rows[1].updates == 13  # 100 / (2 · 2 · 2), rounded up
 
 
 def test_advice_fits_and_the_next_batch_does_not():
-    llava, tight = small_llava(2**15), dict(length=256, precision="bf16")
-    card = Gpu(memory=0.75 / USABLE, flops=1e14)
-    GPUS["test-card"] = card
+    llava, every, tight = small_llava(2**15), Schedule([FINETUNE]), dict(length=256, precision="bf16")
+    space = 0.75 * 2**30
+    GPUS["test-card"] = Gpu(memory=0.75 / USABLE, flops=1e14)
     try:
-        advice = advise(llava, "two_phase", "test-card", batch_size=16, rows=1000, **tight)
-        setting, batches, made = advice.best
-        assert (
-            made.peak <= 0.75 * 2**30
-            and all(n * k == 16 for n, k in batches.values())
-            and {w[0]["checkpointing"] for w in advice.ways} == {"none", "all"}
-        )
+        best_of = advise(llava, every, "test-card", batch_size=16, rows=1000, **tight)
+        setting, batches, chosen = best_of.best
+        assert chosen.peak <= space and all(n * k == 16 for n, k in batches.values())
+        assert {way[0]["checkpointing"] for way in best_of.ways} == {"none", "all"}
         n, k = batches["finetune"]
         for size, fits in ((n, True), (2 * n, False)):
             if size <= 16:
-                assert (
-                    plan(
-                        llava,
-                        Schedule([FINETUNE]),
-                        batch_size=size,
-                        accumulate=16 // size,
-                        **setting,
-                        **tight,
-                    ).peak
-                    <= 0.75 * 2**30
-                ) == fits
-        assert (
-            str(advice).count("checkpointing") == 2
-            and json.loads(json.dumps(advice.to_dict()))[0]["batches"]["finetune"]["batch_size"] == n
-        )
+                how = dict(batch_size=size, accumulate=16 // size) | setting | tight
+                assert (plan(llava, every, **how).peak <= space) == fits
+        assert str(best_of).count("checkpointing") == 2
+        saved = json.loads(json.dumps(best_of.to_dict()))
+        assert saved[0]["batches"]["finetune"]["batch_size"] == n
         GPUS["test-card"] = Gpu(memory=0.05, flops=1e14)
         nothing = advise(llava, "two_phase", "test-card", batch_size=2, **tight)
         assert nothing.best is None and "does not fit: align: one row takes" in str(nothing)
@@ -445,61 +402,18 @@ def test_advice_fits_and_the_next_batch_does_not():
 
 @pytest.mark.slow
 def test_recipes_fit_their_gpus():
-    for name, config, how in (
-        ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8)),
-        ("llava_cot_100k_1xH200", LLAMA, dict(gpu="H200")),
-        ("lora_24gb", SEVEN, dict(gpu="RTX4090")),
-    ):
-        made = plan_recipe(name, config, **how)
-        assert made.peak < USABLE * GPUS[made.setting["gpu"]].memory * 2**30 and all(
-            p.hours > 0 for p in made
-        )
-        told = {"llava_cot_100k_8xH100": 33, "llava_cot_100k_1xH200": 94, "lora_24gb": 16}[
-            name
-        ]  # as the recipe's comment says
-        assert (
-            abs(made.peak / 2**30 - told) < 1
-            and f"{told} GiB" in (files("llava_cot") / "recipes" / f"{name}.yaml").read_text()
-        )
-
-
-def test_plan_plots_prints_and_serialises():
-    small = plan(tiny_llava()[0], "two_phase", batch_size=2, length=64)
-    fig = small.plot(limit=2**20)
-    unit = {"MiB": 2**20, "KiB": 2**10}[fig.axes[0].get_xlabel().split()[1]]
-    assert [round(b.get_width() * unit) for b in fig.axes[0].patches] == [
-        p.at_peak[k] for k in KINDS if any(q.at_peak[k] for q in small) for p in small
-    ]
-    kept = json.loads(json.dumps(small.to_dict()))
-    assert (
-        kept["phases"][1]["optimizer"] == small[1].optimizer
-        and kept["peak"] == small.peak
-        and kept["engine"] == "single"
-        and kept["length"] == 64
-    )
-    assert "align" in str(small) and "hours" not in str(small) and "<table>" in small._repr_html_()
-    timed = plan(tiny_llava()[0], PRESETS["demo"], batch_size=2, length=64, gpu="h100", mfu=0.5)
-    assert (
-        timed[0].updates == 200
-        and timed[0].hours == 200 * timed[0].flops / (0.5 * 989e12) / 3600
-        and "hours" in str(timed)
-    )
-    by_rows = plan(
-        tiny_llava()[0],
-        "two_phase",
-        batch_size=2,
-        accumulate=2,
-        length=64,
-        gpus=2,
-        engine="ddp",
-        rows=100,
-    )
-    assert by_rows[1].updates == 13  # 100 / (2 · 2 · 2), rounded up
+    for recipe, kind, how, told in RECIPES:
+        planned = plan_recipe(recipe, kind, **how)
+        memory = GPUS[planned.setting["gpu"]].memory
+        hours = ", ".join(f"{p.name} {p.hours:.1f}" for p in planned)
+        print(f"{recipe:22} {planned.peak / 2**30:3.0f} of {memory:5} GiB   hours: {hours}")
+        assert planned.peak < USABLE * memory * 2**30 and all(p.hours > 0 for p in planned)
+        assert abs(planned.peak / 2**30 - told) < 1 and f"{told} GiB" in recipe_text(recipe)
 
 
 def test_plan_refuses():
     model, _ = tiny_llava()
-    for match, kwargs in (
+    for match, wrong in (
         ("dtype: found 'fp8'", dict(dtype="fp8")),
         ("gpu: found 'TPU', expected one of H100", dict(gpu="TPU")),
         ("gpus: found 0", dict(gpus=0)),
@@ -510,7 +424,7 @@ def test_plan_refuses():
         ("precision: found 'int8'", dict(precision="int8")),
     ):
         with pytest.raises(ValueError, match=match):
-            plan(model, "two_phase", **kwargs)
+            plan(model, "two_phase", **wrong)
     with pytest.raises(PlanError, match="model: found a str"):
         plan("model", "two_phase")
     with pytest.raises(ValueError, match="two_phase"):
@@ -518,12 +432,9 @@ def test_plan_refuses():
 
 
 def test_planning_leaves_accelerate_and_torch_as_they_were():
-    accelerator = Accelerator(cpu=True)
+    real = Accelerator(cpu=True)
     state = dict(AcceleratorState._shared_state)
     plan(small_llava(), "two_phase", length=128, gpus=2, precision="bf16")
-    assert (
-        dict(AcceleratorState._shared_state) == state
-        and accelerator.mixed_precision == "no"
-        and not torch.distributed.is_initialized()
-    )
+    assert dict(AcceleratorState._shared_state) == state and real.mixed_precision == "no"
+    assert not torch.distributed.is_initialized()
     assert torch.zeros(2).sum() == 0 and type(torch.zeros(2)) is torch.Tensor

@@ -35,9 +35,8 @@ def execute(path: Path, slow: bool, timeout: int) -> None:
     "Run one notebook, and write it back without what differs from run to run."
     nb = nbformat.read(path, as_version=4)
     os.environ["LLAVA_COT_SLOW"] = "1"  # slow cells are this tool's to leave out
-    client = Client(
-        nb, slow=slow, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}
-    )
+    where = {"metadata": {"path": str(path.parent)}}
+    client = Client(nb, slow=slow, timeout=timeout, resources=where, store_widget_state=False)
     began = time.perf_counter()
     try:
         client.execute()
