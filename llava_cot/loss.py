@@ -205,7 +205,7 @@ def _update_line(batches, lr: dict, loss: float, sums, norm: float, accelerator)
         line |= dict(loss=None, loss_by_stage={}, grad_norm=None, skipped=wrong[0])
     return line
 
-
+# %% ../nbs/23_loss.ipynb #c043u
 def one_update(
     model,
     batches: list[dict],  # the micro-batches on this process

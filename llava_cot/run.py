@@ -36,11 +36,11 @@ from fastcore.imports import in_notebook
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from . import __version__, models
+from . import __version__, files, models
 from .batches import Order
 from .cot import FORMATS, STAGES
 from .distributed import gather_state
-from .files import flush, sealed, why_broken, write_file, writing
+from .files import sealed, why_broken, write_file, writing
 from .gate import Policy
 from .models import model_digest
 from .schedule import Phase, Schedule
@@ -200,23 +200,27 @@ class Log:
         if every_update:
             self.files[name] = open(path, "ab", buffering=0)
 
-    def __call__(self, name: str, line: dict) -> None:
-        "One line to one of `LOGS`."
-        if not self.on:
-            return
-        with writing(self.out, f"{name}.jsonl"):
-            if name not in self.files:
-                self.files[name] = open(self.out / f"{name}.jsonl", "ab", buffering=0)
-            rest = (json.dumps(line) + "\n").encode()
-            while rest:
-                written = self.files[name].write(rest)
-                rest = rest[written:]
+# %% ../nbs/27_run.ipynb #w022c
+@patch
+def __call__(self: Log, name: str, line: dict) -> None:
+    "One line to one of `LOGS`."
+    if not self.on:
+        return
+    with writing(self.out, f"{name}.jsonl"):
+        if name not in self.files:
+            self.files[name] = open(self.out / f"{name}.jsonl", "ab", buffering=0)
+        rest = (json.dumps(line) + "\n").encode()
+        while rest:
+            written = self.files[name].write(rest)
+            rest = rest[written:]
 
-    def flush(self) -> None:
-        "Waits until the disk has every line."
-        with writing(self.out, "metrics.jsonl"):
-            for name in self.files:
-                flush(self.out / f"{name}.jsonl")
+
+@patch
+def flush(self: Log) -> None:
+    "Waits until the disk has every line."
+    with writing(self.out, "metrics.jsonl"):
+        for name in self.files:
+            files.flush(self.out / f"{name}.jsonl")
 
 # %% ../nbs/27_run.ipynb #w011
 class Clock:
@@ -441,9 +445,9 @@ def _repr_html_(self: Run):
     for phase in self.settings.schedule[self.phase :]:
         under_way = phase is self.settings.schedule[self.phase]
         rows.append([phase.name, self.update if under_way else 0] + [""] * (3 + len(stages)))
-    files = sorted(f.name for f in self.out.iterdir()) if self.out.exists() else []
+    held = sorted(f.name for f in self.out.iterdir()) if self.out.exists() else []
     told = f"<p><b>{repr(self)[4:-1]}</b></p>"
-    where = f"<p>{_folder_name(self.out)}/ holds {', '.join(files) or 'nothing yet'}</p>"
+    where = f"<p>{_folder_name(self.out)}/ holds {', '.join(held) or 'nothing yet'}</p>"
     return told + table_html(head + [s.lower() for s in stages], rows) + where
 
 # %% ../nbs/27_run.ipynb #c049s

@@ -467,7 +467,7 @@ def _order(run: Run, s: Settings, reads: PhaseRows, accelerator: Accelerator) ->
         **length_options(s, reads.reader, accelerator.num_processes),
     )
 
-
+# %% ../nbs/28_train.ipynb #c045m
 def one_phase(
     run: Run,
     reads: PhaseRows,
@@ -530,7 +530,7 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     run.phase, run.update, run.seconds = run.phase + 1, 0, 0.0
     run.recent, run.before = [], after
 
-
+# %% ../nbs/28_train.ipynb #c049c
 def _run_phases(
     run: Run,
     reads: list[PhaseRows],
@@ -575,7 +575,7 @@ def _plan_reading(s: Settings, rows, processor, accelerator: Accelerator) -> tup
     rows, processes = select_rows(rows, keep), accelerator.num_processes
     return [PhaseRows.of(s, phase, rows, processor, processes) for phase in s.schedule], dropped
 
-
+# %% ../nbs/28_train.ipynb #c048e
 def fit(
     model,  # from `models.load`, or a tiny one
     processor,
@@ -666,7 +666,7 @@ def _rows_again(out, recipe: dict, data, exam: Validation, s: Settings):
             )
     return rows
 
-
+# %% ../nbs/28_train.ipynb #c052g
 def resume(
     out,  # the folder of an interrupted run
     data=None,  # the rows, or their path; left out, the path in the recipe

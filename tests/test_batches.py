@@ -18,13 +18,6 @@ from llava_cot.settings import RunError
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, TooLong, encode, lengths
 
-FOLDER = tempfile.TemporaryDirectory()
-ROWS = data.load(shapes.write(Path(FOLDER.name) / "shapes", 24))
-
-
-def some_rows(n=24):
-    return ROWS.select(range(n))
-
 def long_tailed(n, seed=0):
     "Lengths as those of LLaVA-CoT-100k's answers: log-normal, cut at 1,500."
     draw = random.Random(seed)
@@ -61,6 +54,13 @@ def talkative(n, seed=0):
         ],
         features=data.FEATURES,
     )
+
+FOLDER = tempfile.TemporaryDirectory()
+ROWS = data.load(shapes.write(Path(FOLDER.name) / "shapes", 24))
+
+
+def some_rows(n=24):
+    return ROWS.select(range(n))
 
 
 def test_order_is_a_function_of_the_update():

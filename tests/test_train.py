@@ -970,12 +970,13 @@ def test_a_loss_that_is_no_number_is_skipped_and_named():
                 skip_nonfinite=0,
                 progress=False,
             )
+        toy = tiny_llava(seed=0)[0]
         with (
             mock.patch.object(loss, "clip_gradients", lambda *_: math.inf),
             pytest.raises(RunError, match="for 4 updates in a row"),
         ):
             train.fit(
-                toy := tiny_llava(seed=0)[0],
+                toy,
                 its,
                 rows_,
                 BOTH,
@@ -1038,8 +1039,9 @@ def test_a_full_disk_and_a_damaged_checkpoint_lose_nothing():
 
         whole = started("whole")
         for at, what in ((8, "checkpoint 1-0000009"), (5, "metrics.jsonl")):
+            out = Path(tmp) / str(at)
             with (
-                no_room(out := Path(tmp) / str(at), at),
+                no_room(out, at),
                 pytest.raises(FileError, match=f"{what} could not be written .*free.*--resume"),
             ):
                 started(str(at))

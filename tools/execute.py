@@ -43,6 +43,7 @@ def execute(path: Path, slow: bool, timeout: int) -> None:
     finally:
         for cell in nb.cells:
             if cell.cell_type == "code":
+                cell.outputs = [out for out in cell.outputs if not _bar(out)]
                 cell.execution_count = None
                 cell.metadata = {}
                 for out in cell.outputs:
@@ -53,6 +54,13 @@ def execute(path: Path, slow: bool, timeout: int) -> None:
         nbformat.write(nb, path)
     most = ", ".join(f"cell {i} {s:.1f} s" for s, i in sorted(client.seconds, reverse=True)[:3])
     print(f"{path}: {time.perf_counter() - began:.0f} s ({most})")
+
+
+def _bar(out) -> bool:
+    "Whether an output is a progress bar, which says nothing once it has run."
+    data = out.get("data", {})
+    shown = "application/vnd.jupyter.widget-view+json" in data
+    return shown and re.search(r"\d+%\|", data.get("text/plain", "")) is not None
 
 
 def main() -> None:

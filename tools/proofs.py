@@ -6,6 +6,12 @@ so are the imports and the helpers of proofs.
 
 import re
 
+from nbdev import processors
+
+_def_names = processors._def_names
+# nbdev documents the functions of a cell in reverse; this turns them round
+processors._def_names = lambda cell, shown: _def_names(cell, shown)[::-1]
+
 
 def fold_proofs(cell) -> None:
     "Fold a cell that is a proof, or that only helps proofs."
