@@ -308,15 +308,13 @@ def _skeleton(name: str) -> tuple:
 def _dry_rows(s, rows, processor) -> str:
     "How many rows fit, and how many updates they make."
     from llava_cot.batches import rows_that_fit
-    from llava_cot.train import phase_length, phase_rows, select_rows
+    from llava_cot.train import PhaseRows, select_rows
 
     keep, dropped = rows_that_fit(s.reader(rows, processor))
     for i in keep[:4]:
         s.reader(rows, processor)[0, i]
     left = select_rows(rows, keep)
-    updates = [
-        phase_length(s.for_phase(p), p, len(phase_rows(left, p, s.seed)), 1)[0] for p in s.schedule
-    ]
+    updates = [PhaseRows.of(s, phase, left, processor).updates for phase in s.schedule]
     return (
         f"rows: {len(keep):,} can be trained on, {len(dropped):,} are dropped as too long; updates"
         f" by phase {updates} on one process"

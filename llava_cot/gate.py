@@ -18,6 +18,7 @@ import yaml
 from fastcore.basics import patch
 
 from .cot import InputError
+from .files import UniqueKeys
 from llava_cot.paraphrase import (
     QUOTATION,
     replaceable_phrases,
@@ -107,7 +108,7 @@ def _read_strengths(file):
         expected = f"expected one of {', '.join(POLICIES)}, or a YAML file of strengths"
         raise AugmentError(f"augment: found {str(file)!r}, {expected}")
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        return yaml.load(Path(file).read_text(encoding="utf-8"), UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise AugmentError(f"policy: {file} is not YAML: {str(e).splitlines()[0]}") from None
 

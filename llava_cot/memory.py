@@ -40,7 +40,7 @@ from .loss import replaced_forward, token_losses
 from .models import model_digest
 from .schedule import Phase
 from .settings import RunError
-from .tokens import Collator, lengths
+from .tokens import Collator
 from .trainable import add_phase_adapters, freeze
 
 # %% ../nbs/25_memory.ipynb #c007
@@ -558,6 +558,6 @@ def try_batch(
 
 def _longest_rows(reader: Reader, size: int) -> dict:
     "The batch of the longest rows."
-    n = lengths(reader.rows, reader.processor)
+    n = reader.lengths
     longest = sorted(range(len(n)), key=lambda i: -n[i])[:size]
     return Collator(reader.processor)([reader.encode(reader.rows[i]) for i in longest])

@@ -518,7 +518,7 @@ def plot(
     ax.invert_yaxis()
     ax.set(xlabel=f"memory, {unit}", xlim=(0, 1.18 * top / div))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=7, loc="lower left", bbox_to_anchor=(0, 1))
+    fig.legend(frameon=False, ncols=7, loc="outside upper left", fontsize=8, columnspacing=1)
     plt.close(fig)  # shown once, by whoever receives it
     return fig
 

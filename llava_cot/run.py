@@ -100,7 +100,7 @@ def read_recipe(out) -> dict:
         raise RunError(
             f"resume {out}: no recipe.yaml here; expected the folder of a run that was begun"
         )
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return files.read_yaml(file)
 
 # %% ../nbs/27_run.ipynb #c036
 @dataclass(repr=False)
@@ -549,9 +549,13 @@ class ProgressDisplay:
         on: bool | str = True,  # "bar": no curves
         every: float = 5.0,  # seconds between two drawings
     ):
-        self.bar = tqdm(total=total, initial=at, desc=name, unit="update", disable=not on)
+        self.plain = bool(on) and not in_notebook() and not sys.stderr.isatty()
+        bar = dict(total=total, initial=at, desc=name, unit="update")
+        self.bar = tqdm(**bar, disable=self.plain or not on)
         self.lines = list(metrics()) if on is True and in_notebook() else None
         self.every, self.handle, self.drawn = every, None, time.monotonic()
+        self.name, self.first, self.done, self.total = name, at, at, total
+        self.began = self.told = time.monotonic()
 
     def __enter__(self):
         return self
@@ -564,8 +568,12 @@ class ProgressDisplay:
     def __call__(self, line: dict, seconds: float) -> None:
         "After an update."
         loss = f"loss {line['loss']:.3f}" if line["loss"] is not None else "skipped"
-        self.bar.set_postfix_str(f"{loss}, {line['tokens'] / seconds:,.0f} tokens/s", refresh=False)
+        said = f"{loss}, {line['tokens'] / seconds:,.0f} tokens/s"
+        self.bar.set_postfix_str(said, refresh=False)
         self.bar.update()
+        self.done += 1
+        if self.plain:
+            self.tell(said)
         if self.lines is None:
             return
         self.lines.append(line)
@@ -580,6 +588,22 @@ class ProgressDisplay:
         else:
             self.handle = display(figure, display_id=True)
         self.drawn = time.monotonic()
+
+# %% ../nbs/27_run.ipynb #w044l
+@patch
+def tell(
+    self: ProgressDisplay,
+    said: str,  # of the last update
+    minute: float = 60.0,  # seconds between two lines
+) -> None:
+    "A line a minute, and one at the end: updates, loss, rate, time left."
+    now, done = time.monotonic(), self.done - self.first
+    if now - self.told < minute and self.done < self.total:
+        return
+    left = (now - self.began) / done * (self.total - self.done)
+    line = f"{self.name}: {self.done}/{self.total} updates, {said}, {left / 60:.0f} min left"
+    print(line, file=sys.stderr, flush=True)
+    self.told = now
 
 # %% ../nbs/27_run.ipynb #w051v
 def tracker_values(line: dict, timing: dict) -> dict:

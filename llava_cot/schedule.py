@@ -22,7 +22,7 @@ from transformers import get_scheduler
 
 from .cot import InputError
 from .families import NAMED, PARTS, ModelError, part_of
-from .files import write_file
+from .files import UniqueKeys, write_file
 from .show import View, table_html
 
 # %% ../nbs/21_schedule.ipynb #c009
@@ -540,10 +540,10 @@ def from_yaml(
     if _is_file(source):
         where, text = str(source), _text_of(source)
     try:
-        d = yaml.safe_load(text)
+        d = yaml.load(text, UniqueKeys)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        line = f" (line {mark.line + 1}: {e.problem})" if mark else ""
+        line = f" (line {mark.line + 1}: {e.problem})" if mark else f" ({e})"
         raise ScheduleError(f"{where}: not YAML{line}; expected phases: [...]") from None
     return cls.from_dict(d, where)
 

@@ -1,4 +1,4 @@
-"""What all tests share. The test files beside this one are made from the notebooks by tools/export_tests.py."""
+"""What all tests share. The files beside this one are made by tools/export_tests.py."""
 
 import os
 

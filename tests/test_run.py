@@ -130,6 +130,15 @@ def test_noise_and_decay_are_no_spikes_and_a_jump_is_one():
     )
 
 
+def test_a_log_gets_a_line_a_minute():
+    plain = ProgressDisplay("a", 0, 3, list, on=False)
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        for plain.done in (1, 2, 3):
+            plain.tell("loss 1.0")
+    assert told.getvalue().splitlines() == ["a: 3/3 updates, loss 1.0, 0 min left"]
+
+
 def test_a_notebook_gets_a_plot_that_is_drawn_anew():
     def made(k):
         return dict(
