@@ -172,16 +172,16 @@ def _left_out(takes: str, outputs: list[dict]) -> None:
 # %% ../nbs/06_show.ipynb #show-slow
 def _leave_out(lines: list[str]) -> list[str]:
     "A cell's lines, or, where one of them marks it as slow, the call that stands in for it."
-    marks = [line for line in lines if re.match(r"#\|\s*slow\b", line)]
+    marks = [line for line in lines if re.match(r"#\|\s*(slow|long)\b", line)]
     if not marks:
         return lines
-    takes = re.sub(r"#\|\s*slow", "", marks[0]).strip() or "minutes"
+    takes = re.sub(r"#\|\s*(slow|long)", "", marks[0]).strip() or "minutes"
     shown = _committed("".join(lines))
     return ["from llava_cot.show import _left_out\n", f"_left_out({takes!r}, {shown!r})\n"]
 
 
 def slow_cells(
-    run: bool = False,  # True runs the cells marked `#| slow`, too
+    run: bool = False,  # True runs the cells marked `#| slow` or `#| long`, too
 ) -> None:
     "The switch of a notebook for its slow cells; what is left out shows its committed output."
     shell = get_ipython()

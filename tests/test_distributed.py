@@ -335,7 +335,6 @@ def test_two_processes_are_one_over_50_updates_in_both_families():
     assert all_small(apart((12, 38), *jobs))
 
 
-@pytest.mark.slow
 def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
     gaps = apart(RATES, "tiny_mllama-ddp")  # with adapters, too, two processes are one
     assert all_small(gaps)

@@ -4,6 +4,7 @@ from llava_cot.plan import *
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,7 @@ def start_of(event):
 def allocated(config, phase, batch, **settings):
     "The most bytes that the CPU allocator had given out at a time during the second update."
     gc.collect()  # or what is garbage already would be given back in between
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler itself is silent
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as books:
         two_updates(config, phase, batch, lambda: record_function("second"), **settings)
     events = [

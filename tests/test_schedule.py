@@ -211,6 +211,7 @@ def test_yaml_refuses():
         ("", "phases"),
         ("phases: [3]", r"phases\[0\]"),
         ("phases: [}", "not YAML"),
+        ("phases: []\nphases: []", "stands twice"),
         ("nowhere.yaml", "nowhere.yaml"),
         ("phases:\n- {name: a, train: {vision: x}}", "train.vision"),
     ]:

@@ -77,7 +77,7 @@ def test_slow_cells_are_left_out_and_say_so():
             "from llava_cot.show import slow_cells\nslow_cells()",
             slow,
             "6 * 7",
-            "#| slow\n# another\n6 * 7",
+            "#| long\n# another\n6 * 7",
             "slow_cells(run=True)",
             slow,
             environ.format("1"),

@@ -1,4 +1,4 @@
-"""Run notebooks in place, as a reader's *Run All* does; what is slow keeps the output it has.
+"""Run notebooks in place, as a reader's *Run All* does; what is slow keeps its output.
 
 python tools/execute.py nbs/13_template.ipynb [more]       stop at the first cell that fails
 python tools/execute.py --slow nbs/14_tokens.ipynb         run the slow cells, too
@@ -22,7 +22,7 @@ class Client(NotebookClient):
         self.slow, self.seconds = slow, []
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
-        marked = re.search(r"^#\|\s*(slow|eval:\s*false)\b", cell["source"], re.M)
+        marked = re.search(r"^#\|\s*(slow|long|eval:\s*false)\b", cell["source"], re.M)
         if cell["cell_type"] == "code" and marked and not self.slow:
             return cell
         began = time.perf_counter()
@@ -68,7 +68,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--slow", action="store_true", help="run the cells marked slow, too")
+    parser.add_argument("--slow", action="store_true", help="run the cells marked slow or long, too")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that one cell may take")
     args = parser.parse_args()
     for path in args.paths:
