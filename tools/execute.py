@@ -68,7 +68,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--slow", action="store_true", help="run the cells marked slow or long, too")
+    parser.add_argument(
+        "--slow", action="store_true", help="run the cells marked slow or long, too"
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds that one cell may take")
     args = parser.parse_args()
     for path in args.paths:
