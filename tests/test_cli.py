@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_cot import cli, data, models, shapes
-from llava_cot.commands import APART, recipes, train
+from llava_cot.commands import _APART, recipes, train
 from llava_cot.distributed import launch_configs
 from llava_cot.run import read_lines
 from llava_cot.settings import Settings
@@ -87,7 +87,7 @@ def test_every_setting_of_a_run_is_an_option():
     mine = {o.name: o for o in options(train)}
     for f in dataclasses.fields(Settings):
         assert f.name in mine
-        if f.name not in APART:
+        if f.name not in _APART:
             assert mine[f.name].default == f.default
             assert set(mine[f.name].choices or ()) == set(f.metadata["choices"] or ()) - {None}
 
