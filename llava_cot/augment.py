@@ -227,7 +227,7 @@ def _jpeg(image, quality):
 
 # %% ../nbs/17_augment.ipynb #c037i
 def transform(
-    image: Image.Image,
+    image: Image.Image,  # not touched
     parameters: dict,  # transform → its parameters, as `draw_changes` gives them for each picture
 ) -> Image.Image:
     "A picture transformed, in RGB and of the same size; as it was where there are no parameters."
@@ -290,7 +290,7 @@ def _draws(example, seed, epoch):
 
 def draw_changes(
     example: dict,  # not touched
-    policy: Policy,
+    policy: Policy,  # how strongly to vary
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     gate: bool = True,  # False lifts every bar and protection: for proofs that these are needed
@@ -325,7 +325,7 @@ def _mirrored(example):
 
 def augment(
     example: dict,  # not touched
-    policy: Policy,
+    policy: Policy,  # how strongly to vary
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     gate: bool = True,  # False for proofs only: what then comes out may be untrue
@@ -349,8 +349,8 @@ def _question(example):
 
 def preview(
     examples,  # an example, or several
-    policy: Policy = STRONG,
-    seed: int = 0,
+    policy: Policy = STRONG,  # how strongly to vary
+    seed: int = 0,  # the run's
     n: int = 8,  # draws: epochs 0 to n-1
 ):  # a matplotlib `Figure`
     "The first picture of each example, `n` draws of it, and what became of the question."

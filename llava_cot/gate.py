@@ -304,7 +304,9 @@ _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
 
 
-def mirror_words(text: str) -> str:
+def mirror_words(
+    text: str,  # a question, or an answer
+) -> str:
     "A text with left and right exchanged."
     return _SIDE.sub(lambda m: _OTHER.get(m[1], m[1]) + m[2], text)
 
@@ -413,7 +415,9 @@ def _counted(example):
         yield Objection(t, 0.0, "example", "", why)
 
 # %% ../nbs/16_gate.ipynb #c021
-def objections(example: dict) -> dict[str, Objection]:
+def objections(
+    example: dict,  # not touched; its pictures are not opened
+) -> dict[str, Objection]:
     "Transform → the strictest objection to it, for the transforms that are held back."
     found = {}
     for objection in _objections(example):
@@ -423,7 +427,9 @@ def objections(example: dict) -> dict[str, Objection]:
     return found
 
 
-def allowed(example: dict) -> dict[str, str | None]:
+def allowed(
+    example: dict,  # not touched; its pictures are not opened
+) -> dict[str, str | None]:
     "Each transform → the reason why it is refused or bounded, or None where it is allowed."
     held = {t: str(objection) for t, objection in objections(example).items()}
     if not any(replaceable_phrases(example)):

@@ -469,7 +469,7 @@ def fuse_kernels(model) -> None:
 
 # %% ../nbs/25_memory.ipynb #m041
 def check_extras(
-    weights: str,  # of `WEIGHTS`
+    weights: str,  # the setting: float32, bf16 or bf16_stochastic
     liger: bool,
 ) -> None:
     "Raises `RunError` for what this machine has not got."
@@ -481,7 +481,7 @@ def check_extras(
 
 def prepare_weights(
     model,  # changed in place
-    weights: str = "float32",  # of `WEIGHTS`
+    weights: str = "float32",  # the setting: float32, bf16 or bf16_stochastic
     compiled: bool = False,
     liger: bool = False,
 ):  # the same model

@@ -213,7 +213,11 @@ def check_preprocessing(
             )
 
 
-def remember_preprocessing(model: PreTrainedModel, processor: ProcessorMixin, where: str = ""):
+def remember_preprocessing(
+    model: PreTrainedModel,  # of a family in `FAMILIES`
+    processor: ProcessorMixin,  # the one it is trained or used with
+    where: str = "",  # what to call it in the error
+) -> PreTrainedModel:  # the same model
     "Let a model remember the preprocessing it goes with, after checking that they fit."
     check_preprocessing(model, processor, where)
     model.preprocessing = fingerprint(processor)
@@ -267,7 +271,9 @@ def linear_layers(
     return found
 
 
-def adapter_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def adapter_layers(
+    model: torch.nn.Module,  # with adapters or without
+) -> dict[str, torch.nn.Module]:
     "Name -> layer, for each linear layer of a model that has an adapter."
     found = model.named_modules()
     return {n: m for n, m in found if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
@@ -336,7 +342,9 @@ def merged_state(
 
 
 @torch.no_grad()
-def merge_adapters(model: torch.nn.Module) -> None:
+def merge_adapters(
+    model: torch.nn.Module,  # changed in place
+) -> None:
     "Add the adapters into the weights, in place; what is left is a model without adapters."
     for name, layer in adapter_layers(model).items():
         layer.merge()
@@ -344,7 +352,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
 
 # %% ../nbs/11_models.ipynb #a005
 def _adapter_state(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # with adapters
     state: dict | None = None,  # its weights, where it holds only its share of them
 ) -> dict[str, torch.Tensor]:
     "The adapters' own weights, by name."

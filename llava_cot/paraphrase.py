@@ -17,7 +17,9 @@ from importlib.resources import files
 from .cot import STAGES, Span, spans
 
 # %% ../nbs/15_paraphrase.ipynb #c017
-def texts_of(example: dict) -> Iterator[tuple[str, str]]:
+def texts_of(
+    example: dict,  # `{"id", "images", "messages", "source"}`
+) -> Iterator[tuple[str, str]]:
     "`(role, text)` of every text of an example, in order."
     for message in example["messages"]:
         for item in message["content"]:
@@ -26,7 +28,9 @@ def texts_of(example: dict) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(maxsize=1024)
-def stage_spans(text: str) -> tuple[Span, ...]:
+def stage_spans(
+    text: str,  # an answer
+) -> tuple[Span, ...]:
     "The stages of an answer, and from where to where each goes."
     return tuple(spans(text))
 
@@ -96,7 +100,9 @@ def _choices(text):
     return [s for s in sentences if re.search(r"\b[oO]r\b", s)]
 
 
-def protected_words(example: dict) -> set[str]:
+def protected_words(
+    example: dict,  # not touched
+) -> set[str]:
     "Words left alone everywhere: those of conclusions, quotations, options and choices."
     kept = set()
     for role, text in texts_of(example):
@@ -144,7 +150,9 @@ def _replaceable(role, text, kept, protect=True):
     return [m for m in found if not _words(m[1]) & kept and not _is_name(text, m)]
 
 
-def replaceable_phrases(example: dict) -> Iterator[re.Match]:
+def replaceable_phrases(
+    example: dict,  # not touched
+) -> Iterator[re.Match]:
     "Matches of all phrases of an example that a synonym may replace."
     kept = protected_words(example)
     for role, text in texts_of(example):
@@ -158,7 +166,7 @@ def _drawn_number(phrase, words, p, rng):
 
 
 def draw_synonyms(
-    example: dict,
+    example: dict,  # not touched
     p: float,  # probability that a phrase is replaced
     draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
     protect: bool = True,  # False for proofs only: what must not move may move
@@ -187,11 +195,11 @@ def _agreeing(before, word):
 
 
 def replace_synonyms(
-    role: str,
-    text: str,
+    role: str,  # of who says it: `user`, `assistant` or `system`
+    text: str,  # one text of an example
     mapping: dict[str, str],  # from `draw_synonyms`
     kept: set[str],  # from `protected_words`
-    protect: bool = True,
+    protect: bool = True,  # False for proofs only
 ) -> str:
     "A text with each replaceable phrase exchanged as `mapping` says."
     out, at = [], 0
@@ -499,7 +507,7 @@ def _says_where(template, slots):
 
 
 def forms(
-    sentence: str,
+    sentence: str,  # whole, with its full stop or question mark
     question: bool = True,  # False for a sentence of a stage
 ) -> list[str]:
     "All forms a sentence may take, itself first; empty if it fits no pattern."
@@ -515,7 +523,8 @@ _SENTENCE = re.compile(r"(?<!\S)[A-Z][^.?!\n<>]{0,200}[.?!](?=\s|$)")
 
 
 def sentence_forms(
-    example: dict, protect: bool = True
+    example: dict,  # not touched
+    protect: bool = True,  # False for proofs only
 ) -> Iterator[tuple]:  # message, item, span, its forms
     "Each sentence of an example that may take another form: where it stands, and its forms."
     for i, message in enumerate(example["messages"]):
@@ -544,7 +553,10 @@ INSTRUCTIONS = {
 
 
 def draw_patterns(
-    example: dict, p: float, draws: Callable, protect: bool = True
+    example: dict,  # not touched
+    p: float,  # probability that a sentence takes another form
+    draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
+    protect: bool = True,  # False for proofs only
 ) -> list[tuple]:  # message, item, span, new sentence
     "The sentences that take another form."
     made = []
@@ -556,7 +568,9 @@ def draw_patterns(
 
 
 def draw_instructions(
-    example: dict, p: float, draws: Callable
+    example: dict,  # not touched
+    p: float,  # probability that a question gets an instruction
+    draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
 ) -> list[tuple]:  # message, item, before or after, instruction
     "The questions that get an instruction."
     made = []
@@ -573,7 +587,7 @@ def draw_instructions(
 
 # %% ../nbs/15_paraphrase.ipynb #c031s
 def edit_texts(
-    example: dict,
+    example: dict,  # not touched
     change: Callable,  # `change(message, item, role, text)` gives the new text
 ) -> dict:
     "A copy of an example with each of its texts changed."
@@ -603,7 +617,7 @@ def draw_words(
     example: dict,  # not touched
     strength: dict[str, float],  # `patterns`, `synonyms`, `instructions` → probability
     draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
-    protect: bool = True,
+    protect: bool = True,  # False for proofs only
 ) -> dict:  # `patterns`, `synonyms`, `instructions` → what was drawn
     "What changes in the words of an example, as data."
     patterns, synonyms, instructions = [], {}, []
@@ -620,7 +634,7 @@ def draw_words(
 def reword(
     example: dict,  # not touched
     drawn: dict,  # from `draw_words`
-    protect: bool = True,
+    protect: bool = True,  # as it was drawn with
 ) -> dict:
     "A copy of an example with its words changed: patterns, then synonyms, then instructions."
     example = _with_patterns(example, drawn["patterns"])

@@ -57,7 +57,7 @@ class _Accelerator(Accelerator):
 
 @contextlib.contextmanager
 def _one_process(
-    precision: str,  # of `PRECISIONS`
+    precision: str,  # the setting: no, bf16 or fp16
     engine: str,  # single, ddp or fsdp2
     gpus: int,
 ) -> Iterator[_Accelerator]:

@@ -157,7 +157,10 @@ def _edits(a: list[str], b: list[str]) -> list[tuple]:
     return [(op == "equal", a[i:j], b[k:m]) for op, i, j, k, m in codes]
 
 
-def word_changes(before: str, after: str) -> list[tuple[str, str]]:
+def word_changes(
+    before: str,  # a text
+    after: str,  # the same, reworded
+) -> list[tuple[str, str]]:
     "What was exchanged between two texts: pairs of (old, new)."
     a, b = ([word for word in _words(text) if word.strip()] for text in (before, after))
     return [(" ".join(old), " ".join(new)) for equal, old, new in _edits(a, b) if not equal]
@@ -237,8 +240,8 @@ def _side_by_side(caption: str, pictures: list[Image.Image]) -> str:
 
 
 def show_draw(
-    example: dict,
-    policy: Policy = STRONG,
+    example: dict,  # not touched
+    policy: Policy = STRONG,  # how strongly to vary
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     see: Callable[[dict], list[Image.Image]] | None = None,  # such as an `image_viewer`

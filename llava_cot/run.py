@@ -476,7 +476,7 @@ def start_run(
             write_file(run.out / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         if dropped and progress:
             print(
-                f"{len(dropped):,} rows are longer than {s.max_length} tokens and dropped; their"
+                f"rows dropped (longer than {s.max_length} tokens): {len(dropped):,}; their"
                 f" ids are in {run.out / 'dropped.json'}"
             )
     if not again:

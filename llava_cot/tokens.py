@@ -92,7 +92,7 @@ class _Plain:
 @patch
 def piece(
     self: _Plain,
-    text: str,
+    text: str,  # between two marks
     plain: bool,  # a control token in it is only text
     inside: bool,  # not at the beginning of the whole
 ) -> tuple[list[int], list[tuple[int, int]]]:

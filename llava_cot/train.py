@@ -509,13 +509,11 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     s, phase = run.settings, run.settings.schedule[run.phase]
     run.model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    if distributed.is_zero(
-        run.model
-    ):  # dissolved: opened again from the checkpoint that ended the phase
+    if distributed.is_zero(run.model):
+        # dissolved: opened again from the checkpoint that ended the phase
         whole = models.load(runs.list_checkpoints(run.out)[-1])[0]
-        run.model = memory.prepare_weights(whole, s.weights, s.compile, s.liger).to(
-            accelerator.device
-        )
+        whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
+        run.model = whole.to(accelerator.device)
     named = trained_parameters(run.model, phase).values()
     trained = sum(p.numel() for group in named for _, p in group)
     models.merge_adapters(run.model)
@@ -679,10 +677,8 @@ def resume(
     ability=None,
 ) -> Run:
     "Goes on where a run stopped, to the end of the run that never was. Raises `RunError`."
-    recipe, exam = (
-        runs.read_recipe(out),
-        Validation(held_out, retain, measure, ability, after_phase),
-    )
+    recipe = runs.read_recipe(out)
+    exam = Validation(held_out, retain, measure, ability, after_phase)
     s = Settings.from_dict(recipe["settings"])
     accelerator = _accelerator(s, out)
     rows = _rows_again(out, recipe, data, exam, s)

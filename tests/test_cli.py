@@ -360,7 +360,7 @@ def test_train_takes_every_option_of_the_loss_and_the_batches():
         assert (
             dropped
             and all(int(name.split("-")[1]) % 3 == 2 for name in dropped)
-            and f"{len(dropped)} rows are longer" in out
+            and f": {len(dropped)}; their ids" in out
         )  # those of three turns
 
 
