@@ -2,10 +2,10 @@
 
     python tools/check.py    end non-zero if something is found; names notebook and cell
 
-It looks at columns, statements a line and names nobody binds (ruff), at the order of the notebooks (a
-module imports only modules of notebooks before its own), at the size of modules, at the form of
-test names, and at leaks: a cell of the story that reads a name which a proof has bound again, so
-that its output is not what a reader gets.
+It looks at columns, statements a line and names nobody binds (ruff), at the order of the
+notebooks (a module imports only modules of notebooks before its own), at the size of modules, at
+the form of test names, and at leaks: a cell of the story that reads a name which a proof has
+bound again, so that its output is not what a reader gets.
 """
 
 import ast
