@@ -9,6 +9,7 @@ __all__ = ['STAGES', 'SEPARATORS', 'LLAVA_COT', 'NO_TAGS', 'DIRECT', 'REORDERED'
 
 # %% ../nbs/00_cot.ipynb #cot-imports
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,16 +56,20 @@ class CoTError(InputError):
         return CoTError, (self.problems,)  # survives the way back from a worker process
 
 # %% ../nbs/00_cot.ipynb #c011r
+_WRAP = dict(subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
 def refused(
     function,  # what must refuse
     *args,
     **kwargs,
 ) -> None:
-    "Call a function with what it must refuse, and print the error as a user reads it."
+    "Call a function with what it must refuse, and print its error, wrapped, as a user reads it."
     try:
         function(*args, **kwargs)
     except InputError as error:
-        print(f"{type(error).__name__}: {error}")
+        shown = f"{type(error).__name__}: {error}".splitlines()
+        print("\n".join(textwrap.fill(line, 100, **_WRAP) for line in shown))
     else:
         raise AssertionError(f"{function.__name__} refused nothing")
 

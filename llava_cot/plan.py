@@ -31,7 +31,7 @@ from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
 from .schedule import Phase, Schedule
 from .settings import Settings
-from .show import table_html
+from .show import table_html, table_text
 
 # %% ../nbs/29_plan.ipynb #plan-error
 class PlanError(InputError):
@@ -452,10 +452,12 @@ def _head(plan: Plan) -> str:
 
 @patch
 def __str__(self: Plan) -> str:
-    rows = _rows(self)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.ljust(w) for cell, w in zip(row, widths)] for row in rows]
-    return "\n".join([_head(self), *("  ".join(line).rstrip() for line in lines)])
+    return f"{_head(self)}\n{table_text(_rows(self))}"
+
+
+@patch
+def _repr_pretty_(self: Plan, printer, cycle):
+    printer.text(str(self))  # what IPython shows where there is no HTML
 
 
 @patch

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from pprint import pformat
 
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
@@ -180,6 +181,11 @@ def _tiles_html(report: Report) -> str:
         )
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+@patch
+def _repr_pretty_(self: Report, printer, cycle):
+    printer.text(pformat(self, width=100, compact=True))  # where there is no HTML
 
 
 @patch

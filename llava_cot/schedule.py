@@ -23,7 +23,7 @@ from transformers import get_scheduler
 from .cot import InputError
 from .families import NAMED, PARTS, ModelError, part_of
 from .files import UniqueKeys, write_file
-from .show import View, table_html
+from .show import View, table_html, table_text
 
 # %% ../nbs/21_schedule.ipynb #c009
 class ScheduleError(InputError):
@@ -343,9 +343,8 @@ def _rate(phase: Phase, key: str) -> str:
 def _trained(phase: Phase, part: str) -> str:
     "What a phase trains of a part, the part itself first; or *frozen*."
     rates = [_rate(phase, part)] if part in phase.train else []
-    for key in phase.train:
-        if key != part and part_of(key) == part:
-            rates.append(f"{_short(key)} {_rate(phase, key)}")
+    below = [key for key in phase.train if key != part and part_of(key) == part]
+    rates += [f"{_short(key)} {_rate(phase, key)}" for key in below]
     return ", ".join(rates) or "frozen"
 
 # %% ../nbs/21_schedule.ipynb #c028
@@ -353,18 +352,19 @@ def _rows(schedule: Schedule) -> list[tuple]:
     "The header and one row of text per phase."
     rows = [("phase", "length", *PARTS, "warmup", "decay")]
     for phase in schedule:
-        trained = [_trained(phase, part) for part in PARTS]
         pace = (f"{phase.warmup_ratio:.0%}", _decay(phase))
-        rows.append((phase.name, _length(phase), *trained, *pace))
+        rows.append((phase.name, _length(phase), *(_trained(phase, p) for p in PARTS), *pace))
     return rows
 
 
 @patch
 def __str__(self: Schedule) -> str:
-    rows = _rows(self)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return table_text(_rows(self))
+
+
+@patch
+def _repr_pretty_(self: Schedule, printer, cycle):
+    printer.text(str(self))  # what IPython shows where there is no HTML
 
 
 @patch
@@ -586,9 +586,9 @@ def load(
     if source in PRESETS:
         return PRESETS[source]
     if not str(source).endswith((".yaml", ".yml")):
-        unknown = f"no such preset{_nearest(source, PRESETS)}"
+        near = _nearest(source, PRESETS)
         known = f"expected one of {', '.join(PRESETS)}, or a .yaml file"
-        raise ScheduleError(f"schedule {str(source)!r}: {unknown}; {known}")
+        raise ScheduleError(f"schedule {str(source)!r}: no such preset{near}; {known}")
     return cls.from_yaml(Path(source))
 
 # %% ../nbs/21_schedule.ipynb #c081
