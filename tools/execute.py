@@ -36,7 +36,8 @@ def execute(path: Path, slow: bool, timeout: int) -> None:
     nb = nbformat.read(path, as_version=4)
     os.environ["LLAVA_COT_SLOW"] = "1"  # slow cells are this tool's to leave out
     where = {"metadata": {"path": str(path.parent)}}
-    client = Client(nb, slow=slow, timeout=timeout, resources=where, store_widget_state=False)
+    how = dict(store_widget_state=False, coalesce_streams=True)
+    client = Client(nb, slow=slow, timeout=timeout, resources=where, **how)
     began = time.perf_counter()
     try:
         client.execute()
