@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'Option', 'options', 'parser', 'check_words', 'tidy', 'la
 # %% ../nbs/41_cli.ipynb #cli-imports
 import difflib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -234,6 +235,8 @@ def main(
 ) -> int:  # the exit code: 0, 1 where `check` found errors, 2 for bad input, 130 when interrupted
     "The `llava-cot` command."
     words = tidy(sys.argv[1:] if args is None else args)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # a log gets a line a minute
     try:
         check_words(words)
         name, rest = _take(words, "--launch") if words[:1] == ["train"] else (None, words)

@@ -98,6 +98,19 @@ def test_every_option_has_its_line_of_help():
             assert o.help and "\n" not in o.help and o.group, (word, o.name)
 
 
+def test_bars_draw_a_line_a_minute_where_no_terminal_looks():
+    code = """
+import time
+from llava_cot.cli import main
+main(["env"])
+from tqdm.auto import tqdm
+for _ in tqdm(range(30)):
+    time.sleep(0.03)
+"""
+    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 <= drawn.stderr.count("/30") <= 2
+
+
 def test_accelerate_launches_the_module():
     words = ["train", "--config", "demo", "--out", Path(tempfile.mkdtemp()) / "run", "--dry-run"]
     launched = subprocess.run(
