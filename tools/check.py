@@ -4,8 +4,8 @@
 
 It looks at columns, statements a line and names nobody binds (ruff), at the order of the
 notebooks (a module imports only modules of notebooks before its own), at the size of modules, at
-the form of test names, and at leaks: a cell of the story that reads a name which a proof has
-bound again, so that its output is not what a reader gets.
+the form of test names, for cells committed with an error, and at leaks: a cell of the story that
+reads a name which a proof has bound again, so that its output is not what a reader gets.
 """
 
 import ast
@@ -150,11 +150,21 @@ def test_names(path: Path) -> list[str]:
     return found
 
 
+def errors(path: Path) -> list[str]:
+    "Cells whose committed output is an exception, as a killed run leaves it."
+    found = []
+    for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                found.append(f"{path.relative_to(ROOT)} cell {i}: ended in {output['ename']}")
+    return found
+
+
 def main() -> None:
     os.chdir(ROOT)
     found = lines() + lengths() + order()
     for path in notebooks():
-        found += leaks(path) + test_names(path)
+        found += leaks(path) + test_names(path) + errors(path)
     print("\n".join(found) or "tools/check.py: nothing found")
     sys.exit(bool(found))
 
