@@ -15,6 +15,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -187,7 +188,8 @@ def _nearest(word: str, known, mark: str = "") -> str:
 def tidy(words: list[str]) -> list[str]:
     "The words of a command line: underscores in options, files for the names of recipes."
     known, found, before = recipes(), [], ""
-    for word in map(str, words):
+    apart = (w.split("=", 1) if w.startswith("--config=") else [w] for w in map(str, words))
+    for word in chain.from_iterable(apart):
         if before == "--config" and word in known and not Path(word).exists():
             word = known[word]
         if word.startswith("--"):

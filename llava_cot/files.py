@@ -184,11 +184,13 @@ class UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or a mapping, which the constructor refuses as a key
+            if (key.tag, key.value) in seen:
                 raise yaml.YAMLError(
                     f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice"
                 )
-            seen.add(key.value)
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 

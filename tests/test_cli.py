@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -109,6 +110,16 @@ for _ in tqdm(range(30)):
 """
     drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1 <= drawn.stderr.count("/30") <= 2
+
+
+def test_a_recipe_may_stand_behind_an_equals_sign():
+    assert tidy(["train", "--config=demo"]) == tidy(["train", "--config", "demo"])
+    assert tidy(["train", "--held-out=0.1"]) == ["train", "--held_out=0.1"]
+    with tempfile.TemporaryDirectory() as tmp:
+        twice = Path(tmp) / "twice.yaml"
+        twice.write_text("seed: 1\nseed: 2\n")
+        with pytest.raises(cli.InputError, match="stands twice"):
+            cli._check_configs(tidy(["train", f"--config={twice}"]))
 
 
 def test_accelerate_launches_the_module():

@@ -152,6 +152,14 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing():
         assert sorted(os.listdir(disk)) == ["checkpoints", "note"]
 
 
+def test_a_key_that_is_no_word_is_refused_or_told_apart():
+    with pytest.raises(FileError, match="cannot be read as YAML"):
+        parse_yaml("? [a, b]\n: 1\n", "recipe.yaml")
+    assert parse_yaml("1: a\n'1': b\n", "recipe.yaml") == {1: "a", "1": "b"}
+    with pytest.raises(FileError, match="the key 1 stands twice|the key '1' stands twice"):
+        parse_yaml("1: a\n1: b\n", "recipe.yaml")
+
+
 def test_a_key_that_stands_twice_is_an_error_at_any_depth():
     for text in ("a: 1\na: 2", "x: {a: 1, a: 2}", "x:\n- {b: 1, b: 1}"):
         with pytest.raises(FileError, match="stands twice"):
