@@ -144,7 +144,7 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
     from llava_cot.evaluate import examination, measured
-    from llava_cot.run import read_recipe
+    from llava_cot.run import read_recipe, settings_from
     from llava_cot.train import resume
 
     recipe = read_recipe(out)
@@ -153,7 +153,7 @@ def _resume(out, start, json) -> dict:
             f"resume {out}: this run was given rows in memory, by a notebook; go on with"
             " train.resume(out, rows)"
         )
-    s = Settings.from_dict(recipe["settings"])
+    s = settings_from(recipe["settings"])
     rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
     say(f"going on with the run in {out}", json=json)
     more = measured(recipe["source"], examiner, s.eval_every)
@@ -307,12 +307,12 @@ def _skeleton(name: str) -> tuple:
 # %% ../nbs/40_commands.ipynb #c013r
 def _dry_rows(s, rows, processor) -> str:
     "How many rows fit, and how many updates they make."
-    from llava_cot.batches import rows_that_fit
+    from llava_cot.batches import reader_of, rows_that_fit
     from llava_cot.train import PhaseRows, select_rows
 
-    keep, dropped = rows_that_fit(s.reader(rows, processor))
+    keep, dropped = rows_that_fit(reader_of(s, rows, processor))
     for i in keep[:4]:
-        s.reader(rows, processor)[0, i]
+        reader_of(s, rows, processor)[0, i]
     left = select_rows(rows, keep)
     updates = [PhaseRows.of(s, phase, left, processor).updates for phase in s.schedule]
     return (

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concatenate_datasets
-from fastcore.basics import patch
 
 from . import cot
 from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, Problem
@@ -63,7 +62,7 @@ def load(
     table = pa.concat_tables(tables)
     if isinstance(source, JsonRows):
         return Dataset(table, info=DatasetInfo(features=FEATURES))
-    return source.with_texts(table)
+    return _with_texts(source, table)
 
 
 def repeated_id(id: str, number: int, lines: dict[str, int], source) -> list[Problem]:
@@ -145,12 +144,11 @@ def _listed(images: Dataset) -> Dataset:
     return Dataset(table, info=DatasetInfo(features=Features(images=FEATURES["images"])))
 
 
-@patch
-def with_texts(self: TableRows, texts: pa.Table) -> Dataset:
+def _with_texts(source: TableRows, texts: pa.Table) -> Dataset:
     "The table's own images beside checked ids, messages and sources."
     columns = Features({name: kind for name, kind in FEATURES.items() if name != "images"})
     texts = Dataset(texts.drop_columns(["images"]), info=DatasetInfo(features=columns))
-    images = self.ds.select_columns(["images"]).with_format(None)
+    images = source.ds.select_columns(["images"]).with_format(None)
     if isinstance(images.features["images"], Image):
         images = _listed(images)
     elif images.features["images"] != FEATURES["images"]:

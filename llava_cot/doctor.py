@@ -532,7 +532,8 @@ def write_clean(
     if self.rows <= len(reasons):
         raise DataError(f"{out}: no row is without errors, so there is nothing to write")
     with whole_folder(out) as new:
-        kept = self.source.write(new, reasons, self.used)
+        write_rows = _write_lines if isinstance(self.source, JsonRows) else _write_table
+        kept = write_rows(self.source, new, reasons, self.used)
     return kept, len(reasons)
 
 
@@ -551,17 +552,16 @@ def _dropped(place: str, reasons: list, row) -> str:
     return json.dumps({"row": place, "reasons": reasons, "content": row}, ensure_ascii=False) + "\n"
 
 # %% ../nbs/08_doctor.ipynb #d091
-@patch
-def write(self: JsonRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
+def _write_lines(source: JsonRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
     "The rows of a file that are not `bad`, byte for byte, and what they show; returns how many."
-    start, between, end = (b"[\n", b",\n", b"\n]\n") if self.listed else (b"", b"\n", b"\n")
+    start, between, end = (b"[\n", b",\n", b"\n]\n") if source.listed else (b"", b"\n", b"\n")
     kept = 0
     dropped_file = open(out / "dropped.jsonl", "w", encoding="utf-8", errors="replace")
-    with open(out / self.file.name, "wb") as f, dropped_file as dropped:
-        for number, raw in itertools.chain.from_iterable(self.portions(1000)):
+    with open(out / source.file.name, "wb") as f, dropped_file as dropped:
+        for number, raw in itertools.chain.from_iterable(source.portions(1000)):
             if number in bad:
                 content = raw.decode("utf-8", "replace").strip("\r\n")
-                dropped.write(_dropped(self.where(number), bad[number], content))
+                dropped.write(_dropped(source.where(number), bad[number], content))
             else:
                 f.write((between if kept else start) + raw.strip(b"\r\n"))
                 kept += 1
@@ -585,14 +585,13 @@ def _link_images(images: Iterable[tuple[str, str]], out: Path):
             _link(part, out / (name if name.startswith("image") else f"image-{name}"))
 
 # %% ../nbs/08_doctor.ipynb #doctor-write-table
-@patch
-def write(self: TableRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
+def _write_table(source: TableRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
     "The rows of a table that are not `bad`, as `save_to_disk` writes them; returns how many."
-    keep = [i for i in range(len(self.ds)) if i not in bad]
-    rest = self.raw.select_columns([c for c in self.ds.column_names if c != "images"])
+    keep = [i for i in range(len(source.ds)) if i not in bad]
+    rest = source.raw.select_columns([c for c in source.ds.column_names if c != "images"])
     lines = []
     for i, reasons in sorted(bad.items()):
-        lines.append(_dropped(self.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
-    self.ds.select(keep).save_to_disk(out)
+        lines.append(_dropped(source.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
+    source.ds.select(keep).save_to_disk(out)
     write_file(out / "dropped.jsonl", "".join(lines))
     return len(keep)

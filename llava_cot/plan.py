@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import models, train
+from .batches import phase_settings
 from .cot import InputError
 from .distributed import fake_mesh, fsdp_policy, shard
 from .families import example_batch, parts
@@ -343,7 +344,7 @@ def plan(
             _shard(model, s.precision, mesh, ledger)
         phases = []
         for phase in s.schedule:
-            own = s.for_phase(phase)
+            own = phase_settings(s, phase)
             made = _planned(model, mode, phase, own, rows_of(own), accelerator, ledger)
             phases.append(_timed(made, phase, s, rows, gpus, card, mfu))
     setting = {k: getattr(s, k) for k in ("precision", "checkpointing", "engine")}
@@ -389,7 +390,7 @@ def _timed(planned: PhasePlan, phase, s, rows, gpus, card, mfu) -> PhasePlan:
     "With updates and hours, where they are known."
     updates, hours = phase.updates, None
     if not updates and rows:
-        updates, _ = train.phase_length(s.for_phase(phase), phase, rows, gpus)
+        updates, _ = train.phase_length(phase_settings(s, phase), phase, rows, gpus)
     if updates and card:
         hours = updates * planned.flops / (card.flops * mfu) / 3600
     return replace(planned, updates=updates or None, hours=hours)

@@ -23,8 +23,7 @@ from matplotlib.figure import Figure
 from .cot import LLAVA_COT, STAGES, CoTFormat, spans
 from .evaluate import Report, ScoredRow
 from .files import write_file
-from .run import plot_losses, read_lines, read_recipe, versions
-from .settings import Settings
+from .run import plot_losses, read_lines, read_recipe, settings_from, versions
 from .show import data_uri, figure_png, page_html, png_html, table_html
 from .tokens import COLOURS
 
@@ -284,7 +283,7 @@ def _run_plots(
     if info["metrics"]:
         found["loss.png"] = figure_png(plot_losses(info["metrics"], evals=info["evals"]))
     if info["recipe"]:
-        schedule = Settings.from_dict(info["recipe"]["settings"]).schedule
+        schedule = settings_from(info["recipe"]["settings"]).schedule
         done = zip(schedule, info["phases"])
         per_epoch = [round(record["updates"] / p.epochs) for p, record in done if p.epochs]
         length = max(1, per_epoch[0]) if per_epoch else None

@@ -31,6 +31,8 @@ from llava_cot.batches import (
     Reader,
     length_options,
     loader,
+    phase_settings,
+    reader_of,
     rows_that_fit,
     select_rows,
     stable_seed,
@@ -100,10 +102,10 @@ class PhaseRows:
         processes: int = 1,
     ) -> "PhaseRows":
         "Mixes and counts. Raises `RunError` or `AugmentError` for what the phase cannot have."
-        own = settings.for_phase(phase)
+        own = phase_settings(settings, phase)
         mixed = phase_rows(rows, phase, settings.seed)
         updates, per_epoch = phase_length(own, phase, len(mixed), processes)
-        return cls(own.reader(mixed, processor), updates, per_epoch)
+        return cls(reader_of(own, mixed, processor), updates, per_epoch)
 
 # %% ../nbs/28_train.ipynb #c044
 def prepare_phase(
@@ -181,7 +183,7 @@ def check_cache(settings: Settings) -> None:
     "Raises `RunError` where features would be kept that no phase could use."
     if not settings.cache_vision:
         return
-    if not any(_features_are_fixed(settings.for_phase(p), p) for p in settings.schedule):
+    if not any(_features_are_fixed(phase_settings(settings, p), p) for p in settings.schedule):
         raise RunError(
             f"cache_vision: found {settings.cache_vision} and no phase that could use it: each"
             " trains vision or augments pictures; leave it out, or give a phase augment: none"
@@ -191,7 +193,7 @@ def check_cache(settings: Settings) -> None:
 @contextlib.contextmanager
 def _memory_savers(run: Run, phase: Phase, processes: int = 1):
     "While inside, the model computes as `checkpointing` and `cache_vision` say."
-    s = run.settings.for_phase(phase)
+    s = phase_settings(run.settings, phase)
     model = getattr(run.model, "module", run.model)
     folder = Path(s.cache_folder) if s.cache_folder else run.out / "vision"
     with contextlib.ExitStack() as stack:
@@ -222,7 +224,7 @@ def _fit_batch_sizes(
     model.to(accelerator.device)
     phases = []
     for phase, its in zip(s.schedule, reads):
-        own = s.for_phase(phase)
+        own = phase_settings(s, phase)
 
         def attempt(n):
             memory.try_batch(n, model, its.reader, phase, accelerator, s.checkpointing)
@@ -296,7 +298,7 @@ class Validation:
 
 def _plain_reader(run: Run, rows) -> Reader:
     "Rows as they are, without augmentation."
-    return replace(run.settings, augment=None).reader(rows, run.processor)
+    return reader_of(replace(run.settings, augment=None), rows, run.processor)
 
 # %% ../nbs/28_train.ipynb #c043e
 def _validate(
@@ -478,7 +480,7 @@ def one_phase(
 ) -> None:
     "Trains the phase under way to its end. Raises `KeyboardInterrupt`, all saved, if asked to."
     clock, phase = Clock(), run.settings.schedule[run.phase]
-    s, total = run.settings.for_phase(phase), reads.updates
+    s, total = phase_settings(run.settings, phase), reads.updates
     carried, run.carried = run.carried, None
     prepared = prepare_phase(run.model, phase, total, accelerator, state, carried, s)
     if s.weights != "float32":
@@ -569,7 +571,7 @@ def _check_request(s: Settings, exam: Validation, rows, out) -> None:
 
 def _plan_reading(s: Settings, rows, processor, accelerator: Accelerator) -> tuple[list, list]:
     "What each phase reads of the rows that fit, and the ids of those dropped."
-    keep, dropped = rows_that_fit(s.reader(rows, processor))
+    keep, dropped = rows_that_fit(reader_of(s, rows, processor))
     rows, processes = select_rows(rows, keep), accelerator.num_processes
     return [PhaseRows.of(s, phase, rows, processor, processes) for phase in s.schedule], dropped
 
@@ -679,7 +681,7 @@ def resume(
     "Goes on where a run stopped, to the end of the run that never was. Raises `RunError`."
     recipe = runs.read_recipe(out)
     exam = Validation(held_out, retain, measure, ability, after_phase)
-    s = Settings.from_dict(recipe["settings"])
+    s = runs.settings_from(recipe["settings"])
     accelerator = _accelerator(s, out)
     rows = _rows_again(out, recipe, data, exam, s)
     newest = None

@@ -29,7 +29,7 @@ def test_settings_survive_yaml():
         stage_weights=dict(CONCLUSION=2.0),
         group_by_length=True,
     )
-    assert runs.Settings.from_dict(yaml.safe_load(yaml.safe_dump(s.to_dict()))) == s
+    assert runs.settings_from(yaml.safe_load(yaml.safe_dump(s.to_dict()))) == s
 
 
 def test_a_log_is_cut_where_the_run_goes_on():

@@ -3,9 +3,10 @@
     python tools/check.py    end non-zero if something is found; names notebook and cell
 
 It looks at columns, statements a line and names nobody binds (ruff), at the order of the
-notebooks (a module imports only modules of notebooks before its own), at the size of modules, at
-the form of test names, for cells committed with an error, and at leaks: a cell of the story that
-reads a name which a proof has bound again, so that its output is not what a reader gets.
+notebooks (a module imports only modules of notebooks before its own, and adds no method to their
+classes), at the size of modules, at the form of test names, for cells committed with an error, and
+at leaks: a cell of the story that reads a name which a proof has bound again, so that its output is
+not what a reader gets.
 """
 
 import ast
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 700
+SHOWN_LATER = {"Report"}  # what evaluate counts, report draws
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -96,6 +98,22 @@ def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
 
 
+def patches() -> list[str]:
+    "Methods that a module puts on a class of another: its notebook would change it for all others."
+    found = []
+    for path in sorted((ROOT / "llava_cot").glob("[a-z]*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        own = {node.name for node in body if isinstance(node, ast.ClassDef)}
+        for node in body:
+            marks = [ast.unparse(d) for d in getattr(node, "decorator_list", ())]
+            if any(re.match(r"patch\b", mark) for mark in marks):
+                owner = ast.unparse(node.args.args[0].annotation)
+                if owner not in own | SHOWN_LATER:
+                    place = f"llava_cot/{path.name}:{node.lineno}"
+                    found.append(f"{place}: {node.name} is patched into {owner}, another module's")
+    return found
+
+
 # Proofs
 
 
@@ -162,7 +180,7 @@ def errors(path: Path) -> list[str]:
 
 def main() -> None:
     os.chdir(ROOT)
-    found = lines() + lengths() + order()
+    found = lines() + lengths() + order() + patches()
     for path in notebooks():
         found += leaks(path) + test_names(path) + errors(path)
     print("\n".join(found) or "tools/check.py: nothing found")
