@@ -23,7 +23,7 @@ from llava_cot.cot import CoT, render
 from llava_cot.gate import LIGHT, STRONG, TRANSFORMS, AugmentError, Policy
 from llava_cot.template import TokensError
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
-from llava_cot.tokens import encode, show_mask
+from llava_cot.tokens import encode, seen, show_mask
 
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 
@@ -171,24 +171,6 @@ def look():
         return moves(page, view, "hue", 2), moves(page, view, "rotation", 3)
 
 
-def test_what_is_seen_is_the_picture():
-    for tiny in TINY:
-        toy = tiny()[1]
-        for size in ((48, 48), (96, 54), (30, 80)):
-            flat = Image.new("RGB", size, (200, 40, 90))
-            seen = seen_images(encode(drawn(images=[flat, flat]), toy), toy)
-            assert len(seen) == 2
-            assert (200, 40, 90) in seen[0][0].get_flattened_data()
-        halves = Image.new("RGB", (48, 48), "red")
-        halves.paste((0, 0, 255), (24, 0, 48, 48))
-        first = seen_images(encode(drawn(images=[halves]), toy), toy)[0][0]
-        w, h = first.size
-        assert first.getpixel((1, h // 2)) == (255, 0, 0)
-        assert first.getpixel((w - 2, h // 2)) == (0, 0, 255)
-        assert first.getpixel((1, h - 2)) == (255, 0, 0)
-    assert seen_images(encode(drawn(images=[]), toy), toy) == []
-
-
 def test_rows_are_shown_with_their_pictures_and_refusals():
     for tiny in TINY:
         toy = tiny()[1]
@@ -198,7 +180,7 @@ def test_rows_are_shown_with_their_pictures_and_refusals():
             drawn("How <|image|> <image> <|image_pad|>?", name="bad"),
         ]
         whole = show_page(mixed, toy, title="a & b")
-        pieces = sum(len(tiles) for tiles in seen_images(encode(mixed[0], toy), toy))
+        pieces = sum(len(tiles) for tiles in seen(encode(mixed[0], toy), toy))
         assert whole.count("data:image/png;base64,") == 2 + pieces + 1 and "http" not in whole
         assert "&lt;two&gt;" in whole and "<two>" not in whole and "a &amp; b" in whole
         assert whole.count("<b>refused:</b>") == 1 and "bad: the user" in whole
@@ -249,9 +231,9 @@ def test_previews_of_augmentation_show_what_the_tower_sees():
         toy = tiny()[1]
         good = drawn()
         bad = drawn("How <|image|> <image> <|image_pad|>?", name="bad")
-        tiles = [tile for tiles in seen_images(encode(good, toy), toy) for tile in tiles]
-        seen = image_viewer(toy)(good)
-        assert [tile.tobytes() for tile in seen] == [tile.tobytes() for tile in tiles]
+        tiles = [tile for tiles in seen(encode(good, toy), toy) for tile in tiles]
+        views = image_viewer(toy)(good)
+        assert [tile.tobytes() for tile in views] == [tile.tobytes() for tile in tiles]
         assert image_viewer(toy)(bad) == [] == image_viewer(toy)(drawn(images=[]))
         assert image_viewer(toy, max_length=20, too_long="drop")(good) == []
         explorer = explore([good], STRONG, see=image_viewer(toy))

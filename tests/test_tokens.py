@@ -541,6 +541,24 @@ def test_show_mask_counts_and_escapes():
         assert "pad × 3" in show_mask({"input_ids": blank, "attention_mask": blank}, toy).html
 
 
+def test_what_is_seen_is_the_picture():
+    for tiny in TINY:
+        toy = tiny()[1]
+        for size in ((48, 48), (96, 54), (30, 80)):
+            flat = Image.new("RGB", size, (200, 40, 90))
+            views = seen(encode(example(images=[flat, flat]), toy), toy)
+            assert len(views) == 2
+            assert (200, 40, 90) in views[0][0].get_flattened_data()
+        halves = Image.new("RGB", (48, 48), "red")
+        halves.paste((0, 0, 255), (24, 0, 48, 48))
+        first = seen(encode(example(images=[halves]), toy), toy)[0][0]
+        w, h = first.size
+        assert first.getpixel((1, h // 2)) == (255, 0, 0)
+        assert first.getpixel((w - 2, h // 2)) == (0, 0, 255)
+        assert first.getpixel((1, h - 2)) == (255, 0, 0)
+    assert seen(encode(example(images=[]), toy), toy) == []
+
+
 def test_learned_is_exactly_the_answers_and_their_end_tokens():
     every(learned_is_the_answers)
 
