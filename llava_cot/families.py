@@ -44,6 +44,11 @@ def _none_unused(config: PreTrainedConfig) -> str:
 def _as_it_is(model: PreTrainedModel) -> None:
     "Needs no mend."
 
+
+def _as_named(config: PreTrainedConfig, name: str) -> str:
+    "A weight that is called in a file as it is in the model."
+    return name
+
 # %% ../nbs/10_families.ipynb #c014
 @dataclass(frozen=True)
 class Family:
@@ -58,6 +63,7 @@ class Family:
     named: Mapping[str, tuple] = field(default_factory=dict)  # name -> part, config -> its layers
     prepare: Callable = _as_it_is  # mends the model, after it is built or loaded
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
+    stored: Callable = _as_named  # config, name of a weight -> its name in a file
 
 # %% ../nbs/10_families.ipynb #c016
 def _llava_unused(config):
@@ -130,6 +136,15 @@ class Qwen2_5_VLProcessor(qwen.Qwen2_5_VLProcessor):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+# %% ../nbs/10_families.ipynb #fa-stored
+def _llava_stored(config, name):
+    "The name of a weight as transformers 4 knows it, too."
+    tower, old = "model.vision_tower.", "model.vision_tower.vision_model."
+    renamed = config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+    if not renamed or not name.startswith(tower) or name.startswith(old):
+        return name
+    return old + name.removeprefix(tower)
 
 # %% ../nbs/10_families.ipynb #c021t
 def _clip_split(pixel_values, **how):
@@ -258,6 +273,7 @@ _LLAVA = Family(
     sees=_llava_sees,
     batch=_llava_batch,
     unused=_llava_unused,
+    stored=_llava_stored,
 )
 
 # %% ../nbs/10_families.ipynb #c022b
@@ -268,6 +284,7 @@ _LLAVA_NEXT = Family(
     sees=_llava_next_sees,
     batch=_llava_next_batch,
     unused=_llava_unused,
+    stored=_llava_stored,
 )
 
 _QWEN = Family(
