@@ -6,8 +6,8 @@
 __all__ = ['LOGS', 'check_folder', 'new_folder', 'settings_from', 'versions', 'rows_digest', 'read_recipe', 'Run', 'seed_dropout',
            'read_lines', 'Log', 'Clock', 'list_checkpoints', 'prune_checkpoints', 'newest_checkpoint',
            'save_checkpoint', 'remove_leftovers', 'graceful_stop', 'loss_spike', 'find_event', 'examples_of',
-           'remember_loss', 'stop_if_nonfinite', 'phase_record', 'start_run', 'save_result', 'plot_losses',
-           'ProgressDisplay', 'tracker_values']
+           'remember_loss', 'stop_if_nonfinite', 'phase_record', 'start_run', 'result_dtype', 'save_result',
+           'keep_adapter', 'plot_losses', 'ProgressDisplay', 'tracker_values']
 
 # %% ../nbs/27_run.ipynb #run-imports
 import contextlib
@@ -43,9 +43,10 @@ from .distributed import gather_state
 from .files import sealed, why_broken, write_file, writing
 from .gate import Policy
 from .models import model_digest
-from .schedule import Phase, Schedule
+from .schedule import Phase, Schedule, has_adapters_on
 from .settings import RunError, Settings
 from .show import table_html
+from .tiny import TINY
 
 # %% ../nbs/27_run.ipynb #c030
 def check_folder(out) -> Path:
@@ -309,7 +310,7 @@ def remove_leftovers(out) -> None:
     out = Path(out)
     for left in out.glob(".model.*"):
         shutil.rmtree(left)
-    for inside in (out / "checkpoints", out / "best"):
+    for inside in (out / "checkpoints", out / "best", out / "adapters"):
         for pattern in ("..*", ".tmp-*", ".old-*"):
             for left in inside.glob(pattern):
                 shutil.rmtree(left)
@@ -464,6 +465,7 @@ def start_run(
         recipe |= dict(
             start=model_digest(run.model) if again else None,
             settings=s.to_dict(),
+            dtype=str(models.stored_dtype(run.model, s.save_dtype)).removeprefix("torch."),
             fingerprint=models.fingerprint(run.processor),
             versions=versions(),
         )
@@ -482,15 +484,43 @@ def start_run(
         save_checkpoint(run, accelerator)
 
 
+def result_dtype(run: Run) -> torch.dtype | None:
+    "In which type `model/` and `best/` are written, as the recipe says; `None`: as the model is."
+    said = read_recipe(run.out).get("dtype")
+    return said and getattr(torch, said)
+
+
 def save_result(run: Run, accelerator: Accelerator) -> None:
     "The result: `model/` and `phases.json`."
     weights = gather_state(run.model)[0]
     if accelerator.is_main_process:
         with writing(run.out, "model"):
-            models.save(run.model.eval(), run.processor, run.out / "model", weights)
+            how = dict(dtype=result_dtype(run))
+            models.save(run.model.eval(), run.processor, run.out / "model", weights, **how)
             write_file(run.out / "phases.json", json.dumps(run.phases, indent=1))
     for tracker in accelerator.trackers:
         tracker.finish()  # not end_training: it would end the processes' group, and more may follow
+
+# %% ../nbs/27_run.ipynb #sv-adapter
+def _adapter_base(run: Run, phase: Phase) -> str | None:
+    "Folder or hub name of the model that a phase's adapters stand on; `None`: there is none."
+    name, s = (read_recipe(run.out)["source"] or {}).get("model"), run.settings
+    only_adapters = all(has_adapters_on(phase, key) for key in phase.train)
+    as_opened = run.phase == 0 and not s.separator_tokens and s.weights == "float32"
+    return name if as_opened and only_adapters and name not in TINY else None
+
+
+def keep_adapter(
+    run: Run,
+    phase: Phase,  # that is over, its adapters not yet merged
+    accelerator: Accelerator,
+) -> None:
+    "Writes the LoRA of a phase to `adapters/PHASE`, where the settings want it kept."
+    if not (run.settings.keep_adapter and phase.lora and accelerator.is_main_process):
+        return
+    folder = run.out / "adapters" / phase.name
+    with writing(run.out, f"adapters/{phase.name}"):
+        models.save_adapter(run.model, run.processor, folder, _adapter_base(run, phase))
 
 # %% ../nbs/27_run.ipynb #w041
 _STYLES = dict(

@@ -152,6 +152,15 @@ _LOGS = "checkpoints and logs"
 class _Logs(_Shown):
     save_every: int = option(200, "updates between checkpoints", _LOGS, least=1)
     keep: int = option(2, "checkpoints kept, the last ones", _LOGS, least=1)
+    save_dtype: str | None = option(
+        None,
+        "type of the weights in model/ and best/; none: that in which the model was opened",
+        _LOGS,
+        (None, "float32", "bf16", "fp16"),
+    )
+    keep_adapter: bool = option(
+        False, "keep the LoRA of a phase, besides the merged model, as a PEFT folder", _LOGS
+    )
     eval_every: int | None = option(
         None,
         "updates between measurements of the validation loss; none: after each phase",
@@ -212,6 +221,8 @@ def _check_together(s: Settings) -> None:
     if s.weights != "float32" and s.precision == "fp16":
         expected = "expected precision no or bf16 beside 16-bit weights"
         raise RunError(f"weights: found {s.weights} with precision fp16, {expected}")
+    if s.keep_adapter and s.schedule and not any(phase.lora for phase in s.schedule):
+        raise RunError("keep_adapter: no phase of the schedule has lora; leave it out, or add one")
     if s.too_long != "refuse" and not s.max_length:
         raise RunError(f"too_long: found {s.too_long!r} without max_length; give that, too")
 

@@ -321,7 +321,7 @@ def _validate(
     if accelerator.is_main_process:
         folder = run.out / "best" / f"{run.done:07d}"
         with writing(run.out, f"best/{folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights)
+            models.save(run.model, run.processor, new, weights, dtype=runs.result_dtype(run))
         for old in folder.parent.glob("[0-9]*"):
             if old != folder:
                 shutil.rmtree(old)
@@ -518,6 +518,7 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
         run.model = whole.to(accelerator.device)
     named = trained_parameters(run.model, phase).values()
     trained = sum(p.numel() for group in named for _, p in group)
+    runs.keep_adapter(run, phase, accelerator)
     models.merge_adapters(run.model)
     after = _measure_retention(run, exam, accelerator)
     record = runs.phase_record(run, phase, reads.updates, trained)

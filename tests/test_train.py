@@ -22,6 +22,8 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -416,6 +418,54 @@ def test_plain_transformers_opens_the_result():
                 AutoProcessor.from_pretrained(ended.out / "model"),
             )
             assert all(torch.equal(p, weights(toy)[n]) for n, p in again.named_parameters())
+
+
+def test_results_have_the_opened_type_and_adapters_are_kept():
+    lora = dict(on=["language"], r=2, alpha=8.0)
+    kept_ = Schedule(
+        [
+            Phase("first", train={"language": 3e-2}, lora=lora, updates=3),
+            Phase("second", train={"projector": 1e-2, "language": 3e-2}, lora=lora, updates=3),
+        ]
+    )
+    asked_ = dict(batch_size=4, save_every=2, keep_adapter=True, progress=False)
+    with tempfile.TemporaryDirectory() as tmp:
+        toy, its = tiny_mllama(seed=0)
+        base, out = f"{tmp}/base", Path(tmp) / "run"
+        models.save(toy, its, base, dtype=torch.bfloat16)
+        asked_ |= dict(source=dict(model=base), held_out=some_rows(4))
+        with interrupted(5), pytest.raises(KeyboardInterrupt):
+            train.fit(*models.load(base), ROWS, kept_, out, **asked_)
+        ended = train.resume(out, ROWS, held_out=some_rows(4), progress=False)
+        stored = load_file(out / "model/model.safetensors")
+        [best] = (out / "best").iterdir()
+        for folder, dtype in (
+            ("model", "bfloat16"),
+            (best, "bfloat16"),
+            ("checkpoints/1-0000006", "float32"),
+        ):
+            found = AutoModelForImageTextToText.from_pretrained(out / folder)
+            assert str(found.dtype) == f"torch.{dtype}", folder
+        row = Collator(its)([encode(ROWS[0], its)])
+        row = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
+        bases = []
+        for phase in kept_:
+            folder = out / "adapters" / phase.name
+            bases.append(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+            plain = AutoModelForImageTextToText.from_pretrained(bases[-1], dtype=torch.float32)
+            families.family_of(plain).prepare(plain)
+            before = plain(**row).logits
+            got = PeftModel.from_pretrained(plain, folder).eval()(**row).logits
+            assert (got - before).abs().max() > 1e-4
+        assert bases == [base, str(out / "adapters/second/base")]
+        assert (got - ended.model.eval()(**row).logits).abs().max() < 1e-5
+        with pytest.raises(RunError, match="keep_adapter: no phase"):
+            train.fit(toy, its, ROWS, BOTH, Path(tmp) / "none", **asked_)
+        assert not (Path(tmp) / "none").exists()
+        asked_ |= dict(save_dtype="float32", keep_adapter=False, held_out=None)
+        train.fit(*models.load(base), ROWS, Schedule(kept_[:1]), Path(tmp) / "wide", **asked_)
+        found = AutoModelForImageTextToText.from_pretrained(Path(tmp) / "wide/model")
+        assert found.dtype == torch.float32 and not (Path(tmp) / "wide/adapters").exists()
 
 
 def test_all_options_together_and_a_resumed_run():
