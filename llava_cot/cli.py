@@ -31,6 +31,7 @@ from llava_cot.commands import (
     evaluate,
     plan,
     preview,
+    push,
     recipes,
     setting_fields,
     train,
@@ -39,8 +40,17 @@ from .cot import FORMATS, InputError
 
 # %% ../nbs/41_cli.ipynb #cli-commands
 COMMANDS = dict(
-    demo=demo, check=check, preview=preview, plan=plan, train=train, eval=evaluate, ask=ask, env=env
+    demo=demo,
+    check=check,
+    preview=preview,
+    plan=plan,
+    train=train,
+    eval=evaluate,
+    ask=ask,
+    push=push,
+    env=env,
 )
+_PLACES = dict(check=("path",), push=("folder", "repo"))  # what is given without an option's name
 _GROUPS = dict.fromkeys(("data", "model", "out", "schedule"), "what is trained on what")
 _GROUPS |= dict.fromkeys(("fmt", "augment"), "rows")
 _GROUPS |= dict.fromkeys(
@@ -119,9 +129,10 @@ def parser() -> ArgumentParser:
 
 def _parser_of(function) -> ArgumentParser:
     "The parser of one command."
-    path = " PATH" if function is check else ""
+    places = _PLACES.get(_word(function), ())
+    words = " ".join([_word(function), *map(str.upper, places)])
     p = ArgumentParser(
-        usage=f"llava-cot {_word(function)}{path} [options]",
+        usage=f"llava-cot {words} [options]",
         description=function.__doc__,
         exit_on_error=False,
         allow_abbrev=False,
@@ -134,7 +145,7 @@ def _parser_of(function) -> ArgumentParser:
     for o in options(function):
         if o.group not in groups:
             groups[o.group] = p.add_argument_group(o.group)
-        _add(groups[o.group], o, positional=function is check and o.name == "path")
+        _add(groups[o.group], o, positional=o.name in places)
     return p
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CliError', 'Interrupted', 'say', 'setting_fields', 'train', 'summary', 'recipes', 'plan', 'demo', 'evaluate', 'ask',
-           'check', 'preview', 'env']
+           'check', 'preview', 'push', 'env']
 
 # %% ../nbs/40_commands.ipynb #commands-imports
 import json as json_module
@@ -167,10 +167,12 @@ def _resume(out, start, json) -> dict:
 def _finish(run, examiner, start, json) -> dict:
     "The report: files in the run's folder, a summary on the terminal."
     from llava_cot.report import write_report
+    from llava_cot.share import model_card
 
     if not _first():
         return {}
     report = write_report(run.out, examiner.report, seconds=time.time() - start)
+    model_card(run.out)
     ends = f"model   {run.out / 'model'}\nreport  {run.out / 'report.html'}"
     say(f"{summary(report)}\n\n{ends}", json=json)
     if json:
@@ -605,6 +607,29 @@ def _chosen(rows: str, n: int) -> list[int]:
         f"rows: found {rows!r}, expected numbers below {n} such as 0,3 or a slice such as 0:8 of"
         f" the {n} rows"
     )
+
+# %% ../nbs/40_commands.ipynb #commands-push
+def push(
+    folder: str,  # of a run, or of a model
+    repo: str,  # where to: OWNER/NAME on the hub; made if it is not there
+    private: bool = False,  # a new repository is seen by its owner only
+    dry_run: bool = False,  # say what would be sent, and send nothing
+    json: bool = False,  # print what was sent as JSON, all else to stderr
+) -> dict:
+    "Send a model with its card to the hub, by the token in HF_TOKEN."
+    from llava_cot import share
+
+    told = share.push(folder, repo, private, dry_run=True)
+    width = max(map(len, told["files"]))
+    lines = [f"{name:{width}}  {size:>14,} bytes" for name, size in told["files"].items()]
+    seen = "private" if private else "public"
+    say("\n".join([f"to {told['url']}, {seen} if it is new:", *lines]), json=json)
+    if not dry_run:
+        told = share.push(folder, repo, private)
+        say(f"sent, as commit {told['commit'][:12]}", json=json)
+    if json:
+        print(json_module.dumps(told))
+    return told
 
 # %% ../nbs/40_commands.ipynb #commands-env
 _PACKAGES = (

@@ -609,7 +609,7 @@ def fit(
     if s.find_batch_size:
         s = _fit_batch_sizes(s, model, reads, accelerator, progress)
     run = Run(Path(out), s, model=model, processor=processor)
-    recipe = dict(source=source, rows=runs.rows_digest(data), exam=exam.digests())
+    recipe = dict(source=source, exam=exam.digests()) | runs.rows_facts(data)
     runs.start_run(run, accelerator, recipe, dropped, progress)
     return _run_phases(run, reads, exam, accelerator, progress)
 
