@@ -247,7 +247,7 @@ def save(
         if apart and adapter_layers(model):
             save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
         processor.save_pretrained(new)
-        _open_to_both(new, dtype)
+        _open_to_both(new, dtype, processor.tokenizer)
         write_file(new / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
 
 
@@ -313,19 +313,20 @@ def _config_for_both(config: dict, dtype: torch.dtype) -> dict:
     return config
 
 
-def _tokenizer_for_both(config: dict) -> dict:
-    "A tokenizer's config in words that both versions know."
-    if config["tokenizer_class"] == "TokenizersBackend":
+def _tokenizer_for_both(config: dict, tokenizer) -> dict:
+    "A config that leaves `tokenizer.json` as it is, in words that both versions know."
+    if config.get("backend") == "tokenizers":  # any class of its own would change it on opening
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = list(tokenizer.model_input_names)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return config
 
 
-def _open_to_both(folder: Path, dtype: torch.dtype) -> None:
+def _open_to_both(folder: Path, dtype: torch.dtype, tokenizer) -> None:
     "Lets transformers 4.57 open what 5 has written, to the same numbers."
     _edit_json(folder / "config.json", lambda config: _config_for_both(config, dtype))
-    _edit_json(folder / "tokenizer_config.json", _tokenizer_for_both)
+    _edit_json(folder / "tokenizer_config.json", lambda c: _tokenizer_for_both(c, tokenizer))
     held = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     pixels = held["image_processor"] | dict(processor_class=held["processor_class"])
     write_file(folder / "preprocessor_config.json", json.dumps(pixels, indent=2) + "\n")

@@ -493,8 +493,9 @@ def start_run(
 
 
 def result_dtype(run: Run) -> torch.dtype | None:
-    "In which type `model/` and `best/` are written, as the recipe says; `None`: as the model is."
-    said = read_recipe(run.out).get("dtype")
+    "In which type `model/` and `best/` are written, by the recipe; `None`: as the model is."
+    there = (run.out / "recipe.yaml").is_file()
+    said = read_recipe(run.out).get("dtype") if there else None
     return said and getattr(torch, said)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
-from llava_cot.models import _adapter_state
+from llava_cot.models import _adapter_state, _tokenizer_for_both
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode
@@ -216,6 +216,11 @@ def test_a_saved_folder_says_everything_in_both_ways():
         tower = [n for n in names if "vision_tower." in n]
         assert all("vision_tower.vision_model." in n for n in tower)
         assert bool(tower) == ("llava" in toy.config.model_type)
+    for kind, backend in (("LlamaTokenizer", "tokenizers"), ("LlamaTokenizer", "sentencepiece")):
+        told = _tokenizer_for_both(dict(tokenizer_class=kind, backend=backend), own.tokenizer)
+        changed = backend == "tokenizers"  # there is a tokenizer.json, and it alone decides
+        assert told["tokenizer_class"] == ("PreTrainedTokenizerFast" if changed else kind)
+        assert ("model_input_names" in told) == changed
 
 
 @pytest.mark.slow
