@@ -183,6 +183,15 @@ def test_a_result_is_written_in_the_type_that_was_opened():
             assert {w.dtype for w in three.values()} == {torch.float32}
             assert AutoModelForImageTextToText.from_pretrained(f"{d}/again").dtype == torch.bfloat16
             assert wide.dtype == torch.float32  # the model itself has not changed
+            for places in (("text_config",), ()):  # configs by other hands
+                file = Path(f"{d}/half/config.json")
+                said = json.loads(file.read_text())
+                for part in {"", "text_config", "vision_config"} - set(places):
+                    (said[part] if part else said).pop("dtype", None)
+                file.write_text(json.dumps(said))
+                assert (
+                    stored_dtype(load(f"{d}/half")[0]) == [torch.float32, torch.bfloat16][len(places)]
+                )
         assert stored_dtype(tiny()[0]) == torch.float32  # built, not opened
         assert stored_dtype(tiny()[0].bfloat16()) == torch.bfloat16
     large, own = tiny_llava()
@@ -386,6 +395,41 @@ def test_an_adapter_folder_opens_with_peft_and_gives_the_merged_logits():
                 "adapter_model.safetensors",
             ]
             assert not Path(f"{d}/inside/base/adapters.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_other_versions_of_peft_compute_the_same_from_an_adapter_folder():
+    if "LLAVA_COT_TRANSFORMERS_4" not in os.environ:
+        pytest.skip("LLAVA_COT_TRANSFORMERS_4 names no Python with transformers 4.57")
+    script = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+for d in sys.argv[1:]:
+    base = AutoModelForImageTextToText.from_pretrained(d + "/base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, d + "/adapter").eval()
+    with torch.no_grad():
+        got = model(**load_file(d + "/inputs")).logits
+    assert (got - load_file(d + "/wanted")["logits"]).abs().max() < 1e-5, d
+"""
+    with tempfile.TemporaryDirectory() as d:
+        for tiny in TINY:
+            toy, own = tiny()
+            at, row = f"{d}/{tiny.__name__}", model_inputs(batch_of(own))
+            save(toy, own, f"{at}/base")
+            towers = ["language"] if "llava" in at.rpartition("/")[2] else ["vision", "language"]
+            names = [n for found in linear_layers(toy, towers).values() for n in found]
+            add_adapters(toy, names, r=3, alpha=7)
+            for one in adapter_layers(toy).values():
+                torch.nn.init.normal_(one.lora_B["default"].weight, std=0.3)
+            save_adapter(toy, own, f"{at}/adapter", base=f"{at}/base")
+            save_file({k: v.contiguous() for k, v in row.items()}, f"{at}/inputs")
+            save_file({"logits": toy.eval()(**row).logits.detach()}, f"{at}/wanted")
+        folders = [f"{d}/{tiny.__name__}" for tiny in TINY]
+        for python in os.environ["LLAVA_COT_TRANSFORMERS_4"].split(os.pathsep):
+            told = subprocess.run([python, "-c", script, *folders], capture_output=True, text=True)
+            assert told.returncode == 0, (python, told.stderr[-2000:])
 
 
 def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
