@@ -44,7 +44,7 @@ def _none_unused(config: PreTrainedConfig) -> str:
 def _as_it_is(model: PreTrainedModel) -> None:
     "Needs no mend."
 
-
+# %% ../nbs/10_families.ipynb #fa-named
 def _as_named(config: PreTrainedConfig, name: str) -> str:
     "A weight that is called in a file as it is in the model."
     return name

@@ -12,7 +12,7 @@ __all__ = ['load', 'load_config', 'load_processor', 'fingerprint', 'check_prepro
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -152,12 +152,12 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrai
             model, info = AutoModelForImageTextToText.from_pretrained(
                 name, output_loading_info=True, **how
             )
+        model.opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
     except Exception as e:
         raise ModelError(f"{name}: its weights cannot be read ({_first_sentence(e)})") from e
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(f"{name}: weights are missing, {some}, …; is the file whole?")
-    model.opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
     return model
 
 # %% ../nbs/11_models.ipynb #c042
@@ -295,7 +295,7 @@ def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype) -> dict:
     return {name_of(model.config, n): w for n, w in named.items()}
 
 # %% ../nbs/11_models.ipynb #sv-both
-def _edit_json(file: Path, change: Callable[[dict], dict]) -> None:
+def _edit_json(file: Path, change) -> None:
     "What `change` makes of a JSON file, written in its place."
     held = change(json.loads(file.read_text(encoding="utf-8")))
     write_file(file, json.dumps(held, indent=2, ensure_ascii=False) + "\n")

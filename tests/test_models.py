@@ -3,8 +3,6 @@ import pytest
 from llava_cot.models import *
 
 import copy
-import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -23,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
-from llava_cot.models import _adapter_state, _tokenizer_for_both
+from llava_cot.models import _adapter_state
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode
@@ -48,6 +45,13 @@ def batch_of(processor, *examples):
 
 def model_inputs(batch):
     return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+
+import json
+import os
+
+from peft import PeftConfig, PeftModel
+
+from llava_cot.models import _tokenizer_for_both
 
 PROBE = """
 import importlib.metadata, json, sys
