@@ -72,8 +72,10 @@ class _Plain:
             ids, offsets = self.pieces(texts)
             return {"input_ids": ids, "offset_mapping": offsets}
         ids = [self.pieces(text)[0] for text in texts]
-        seen = [[1] * len(row) for row in ids]
-        return BatchEncoding({"input_ids": ids, "attention_mask": seen}, tensor_type=return_tensors)
+        attended = [[1] * len(row) for row in ids]
+        return BatchEncoding(
+            {"input_ids": ids, "attention_mask": attended}, tensor_type=return_tensors
+        )
 
     def pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         "ids, and offsets in the text as it reads without marks."
@@ -362,9 +364,9 @@ def encode(
 COLOURS = ("#d9d9d9", "#cfe8ff", "#d8f5d0", "#fff1b8", "#ffd9d0")  # as STAGE_NAMES
 
 
-def _kind(i: int, seen: int, label: int, stage: int, image: int | None) -> str | int | None:
+def _kind(i: int, attended: int, label: int, stage: int, image: int | None) -> str | int | None:
     "'pad', 'image', None for a token that is not learned, or the number of its stage."
-    if not seen:
+    if not attended:
         return "pad"
     if i == image:
         return "image"
@@ -373,11 +375,11 @@ def _kind(i: int, seen: int, label: int, stage: int, image: int | None) -> str |
 
 def _kinds(encoded: dict, processor: ProcessorMixin) -> tuple[list[int], list]:
     "ids, and the `_kind` of each."
-    ids, seen = encoded["input_ids"].tolist(), encoded["attention_mask"].tolist()
+    ids, attended = encoded["input_ids"].tolist(), encoded["attention_mask"].tolist()
     n, image = len(ids), getattr(processor, "image_token_id", None)
     labels = encoded["labels"].tolist() if "labels" in encoded else [-100] * n
     stages = encoded["stage_ids"].tolist() if "stage_ids" in encoded else [0] * n
-    return ids, [_kind(*token, image) for token in zip(ids, seen, labels, stages)]
+    return ids, [_kind(*token, image) for token in zip(ids, attended, labels, stages)]
 
 # %% ../nbs/14_tokens.ipynb #c044
 def _pieces(encoded: dict, processor: ProcessorMixin) -> Iterator[tuple]:

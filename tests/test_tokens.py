@@ -531,12 +531,12 @@ def lengths_are_nearly_those_of_encode(ex, processor):
 def test_show_mask_counts_and_escapes():
     for tiny in TINY:
         toy = tiny()[1]
-        seen = encode(example("<b>How</b> many?", "<b>Two</b> ☕"), toy)
-        view = show_mask(seen, toy)
+        encoded_row = encode(example("<b>How</b> many?", "<b>Two</b> ☕"), toy)
+        view = show_mask(encoded_row, toy)
         assert "<b>" not in view.html and "&lt;" in view.html
         assert "☕" in view.html and "\ufffd" not in view.html
-        assert sum(view.counts.values()) == len(seen["input_ids"])
-        assert view.counts["OTHER"] == (seen["labels"] != -100).sum()
+        assert sum(view.counts.values()) == len(encoded_row["input_ids"])
+        assert view.counts["OTHER"] == (encoded_row["labels"] != -100).sum()
         blank = torch.zeros(3, dtype=int)
         assert "pad × 3" in show_mask({"input_ids": blank, "attention_mask": blank}, toy).html
 
