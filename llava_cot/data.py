@@ -21,7 +21,8 @@ from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concate
 
 from . import cot
 from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, Problem
-from .files import DataError, read_bytes, why_unreadable, without_gc
+from .files import DataError, read_bytes, without_gc
+from .pictures import why_unreadable
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows
 
 # %% ../nbs/06_data.ipynb #d042
