@@ -22,7 +22,7 @@ def photo(size=(40, 30), seed=0):
     "A smooth picture in RGB, in which every corner differs."
     w, h = size
     x, y = np.meshgrid(np.linspace(0, 1, w), np.linspace(0, 1, h))
-    channels = (x, y, (x + y + seed) / 2 % 1)
+    channels = (x, y, np.abs((x / 2 + y / 2 + seed) % 2 - 1))
     return Image.fromarray((np.dstack(channels) * 255).astype(np.uint8))
 
 
@@ -129,7 +129,7 @@ def test_a_picture_is_turned_once_and_in_every_format():
             seen = read_picture(raw)
             assert seen.size == picture_size(raw) == upright.size, (kind, number)
             apart = np.abs(pixels(seen).astype(int) - pixels(upright))
-            assert apart.max() <= (9 if kind == "JPEG" else 0), (kind, number)
+            assert apart.max() <= (16 if kind == "JPEG" else 0), (kind, number)
             again = rgb(Image.open(io.BytesIO(raw)))
             assert np.array_equal(pixels(again), pixels(seen)) and rgb(again) is again
     damaged = saved(upright, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
@@ -259,7 +259,7 @@ def test_a_row_is_read_alike_from_every_kind_of_rows():
             for i, raw in enumerate(raws):
                 [seen] = example_at(some, i)["images"]
                 assert np.array_equal(pixels(seen), pixels(read_picture(raw)))
-            with pytest.raises(PictureError, match="r4: image '.*bad.png' cannot be read") as e:
+            with pytest.raises(PictureError, match="r4: image '.*bad.png' cannot be used") as e:
                 example_at(some, 4)
             assert e.value.id == "r4" and e.value.number == 2 and e.value.file == str(file)
             again = pickle.loads(pickle.dumps(e.value))
