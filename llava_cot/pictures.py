@@ -82,11 +82,28 @@ def _scaled(image: Image.Image) -> Image.Image:
     grey[clear] = 255
     return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
 
+# %% ../nbs/04_pictures.ipynb #pictures-clear
+def _rawmode(image: Image.Image) -> str:
+    "How a picture that is not loaded yet is stored, such as RGB;16B."
+    parts = [part for tile in getattr(image, "tile", ()) for part in np.atleast_1d(tile[3] or "")]
+    return next((str(part) for part in parts if isinstance(part, str)), "")
+
+
+def _mend_clear_colour(image: Image.Image) -> None:
+    "Puts the clear colour of a PNG on the scale that its pixels will have, before they are loaded."
+    clear, stored = image.info.get("transparency"), _rawmode(image)
+    factor = {"L;2": 85, "L;4": 17}.get(stored)
+    if isinstance(clear, int) and factor:
+        image.info["transparency"] = clear * factor
+    elif isinstance(clear, tuple) and stored == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in clear)
+
 # %% ../nbs/04_pictures.ipynb #pictures-rgb
 def rgb(
     image: Image.Image,  # in any mode; not touched
 ) -> Image.Image:  # of H × W × 3 values from 0 to 255; `image` itself where it is that already
     "A picture in RGB: upright, transparency on white, deep greys scaled by their range."
+    _mend_clear_colour(image)
     image.load()
     image = _upright(image)
     if image.mode[0] in "IF":
@@ -252,22 +269,6 @@ def check_pixels(width: int, height: int) -> None:
         raise PictureError(f"{said}, and {most:,} is the limit (picture_pixels)")
 
 
-def _rawmode(image: Image.Image) -> str:
-    "How a picture that is not loaded yet is stored, such as RGB;16B."
-    parts = [part for tile in getattr(image, "tile", ()) for part in np.atleast_1d(tile[3] or "")]
-    return next((str(part) for part in parts if isinstance(part, str)), "")
-
-
-def _mend_clear_colour(image: Image.Image) -> None:
-    "The clear colour of a PNG on the scale that its pixels will have."
-    clear, stored = image.info.get("transparency"), _rawmode(image)
-    factor = {"L;2": 85, "L;4": 17}.get(stored)
-    if isinstance(clear, int) and factor:
-        image.info["transparency"] = clear * factor
-    elif isinstance(clear, tuple) and stored == "RGB;16B":
-        image.info["transparency"] = tuple(part >> 8 for part in clear)
-
-
 @contextlib.contextmanager
 def opened(
     picture: dict | bytes | str | os.PathLike,  # {bytes, path}, its bytes, its path or URL
@@ -289,7 +290,6 @@ def opened(
                 raise PictureError(_unknown(file.read(64))) from None
             with image:
                 check_pixels(*image.size)
-                _mend_clear_colour(image)
                 yield image
 
 # %% ../nbs/04_pictures.ipynb #pictures-chunks
