@@ -41,8 +41,8 @@ class PictureHash:
     colours: bytes = field(repr=False)  # 8 × 8 × RGB
     size: tuple[int, int]  # width, height, upright
     format: str  # JPEG, PNG, …
-    deep: bool = False  # over 8 bits a value
-    flaws: tuple = ()  # (kind, message) of what `pictures.flaws` saw
+    deep: bool = field(default=False, repr=False)  # over 8 bits a value
+    flaws: tuple = field(default=(), repr=False)  # (kind, message), from `pictures.flaws`
 
 
 def _decoded(image: PILImage.Image) -> PILImage.Image:
