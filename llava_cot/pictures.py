@@ -15,7 +15,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -146,7 +145,7 @@ class Limits:
     text: int = 64 * 2**20  # bytes of a PNG's texts, or of its colour profile, unpacked
 
 
-_LIMITS = ContextVar("limits", default=Limits())
+_LIMITS = [Limits()]  # the last one counts
 
 
 @contextlib.contextmanager
@@ -159,11 +158,11 @@ def limits(
     for name, value in given.items():
         if not isinstance(value, int) or value < 1:
             raise InputError(f"limits: {name} is {value!r}, expected a whole number of at least 1")
-    before = _LIMITS.set(replace(_LIMITS.get(), **given))
+    _LIMITS.append(replace(_LIMITS[-1], **given))
     try:
-        yield _LIMITS.get()
+        yield _LIMITS[-1]
     finally:
-        _LIMITS.reset(before)
+        _LIMITS.pop()
 
 # %% ../nbs/04_pictures.ipynb #pictures-pillow
 _PILLOW = (
@@ -177,7 +176,7 @@ _lock, _readers = threading.Lock(), []  # what was there before, for each thread
 @contextlib.contextmanager
 def _pillows_limits() -> Iterator[None]:
     "Pillow's limits are ours; the last thread that leaves restores what the first one found."
-    ours = _LIMITS.get()
+    ours = _LIMITS[-1]
     with _lock:
         before = _readers[0] if _readers else [getattr(m, name) for m, name, _ in _PILLOW]
         _readers.append(before)
@@ -234,7 +233,7 @@ def _unknown(head: bytes) -> str:
 
 def _why(error: Exception) -> str:
     "Why Pillow, or the disk, gave no picture."
-    ours = _LIMITS.get()
+    ours = _LIMITS[-1]
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {ours.pixels:,} pixels, the limit (picture_pixels)"
     if "MAX_TEXT" in str(error) or "text chunks" in str(error):
@@ -261,7 +260,7 @@ def _named(file: str) -> Iterator[None]:
 # %% ../nbs/04_pictures.ipynb #pictures-opened
 def check_pixels(width: int, height: int) -> None:
     "Raises `PictureError` where there are no pixels, or more than `limits` allow."
-    n, most = width * height, _LIMITS.get().pixels
+    n, most = width * height, _LIMITS[-1].pixels
     if n == 0:
         raise PictureError(f"it has {width} × {height} pixels")
     if n > most:

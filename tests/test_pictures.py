@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from llava_cot import copies, tokens
+from llava_cot import copies, pictures, tokens
 from llava_cot.augment import augment
 from llava_cot.batches import Order, Reader, loader
 from llava_cot.cli import main
@@ -227,14 +227,14 @@ def album(folder, files):
 
 @contextlib.contextmanager
 def recorded():
-    "The pictures that reach a processor inside."
+    "The pictures that reach a processor inside; Pillow's warnings are left out."
     found, given = [], tokens._processed
 
     def record(images, *rest):
         found.extend(images)
         return given(images, *rest)
 
-    with mock.patch.object(tokens, "_processed", record):
+    with mock.patch.object(tokens, "_processed", record), warnings.catch_warnings(action="ignore"):
         yield found
 
 
@@ -330,7 +330,8 @@ def test_a_picture_is_turned_once_and_in_every_format():
             again = rgb(Image.open(io.BytesIO(raw)))
             assert np.array_equal(pixels(again), pixels(seen)) and rgb(again) is again
     damaged = saved(upright, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert read_picture(damaged).size == upright.size
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of what is damaged
+        assert read_picture(damaged).size == upright.size
     xmp = b'<x:xmpmeta><rdf tiff:Orientation="6"/></x:xmpmeta>'
     assert (
         read_picture(saved(upright, "JPEG", xmp=xmp)).size
@@ -388,7 +389,7 @@ def test_limits_are_stated_and_lifted_and_pillow_keeps_its_own():
             pytest.raises(PictureError, match="1,000,000 bytes .*picture_text"),
         ):
             read_picture(raw)
-    with limits(pixels=1199):
+    with limits(pixels=1199), warnings.catch_warnings(action="ignore"):
         for form in (saved(photo(), "PNG"), saved(photo(), "JPEG"), saved(photo(), "GIF")):
             with pytest.raises(PictureError, match="40 × 30 pixels, and 1,199.*picture_pixels"):
                 read_picture(form)
@@ -494,7 +495,7 @@ def test_every_form_reaches_the_model_as_the_same_pixels_on_every_path():
     forms = png_forms() | jpeg_forms() | other_forms()
     assert len(forms) >= 60
     toy, light = tiny_llava()[1], Policy.of("light")
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, warnings.catch_warnings(action="ignore"):
         rows = load(album(made, forms))
         hashed = []
         for i, (form, raw) in enumerate(forms.items()):
@@ -527,8 +528,8 @@ def test_what_is_no_picture_is_refused_with_one_reason_on_every_path():
     for form, (raw, word) in bad_forms().items():
         with tempfile.TemporaryDirectory() as made:
             file = str(album(made, {form: raw}) / "0.img")
-            with pytest.raises(PictureError) as told:
-                read_picture(file)
+            with pytest.raises(pictures.PictureError) as told:
+                pictures.read_picture(file)
             reason = told.value.reason
             assert word in reason and "\n" not in str(told.value) and file in str(told.value), form
             assert why_unreadable(raw, thorough=True) in (reason, None), form
@@ -541,7 +542,7 @@ def test_what_is_no_picture_is_refused_with_one_reason_on_every_path():
                 lambda: list(loader(Reader(rows, toy), Order(1, 1, 1, 0, stop=1), workers=1)),
             )
             for way in ways:
-                with pytest.raises(PictureError) as named:
+                with pytest.raises(pictures.PictureError) as named:
                     way()
                 assert named.value.reason == reason and named.value.id == form, form
                 assert str(named.value).startswith(f"{form}: image"), form
