@@ -84,8 +84,9 @@ def _scaled(image: Image.Image) -> Image.Image:
 # %% ../nbs/04_pictures.ipynb #pictures-clear
 def _rawmode(image: Image.Image) -> str:
     "How a picture that is not loaded yet is stored, such as RGB;16B."
-    parts = [part for tile in getattr(image, "tile", ()) for part in np.atleast_1d(tile[3] or "")]
-    return next((str(part) for part in parts if isinstance(part, str)), "")
+    for tile in getattr(image, "tile", ()):
+        return str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+    return ""
 
 
 def _mend_clear_colour(image: Image.Image) -> None:
@@ -124,9 +125,9 @@ class PictureError(DataError):
     ):
         self.reason, self.file, self.id, self.number = reason, file, id, number
         named = f"image {file!r}" if file else f"image {number or ''}".strip()
-        message = (
-            f"{id}: {named} cannot be used: {reason}" if id else f"{named} cannot be used: {reason}"
-        )
+        message = f"{named} cannot be used: {reason}"
+        if id:
+            message = f"{id}: {message}; llava-cot check --write-clean leaves such rows out"
         super().__init__([Problem("unreadable_image", None, message)])
 
     def __reduce__(self):
@@ -446,7 +447,7 @@ def why_unfit(
     if why is None:
         return None
     size = f"{image.width:,} × {image.height:,} pixels"
-    return f"the processor refuses its {size}: {why}; crop it, or drop the row"
+    return f"the processor refuses its {size}: {why}"
 
 # %% ../nbs/04_pictures.ipynb #pictures-flaws
 def is_deep(

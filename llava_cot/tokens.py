@@ -599,7 +599,7 @@ def image_tokens(
         out = processor(text=[processor.image_token], images=[image], add_special_tokens=False)
     except Exception as e:  # a processor raises what its arithmetic meets
         said = f"the processor refuses its {size[0]:,} × {size[1]:,} pixels: {first_line(e)}"
-        raise PictureError(f"{said}; crop it, or drop the row") from e
+        raise PictureError(said) from e
     return sum(i == processor.image_token_id for i in out["input_ids"][0])
 
 # %% ../nbs/14_tokens.ipynb #c093b3

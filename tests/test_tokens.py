@@ -560,10 +560,10 @@ def test_a_picture_that_a_processor_refuses_is_named_in_every_family():
         picture_less = example("q", "a", images=())
         with pytest.raises(PictureError, match="thin: image 1 .*2 × 500 pixels.*aspect ratio"):
             call(thin, qwen)
-    llava = tiny_llava()[1]
-    llava.image_processor.size = {"shortest_edge": 336}  # as LLaVA-1.5 has it
+    clip = tiny_llava()[1]
+    clip.image_processor.size = {"shortest_edge": 336}  # as LLaVA-1.5 has it
     with pytest.raises(PictureError, match="336 × 672,000 pixels.*limit"):
-        encode(example(images=(Image.new("RGB", (1, 2000)),)), llava)
+        encode(example(images=(Image.new("RGB", (1, 2000)),)), clip)
 
 
 def test_show_mask_counts_and_escapes():
