@@ -38,12 +38,15 @@ from llava_cot.opening import (
     check_processor_files,
     check_tokens,
     check_weights,
+    fault_in_names,
     first_sentence,
+    holds_weights,
     need_template,
     quietly,
     read_config,
     read_json,
     root_of,
+    weight_files,
 )
 
 # what a user of models looks for here, too
@@ -60,6 +63,7 @@ def load(
     name, at = str(name_or_path), find_device(device)
     found = find_dtype(dtype, at)
     _, processor = load_skeleton(name, chat)
+
     base = adapter_base(name, root_of(name))
     if base:
         model = _merged_adapter(load(base, found)[0], name)
@@ -100,9 +104,9 @@ def load_skeleton(
     base = adapter_base(name, root_of(name))
     if base:
         model = load_skeleton(base)[0]
-    elif Path(name).is_dir():
+    elif Path(name).is_dir() and holds_weights(Path(name)):
         model = check_weights(config, Path(name))
-    else:  # on the hub; its weights are checked when they have come
+    else:  # on the hub, or elsewhere; they are checked when they have come
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     check_tokens(processor, model, name)
@@ -184,6 +188,8 @@ LLAVA_TEMPLATE = """\
 # %% ../nbs/11_models.ipynb #c091
 def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     "The model of a config, with every weight from the file."
+    if Path(name).is_dir():
+        weight_files(Path(name))  # there must be some
     how = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     try:
         with quietly():
@@ -192,9 +198,9 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
             )
     except Exception as e:
         raise ModelError(f"{name}: its weights cannot be read ({first_sentence(e)})") from e
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(f"{name}: weights are missing, {some}, …; is the file whole?")
+    why = fault_in_names(info["missing_keys"], info["unexpected_keys"])
+    if why:
+        raise ModelError(f"{name}: {why}")
     return model
 
 # %% ../nbs/11_models.ipynb #c042
