@@ -298,46 +298,6 @@ def _may_be_replaced(folder: Path) -> bool:
         return True
     return folder.is_dir() and not any(folder.iterdir())
 
-# %% ../nbs/11_models.ipynb #mo-adapter-load
-def _merged_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    "The base with a folder's LoRA adapter added into its weights. Raises `ModelError`."
-    need_peft()
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
-    root = root_of(name)
-    try:
-        how = PeftConfig.from_pretrained(str(root))
-        how.base_model_name_or_path = model.name_or_path  # as it is called here
-        wrapped = get_peft_model(model, how)
-        stored = load_file(root / "adapter_model.safetensors")
-        said = set_peft_model_state_dict(wrapped, stored)
-    except Exception as e:
-        reason = f"its LoRA adapter does not fit its base ({first_sentence(e)})"
-        raise ModelError(f"{name}: {reason}; take the base that it was trained over") from e
-    lacking = [n for n in said.missing_keys if ".lora_" in n or ".modules_to_save." in n]
-    wrong = [f"lacks {n}" for n in sorted(lacking)]
-    wrong += [f"has {n}, for which the base has no place" for n in sorted(said.unexpected_keys)]
-    if wrong:
-        raise ModelError(
-            f"{name}: its LoRA adapter does not fit its base: adapter_model.safetensors {wrong[0]}"
-            f" ({len(wrong)} such); take the base that it was trained over"
-        )
-    return wrapped.merge_and_unload()
-
-
-def _adapter_processor(name: str, base: str, config: PreTrainedConfig) -> ProcessorMixin:
-    "The processor beside an adapter; or the base's, with the adapter's tokenizer where it has one."
-    root = root_of(name)
-    if any((root / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
-        return _processor(name, config)
-    processor = load_processor(base)
-    if (root / "tokenizer_config.json").is_file():
-        processor.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
-        if (root / "chat_template.jinja").is_file() or processor.tokenizer.chat_template:
-            processor.chat_template = processor.tokenizer.chat_template
-        _settle(processor, config)
-    return processor
-
 # %% ../nbs/11_models.ipynb #a002
 def linear_layers(
     model: PreTrainedModel,  # of a family in `FAMILIES`
@@ -459,6 +419,47 @@ def load_adapters(
         )
     for n, w in mine.items():
         w.copy_(found[n])
+
+# %% ../nbs/11_models.ipynb #mo-adapter-load
+def _merged_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    "The base with a folder's LoRA adapter added into its weights. Raises `ModelError`."
+    need_peft()
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    root = root_of(name)
+    try:
+        how = PeftConfig.from_pretrained(str(root))
+        how.base_model_name_or_path = model.name_or_path  # as it is called here
+        stored = load_file(root / "adapter_model.safetensors")
+        with quietly():
+            wrapped = get_peft_model(model, how)
+            said = set_peft_model_state_dict(wrapped, stored)
+    except Exception as e:
+        reason = f"its LoRA adapter does not fit its base ({first_sentence(e)})"
+        raise ModelError(f"{name}: {reason}; take the base that it was trained over") from e
+    lacking = [n for n in said.missing_keys if ".lora_" in n or ".modules_to_save." in n]
+    wrong = [f"lacks {n}" for n in sorted(lacking)]
+    wrong += [f"has {n}, for which the base has no place" for n in sorted(said.unexpected_keys)]
+    if wrong:
+        raise ModelError(
+            f"{name}: its LoRA adapter does not fit its base: adapter_model.safetensors {wrong[0]}"
+            f" ({len(wrong)} such); take the base that it was trained over"
+        )
+    return wrapped.merge_and_unload()
+
+
+def _adapter_processor(name: str, base: str, config: PreTrainedConfig) -> ProcessorMixin:
+    "The processor beside an adapter; or the base's, with the adapter's tokenizer where it has one."
+    root = root_of(name)
+    if any((root / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
+        return _processor(name, config)
+    processor = load_processor(base)
+    if (root / "tokenizer_config.json").is_file():
+        processor.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+        if (root / "chat_template.jinja").is_file() or processor.tokenizer.chat_template:
+            processor.chat_template = processor.tokenizer.chat_template
+        _settle(processor, config)
+    return processor
 
 # %% ../nbs/11_models.ipynb #c083b
 def _grow(module, rows: int) -> None:

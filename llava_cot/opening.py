@@ -11,6 +11,7 @@ __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,12 +40,14 @@ def first_sentence(e: Exception) -> str:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    "While inside, transformers shows no bar and gives no advice."
+    "While inside, transformers shows no bar, gives no advice and warns of nothing."
     heard, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(heard)
         if bars:
@@ -256,6 +259,7 @@ def adapter_base(
     "The base that a LoRA adapter's folder stands on. Raises `ModelError` where it is not here."
     if not (root / "adapter_config.json").is_file():
         return None
+    check_pointers(root)
     found = read_json(root / "adapter_config.json")
     base, kind = found.get("base_model_name_or_path"), found.get("peft_type")
     merge = "merge the adapter into its base (peft's merge_and_unload) and give the result"
