@@ -105,7 +105,8 @@ def _template(processor: ProcessorMixin, messages: list[dict], prompt_only: bool
     try:
         return processor.apply_chat_template(messages, **how, **told)
     except (TemplateError, ValueError, TypeError, KeyError) as e:
-        raise TokensError(f"{name}: the chat template refuses this conversation ({e})") from e
+        hint = "; was it made for texts alone?" if "list" in str(e) else ""
+        raise TokensError(f"{name}: the chat template refuses this conversation ({e}){hint}") from e
 
 # %% ../nbs/13_template.ipynb #c020
 def _lead(processor: ProcessorMixin, slotted: list[dict], literals: list[str], name: str) -> int:
