@@ -124,6 +124,7 @@ def train(
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
     from llava_cot.evaluate import examination, measured
+    from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
     from llava_cot.tiny import open_model
@@ -138,7 +139,7 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
             f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data,"
             " or a held_out share above 0"
         )
-    net, processor = open_model(model)
+    net, processor = open_model(model, weights_dtype(s.weights))
     say(
         f"{len(rows):,} rows to train on, {len(examiner.rows):,} to score on; model {model}; run"
         f" in {out}\n\n{schedule}\n",
@@ -287,12 +288,13 @@ def _dry_data(source, s, ok: list, unchecked: list):
 def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     "What fits together of schedule, model, processor and rows."
     from llava_cot import models, trainable
+    from llava_cot.tiny import open_skeleton
 
     if not name:
         unchecked.append("model: not given")
         return
     try:
-        net, processor = _skeleton(name)
+        net, processor = open_skeleton(name)
     except models.ModelError as e:
         if Path(name).is_dir() or "/" not in name:
             raise
@@ -310,21 +312,6 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         ok.append(f"phase {phase.name}: trains {sum(counts.values()):,} parameters of {parts}")
     if rows is not None:
         ok.append(_dry_rows(s, rows, processor))
-
-
-def _skeleton(name: str) -> tuple:
-    "`(model without numbers, processor)` of a folder, a hub name or a tiny model."
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from llava_cot import models
-    from llava_cot.tiny import TINY, open_model
-
-    if name in TINY:
-        return open_model(name)
-    processor, config = models.load_processor(name), models.load_config(name)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config), processor
 
 # %% ../nbs/40_commands.ipynb #c013r
 def _dry_rows(s, rows, processor) -> str:
@@ -452,6 +439,8 @@ def evaluate(
     seed: int = 0,  # of the intervals
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
+    dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
+    device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # what `report.json` holds
     "Score a model's answers and reasoning on a folder of questions."
@@ -466,7 +455,7 @@ def evaluate(
     if out:
         check_folder(out)
     rows = source.load(data, fmt)
-    net, processor = open_model(model)
+    net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
     rows = rows.select(range(min(n, len(rows))))
     examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
@@ -490,6 +479,8 @@ def ask(
     max_new_tokens: int = 1024,  # longest answer
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
+    dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
+    device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
     json: bool = False,  # print stages and problems as JSON
 ) -> dict:
     "Ask a model one question about one picture; prints its stages."
@@ -498,7 +489,7 @@ def ask(
     from llava_cot.tiny import open_model
 
     fmt, picture = _format(fmt), read_picture(image)
-    net, processor = open_model(model)
+    net, processor = open_model(model, dtype, device)
     content = [{"type": "image", "text": None}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     example = {"id": "question", "images": [picture], "source": "", "messages": messages}
