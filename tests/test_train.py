@@ -23,7 +23,6 @@ from unittest import mock
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -437,25 +436,24 @@ def test_results_have_the_opened_type_and_adapters_are_kept():
         with interrupted(5), pytest.raises(KeyboardInterrupt):
             train.fit(*models.load(base), ROWS, kept_, out, **asked_)
         ended = train.resume(out, ROWS, held_out=some_rows(4), progress=False)
-        stored = load_file(out / "model/model.safetensors")
         [best] = (out / "best").iterdir()
-        for folder, dtype in (
+        for place, dtype in (
             ("model", "bfloat16"),
             (best, "bfloat16"),
             ("checkpoints/1-0000006", "float32"),
         ):
-            found = AutoModelForImageTextToText.from_pretrained(out / folder)
-            assert str(found.dtype) == f"torch.{dtype}", folder
+            found = AutoModelForImageTextToText.from_pretrained(out / place)
+            assert str(found.dtype) == f"torch.{dtype}", place
         row = Collator(its)([encode(ROWS[0], its)])
         row = {k: v for k, v in row.items() if k not in ("labels", "stage_ids")}
         bases = []
         for phase in kept_:
-            folder = out / "adapters" / phase.name
-            bases.append(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+            kept_at = out / "adapters" / phase.name
+            bases.append(PeftConfig.from_pretrained(kept_at).base_model_name_or_path)
             plain = AutoModelForImageTextToText.from_pretrained(bases[-1], dtype=torch.float32)
             families.family_of(plain).prepare(plain)
             before = plain(**row).logits
-            got = PeftModel.from_pretrained(plain, folder).eval()(**row).logits
+            got = PeftModel.from_pretrained(plain, kept_at).eval()(**row).logits
             assert (got - before).abs().max() > 1e-4
         assert bases == [base, str(out / "adapters/second/base")]
         assert (got - ended.model.eval()(**row).logits).abs().max() < 1e-5
