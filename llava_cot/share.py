@@ -248,8 +248,10 @@ def _model_folder(folder: str | Path, repo: str) -> Path:
 
 def _files(folder: Path) -> dict[str, int]:
     "File -> bytes, of those that are sent."
-    every = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    return {f.name: f.stat().st_size for f in every if f.name not in _NOT_SENT}
+    every = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
+    shown = sorted(f for f in every if f.is_file() and not f.name.startswith("."))
+    sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in shown}
+    return {name: size for name, size in sizes.items() if name not in _NOT_SENT}
 
 
 def _check_repo(repo: str) -> None:

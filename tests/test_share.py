@@ -202,6 +202,8 @@ def test_a_push_sends_the_files_as_they_are_and_no_token_is_seen():
         ended = trained(tiny_llava, Path(d) / "run")
         (ended.out / "model/.notes").write_text("mine")
         (ended.out / "model/optimizer.pt").write_text("no")
+        (ended.out / "model/additional_chat_templates").mkdir()
+        (ended.out / "model/additional_chat_templates/tool_use.jinja").write_text("{{ 1 }}")
         command = [sys.executable, "-m", "llava_cot", "push", str(ended.out), "me/small", "--private"]
         quiet = dict(capture_output=True, text=True, env=os.environ | dict(HF_HOME=d, HF_DEBUG="1"))
         dry = push(ended.out, "me/small", dry_run=True)
@@ -209,9 +211,10 @@ def test_a_push_sends_the_files_as_they_are_and_no_token_is_seen():
         sent = subprocess.run([*command, "--json"], **quiet)
         assert sent.returncode == 0, sent.stderr[-2000:]
         told = json.loads(sent.stdout)
-        names = sorted(f.name for f in (ended.out / "model").iterdir())
-        names = [n for n in names if n not in (".notes", "optimizer.pt", ".cache")]
-        assert sorted(told["files"]) == sorted(here.files) == names and "README.md" in names
+        names = {f.name for f in (ended.out / "model").iterdir() if f.is_file()}
+        names -= {".notes", "optimizer.pt"}
+        names.add("additional_chat_templates/tool_use.jinja")
+        assert set(told["files"]) == set(here.files) == names and "README.md" in names
         for name in names:
             assert here.files[name] == (ended.out / "model" / name).read_bytes()
         assert b"name = 'me/small'" in here.files["README.md"] and here.private in (True, "private")
