@@ -51,10 +51,13 @@ def model_inputs(batch):
 
 import json
 import os
+import warnings
 
 from peft import PeftConfig, PeftModel
 
 from llava_cot.models import _tokenizer_for_both
+
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # which peft asks for
 
 PROBE = """
 import importlib.metadata, json, sys
