@@ -207,6 +207,10 @@ def plainly(n=3):
         for i in range(n)
     ]
 
+import warnings
+
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # which peft asks for
+
 ADAPTING = Schedule(
     [
         Phase("listen", train={"projector": 2e-3, "language.layers[-1]": 1e-3}, updates=4),
