@@ -123,6 +123,10 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
         f" in {out}\n\n{schedule}\n",
         json=json,
     )
+    unread = _leave_out_bad(examiner, processor, s)
+    if unread:
+        source |= dict(unread=unread)
+        say(f"rows not scored on, for they cannot be read: {', '.join(unread)}", json=json)
     place = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
     more = measured(source, examiner, s.eval_every) | dict(progress=not json and "bar")
     try:
@@ -140,6 +144,26 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
         raise Interrupted(out) from None
     return _finish(run, examiner, start, json)
 
+# %% ../nbs/40_commands.ipynb #c012b
+def _leave_out_bad(examiner, processor, s) -> list[str]:
+    "Leaves out of the rows to score on those that cannot be read; their ids. Raises `BadRows`."
+    from llava_cot.batches import find_rows, reader_of
+
+    plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
+    found = find_rows(reader_of(plain, examiner.rows, processor), s.bad_rows, "rows to score on")
+    ids = [row.id for row in found.skipped]
+    _leave_out(examiner, ids)
+    return ids
+
+
+def _leave_out(examiner, ids: list) -> None:
+    "Leaves rows out of those to score on."
+    from llava_cot.batches import select_rows
+
+    if ids:
+        kept = [i for i, id in enumerate(examiner.rows["id"]) if id not in ids]
+        examiner.rows = select_rows(examiner.rows, kept)
+
 # %% ../nbs/40_commands.ipynb #c013
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
@@ -155,6 +179,7 @@ def _resume(out, start, json) -> dict:
         )
     s = settings_from(recipe["settings"])
     rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
+    _leave_out(examiner, recipe["source"].get("unread", []))
     say(f"going on with the run in {out}", json=json)
     more = measured(recipe["source"], examiner, s.eval_every)
     try:
@@ -167,11 +192,16 @@ def _resume(out, start, json) -> dict:
 def _finish(run, examiner, start, json) -> dict:
     "The report: files in the run's folder, a summary on the terminal."
     from llava_cot.report import write_report
+    from llava_cot.run import read_recipe
 
     if not _first():
         return {}
-    report = write_report(run.out, examiner.report, seconds=time.time() - start)
+    skipped = read_recipe(run.out).get("skipped", 0)
+    more = dict(skipped_rows=skipped) if skipped else {}
+    report = write_report(run.out, examiner.report, seconds=time.time() - start, **more)
     ends = f"model   {run.out / 'model'}\nreport  {run.out / 'report.html'}"
+    if skipped:
+        ends += f"\nskipped {skipped:,} rows, listed in {run.out / 'skipped_rows.jsonl'}"
     say(f"{summary(report)}\n\n{ends}", json=json)
     if json:
         print(json_module.dumps(report))
@@ -231,7 +261,7 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     check_cache(s)
     phases = f"{len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}"
     ok, unchecked = [f"settings, and a schedule of {phases}", f"out: {out} is new"], []
-    rows = _dry_data(source, s, ok, unchecked)
+    rows = _dry_data(source, s, ok, unchecked, True if not model else "text")
     _dry_model(model, s, rows, ok, unchecked)
     if s.engine:
         unchecked.append(f"engine: whether accelerate gives {s.engine} is seen at the launch")
@@ -242,8 +272,8 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     return dict(ok=ok, unchecked=unchecked)
 
 # %% ../nbs/40_commands.ipynb #c013d
-def _dry_data(source, s, ok: list, unchecked: list):
-    "The rows to train on, or None where they are not on this machine."
+def _dry_data(source, s, ok: list, unchecked: list, check: bool | str = True) -> dict | None:
+    "The rows of a run by name, or None where they are not on this machine."
     from llava_cot.evaluate import examination, measured
 
     if not source["data"]:
@@ -253,13 +283,13 @@ def _dry_data(source, s, ok: list, unchecked: list):
             unchecked.append(f"{name}: {source[name]} is not on this machine")
     if unchecked:
         return None
-    rows, examiner = examination(source, s.fmt, s.schedule, s.seed, False)
+    rows, examiner = examination(source, s.fmt, s.schedule, s.seed, False, check)
     plain = measured(source, examiner, None).get("retain", [])
     ok.append(
         f"data: {len(rows):,} rows to train on, {len(examiner.rows):,} to score on,"
         f" {len(plain):,} plain ones to see what is forgotten"
     )
-    return rows
+    return {"data": rows, "rows to score on": examiner.rows, "retain": plain}
 
 # %% ../nbs/40_commands.ipynb #c013c
 def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
@@ -275,6 +305,10 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         if Path(name).is_dir() or "/" not in name:
             raise
         unchecked.append(f"model: {e}")
+        if rows is not None:
+            unchecked.append(
+                "rows: their pictures and lengths are looked at with the model's processor"
+            )
         return
     size = sum(p.numel() for p in net.parameters())
     kind = net.config.model_type
@@ -287,7 +321,7 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         parts = ", ".join(part for part, n in counts.items() if n)
         ok.append(f"phase {phase.name}: trains {sum(counts.values()):,} parameters of {parts}")
     if rows is not None:
-        ok.append(_dry_rows(s, rows, processor))
+        ok.append(_dry_rows(s, rows, net, processor))
 
 
 def _skeleton(name: str) -> tuple:
@@ -305,19 +339,25 @@ def _skeleton(name: str) -> tuple:
         return AutoModelForImageTextToText.from_config(config), processor
 
 # %% ../nbs/40_commands.ipynb #c013r
-def _dry_rows(s, rows, processor) -> str:
-    "How many rows fit, and how many updates they make."
-    from llava_cot.batches import reader_of, rows_that_fit
-    from llava_cot.train import PhaseRows, select_rows
+def _dry_rows(s, rows: dict, net, processor) -> str:
+    "How many rows fit, and how many updates they make. Raises what the run would raise."
+    from llava_cot.batches import PhaseRows, context_of, find_rows, reader_of, select_rows
 
-    keep, dropped = rows_that_fit(reader_of(s, rows, processor))
-    for i in keep[:4]:
-        reader_of(s, rows, processor)[0, i]
-    left = select_rows(rows, keep)
+    context, found = context_of(net), {}
+    plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
+    for name, some in rows.items():
+        trained = name == "data"
+        reader = reader_of(s if trained else plain, some, processor, context if trained else None)
+        found[name] = find_rows(reader, s.bad_rows, name)
+    its, skipped = found["data"], sum(len(f.skipped) for f in found.values())
+    left = select_rows(rows["data"], its.keep)
+    for i in range(min(4, len(left))):
+        reader_of(s, left, processor)[0, i]
     updates = [PhaseRows.of(s, phase, left, processor).updates for phase in s.schedule]
+    bad = f"{skipped:,} are skipped, for they cannot be read; " if skipped else ""
     return (
-        f"rows: {len(keep):,} can be trained on, {len(dropped):,} are dropped as too long; updates"
-        f" by phase {updates} on one process"
+        f"rows: {len(its.keep):,} can be trained on, {len(its.dropped):,} are dropped as too long;"
+        f" {bad}updates by phase {updates} on one process"
     )
 
 # %% ../nbs/40_commands.ipynb #c013e

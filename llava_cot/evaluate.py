@@ -280,11 +280,12 @@ def examination(
     schedule,
     seed: int,
     progress: bool,
+    check: bool | str = "text",  # as for `data.load`; `fit` looks at the pictures
 ) -> tuple:
     "The rows to train on, and the `Examiner` of those held out."
-    rows, held, folder = load(source["data"], fmt), [], source["data"]
+    rows, held, folder = load(source["data"], fmt, check), [], source["data"]
     if source["eval_data"]:
-        held, folder = load(source["eval_data"], fmt), source["eval_data"]
+        held, folder = load(source["eval_data"], fmt, check), source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
     if len(held) > source["eval_n"]:
@@ -305,6 +306,6 @@ def measured(
         few = source.get("eval_answers")
         found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
     if source.get("retain"):
-        plain = load(source["retain"], None)
+        plain = load(source["retain"], None, "text")
         found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))
     return found

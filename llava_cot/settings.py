@@ -99,6 +99,12 @@ class _Rows(_Shown):
         "rows",
         ("refuse", "escape"),
     )
+    bad_rows: str = option(
+        "refuse",
+        "a row that cannot be trained on, its picture damaged: refuse the data, or skip the row",
+        "rows",
+        ("refuse", "skip"),
+    )
     augment: object = option(None, "how pictures and questions are varied", "rows")
 
 # %% ../nbs/20_settings.ipynb #settings-loss

@@ -815,6 +815,26 @@ def test_lengths_are_those_of_encode_nearly():
             )()
 
 
+def test_text_length_and_pictures_are_the_length_to_the_token():
+    def length_is_that_of_encode(ex, toy):
+        for control in CONTROL_TOKENS:
+            try:
+                true = len(encode(ex, toy, control_tokens=control)["input_ids"])
+            except TokensError as e:
+                with pytest.raises(TokensError, match=re.escape(str(e))):
+                    text_length(ex, toy, control_tokens=control)
+                continue
+            found = text_length(ex, toy, control_tokens=control)
+            assert found + sum(image_tokens(toy, x.size) - 1 for x in ex["images"]) == true
+
+
+    for tiny in TINY:
+        toy = tiny()[1]
+        settings(max_examples=20, **PATIENT)(
+            given(conversations())(lambda ex: length_is_that_of_encode(ex, toy))
+        )()
+
+
 def test_image_tokens_are_counted_without_the_picture():
     for tiny in TINY:
         toy = tiny()[1]
