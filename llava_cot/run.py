@@ -37,12 +37,13 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 from . import __version__, files, models
-from .batches import BadRow, Order
+from .batches import Order
 from .cot import FORMATS, STAGES
 from .distributed import gather_state
 from .files import sealed, why_broken, write_file, writing
 from .gate import Policy
 from .models import model_digest
+from .rowcheck import BadRow
 from .schedule import Phase, Schedule
 from .settings import RunError, Settings
 from .show import table_html

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from . import distributed, memory, models
 from . import run as runs
 from . import schedule as schedules
 from llava_cot.batches import (
-    BadRow,
-    BadRows,
     FoundRows,
     Order,
     PhaseRows,
@@ -42,12 +39,13 @@ from llava_cot.batches import (
     select_rows,
     stable_seed,
 )
-from .cot import STAGES, InputError
+from .cot import STAGES
 from .distributed import engine_of
 from .files import sealed, writing
 from .gate import PICTURES
 from .loss import by_stage, one_update, row_losses, stage_means, token_losses
 from .models import model_digest
+from .rowcheck import BadRows
 from .run import Clock, Log, ProgressDisplay, Run, find_event, save_checkpoint
 from .schedule import Phase, Schedule
 from .settings import RunError, Settings
@@ -244,10 +242,15 @@ class Validation:
     ability: object = None  # the same before the first phase and after each, beside `retain`
     after_phase: object = None  # `after_phase(model, processor, phase) -> dict` joins its record
 
+    @property
+    def rows(self) -> dict:
+        "Those given, by name."
+        given = dict(held_out=self.held_out, retain=self.retain)
+        return {name: rows for name, rows in given.items() if rows is not None}
+
     def digests(self) -> dict:
         "Of the rows: a resumed run must be given the same."
-        given = dict(held_out=self.held_out, retain=self.retain)
-        return {name: runs.rows_digest(rows) for name, rows in given.items() if rows is not None}
+        return {name: runs.rows_digest(rows) for name, rows in self.rows.items()}
 
 
 def _plain_reader(run: Run, rows) -> Reader:
@@ -532,35 +535,7 @@ def _check_request(s: Settings, exam: Validation, rows, out) -> None:
     runs.check_folder(out)
     check_cache(s)
 
-
-def _on_one(accelerator: Accelerator, work: Callable):
-    "What the main process finds, told to all; an `InputError` is raised by all."
-    found = None
-    if accelerator.is_main_process:
-        try:
-            found = work()
-        except InputError as e:
-            found = e
-    [found] = broadcast_object_list([found])
-    if isinstance(found, InputError):
-        raise found
-    return found
-
 # %% ../nbs/28_train.ipynb #c048r
-@dataclass(frozen=True)
-class _Reading:
-    "What a run reads."
-
-    phases: list[PhaseRows]
-    exam: Validation  # its rows without those that cannot be read
-    found: dict[str, FoundRows]  # of the data, held_out, retain
-
-    @property
-    def skipped(self) -> dict[str, list[BadRow]]:
-        "The rows that cannot be trained on."
-        return {name: found.skipped for name, found in self.found.items()}
-
-
 def _plan_reading(
     run: Run,
     rows,
@@ -568,27 +543,26 @@ def _plan_reading(
     accelerator: Accelerator,
     progress: bool | str = False,
     known: dict | None = None,  # rows that the run left out when it began
-) -> _Reading:
-    "What each phase reads of the rows that are sound. Raises `BadRows`, or `TooLong`."
-    s, context = run.settings, context_of(run.model)
-    given = dict(held_out=exam.held_out, retain=exam.retain)
-    readers = {n: _plain_reader(run, some) for n, some in given.items() if some is not None}
-    readers = dict(data=reader_of(s, rows, run.processor, context)) | readers
-    how = dict(progress=progress)
+) -> tuple[list[PhaseRows], Validation, dict[str, FoundRows]]:
+    "What each phase reads, and what the run is measured by, of sound rows. Raises `BadRows`."
+    s, context, how = run.settings, context_of(run.model), dict(progress=progress)
+    given = exam.rows
+    readers = dict(data=reader_of(s, rows, run.processor, context))
+    readers |= {name: _plain_reader(run, some) for name, some in given.items()}
     if known is not None:
         how["advice"] = f"Put them back, then go on with: llava-cot train --resume {run.out}"
 
-    def find(name):
-        left_out = None if known is None else known.get(name, [])
-        return find_rows(readers[name], s.bad_rows, name, left_out, **how)
+    def find():
+        left_out = {n: None if known is None else known.get(n, []) for n in readers}
+        return {n: find_rows(r, s.bad_rows, n, left_out[n], **how) for n, r in readers.items()}
 
-    found = _on_one(accelerator, lambda: {name: find(name) for name in readers})
-    sound = {n: select_rows(given[n], f.keep) for n, f in found.items() if n != "data"}
+    found = distributed.on_main(accelerator, find)
+    sound = {name: select_rows(some, found[name].keep) for name, some in given.items()}
     its = found["data"]
     more = (run.processor, accelerator.num_processes, its.lengths, context)
     left = select_rows(rows, its.keep)
     phases = [PhaseRows.of(s, phase, left, *more) for phase in s.schedule]
-    return _Reading(phases, replace(exam, **sound), found)
+    return phases, replace(exam, **sound), found
 
 # %% ../nbs/28_train.ipynb #c048e
 def fit(
@@ -620,14 +594,14 @@ def fit(
         models.add_separators(model, processor)
     check_schedule(model, schedule)
     run = Run(Path(out), s, model=model, processor=processor)
-    reading = _plan_reading(run, data, exam, accelerator, progress)
+    reads, sound, found = _plan_reading(run, data, exam, accelerator, progress)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     if s.find_batch_size:
-        run.settings = _fit_batch_sizes(s, model, reading.phases, accelerator, progress)
+        run.settings = _fit_batch_sizes(s, model, reads, accelerator, progress)
     recipe = dict(source=source, rows=runs.rows_digest(data), exam=exam.digests())
-    dropped = reading.found["data"].dropped
-    runs.start_run(run, accelerator, recipe, dropped, progress, reading.skipped)
-    return _run_phases(run, reading.phases, reading.exam, accelerator, progress)
+    skipped = {name: f.skipped for name, f in found.items()}
+    runs.start_run(run, accelerator, recipe, found["data"].dropped, progress, skipped)
+    return _run_phases(run, reads, sound, accelerator, progress)
 
 # %% ../nbs/28_train.ipynb #c052
 def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
@@ -714,5 +688,5 @@ def resume(
         model, processor = _reopen_model(out, recipe, s)
         run, state = Run(Path(out), s, model=model, processor=processor), None
     known = runs.read_skipped(out, recipe)
-    reading = _plan_reading(run, rows, exam, accelerator, progress, known)
-    return _run_phases(run, reading.phases, reading.exam, accelerator, progress, state)
+    reads, sound, _ = _plan_reading(run, rows, exam, accelerator, progress, known)
+    return _run_phases(run, reads, sound, accelerator, progress, state)
