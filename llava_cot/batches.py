@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stable_seed', 'epoch_order', 'Order', 'Reader', 'reader_of', 'phase_settings', 'length_options', 'Ramped', 'loader',
-           'rows_that_fit', 'select_rows', 'FoundRows', 'context_of', 'find_rows', 'phase_rows', 'phase_length',
-           'PhaseRows']
+           'rows_that_fit', 'select_rows', 'FoundRows', 'context_of', 'find_rows', 'find_all', 'phase_rows',
+           'phase_length', 'PhaseRows']
 
 # %% ../nbs/24_batches.ipynb #batches-imports
 import contextlib
@@ -309,7 +309,7 @@ def _told(found: list[BadRow], total: int, name: str) -> str:
     "How many rows, and the first three."
     rest = f"; and {len(found) - 3:,} more" if len(found) > 3 else ""
     named = "; ".join(map(str, found[:3]))
-    return f"{name}: {len(found):,} of {total:,} rows cannot be trained on: {named}{rest}"
+    return f"{name}: {len(found):,} of {total:,} rows cannot be used: {named}{rest}"
 
 
 def rows_that_fit(
@@ -323,7 +323,7 @@ def rows_that_fit(
     check = check or reader.check()
     total, drop = len(reader), reader.options.get("too_long", "refuse") == "drop"
     if check.bad and bad_rows == "refuse":
-        raise BadRows(f"{_told(check.bad, total, name)}. {advice}")
+        raise BadRows(f"{_told(check.bad, total, name)}. {advice}.")
     if check.long and not drop:
         told = _told(check.long, total, name)
         most = f"max_length is {reader.max_length or reader.limit}"
@@ -336,7 +336,7 @@ def rows_that_fit(
             " expected at least one that fits; raise it"
         )
     if not keep:
-        raise BadRows(f"{_told(check.bad, total, name)}; none is left")
+        raise BadRows(f"{_told(check.bad, total, name)}; none is left.")
     return keep, [row.id for row in check.long]
 
 
@@ -386,6 +386,25 @@ def find_rows(
     keep, dropped = rows_that_fit(reader, check, policy, name, advice)
     skipped = check.bad if known is None else known
     return FoundRows(keep, [check.lengths[i] for i in keep], dropped, skipped)
+
+
+def find_all(
+    readers: dict[str, Reader],  # name → rows: data, held_out, retain
+    bad_rows: str = "refuse",
+    known: dict[str, list[BadRow]] | None = None,  # name → rows left out when the run began
+    **how,  # of `find_rows`: advice, progress
+) -> dict[str, FoundRows]:
+    "`find_rows` for all rows of a run. Raises one `BadRows` for all of them, or `TooLong`."
+    found, told = {}, []
+    for name, reader in readers.items():
+        left_out = None if known is None else known.get(name, [])
+        try:
+            found[name] = find_rows(reader, bad_rows, name, left_out, **how)
+        except BadRows as e:
+            told.append(str(e))
+    if told:
+        raise BadRows(" ".join(told))
+    return found
 
 # %% ../nbs/24_batches.ipynb #c029a
 def phase_rows(

@@ -254,6 +254,7 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     "What can be said of a run without its weights; raises what the run would raise."
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
+    from llava_cot.tiny import TINY
     from llava_cot.train import check_cache
 
     s = Settings(Schedule.load(schedule), **settings)
@@ -261,7 +262,9 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     check_cache(s)
     phases = f"{len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}"
     ok, unchecked = [f"settings, and a schedule of {phases}", f"out: {out} is new"], []
-    rows = _dry_data(source, s, ok, unchecked, True if not model else "text")
+    here = bool(model) and (model in TINY or Path(model).is_dir())
+    check = "text" if here or s.bad_rows == "skip" else True  # pictures, with the processor
+    rows = _dry_data(source, s, ok, unchecked, check)
     _dry_model(model, s, rows, ok, unchecked)
     if s.engine:
         unchecked.append(f"engine: whether accelerate gives {s.engine} is seen at the launch")
@@ -305,10 +308,6 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         if Path(name).is_dir() or "/" not in name:
             raise
         unchecked.append(f"model: {e}")
-        if rows is not None:
-            unchecked.append(
-                "rows: their pictures and lengths are looked at with the model's processor"
-            )
         return
     size = sum(p.numel() for p in net.parameters())
     kind = net.config.model_type
@@ -341,14 +340,12 @@ def _skeleton(name: str) -> tuple:
 # %% ../nbs/40_commands.ipynb #c013r
 def _dry_rows(s, rows: dict, net, processor) -> str:
     "How many rows fit, and how many updates they make. Raises what the run would raise."
-    from llava_cot.batches import PhaseRows, context_of, find_rows, reader_of, select_rows
+    from llava_cot.batches import PhaseRows, context_of, find_all, reader_of, select_rows
 
-    context, found = context_of(net), {}
     plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
-    for name, some in rows.items():
-        trained = name == "data"
-        reader = reader_of(s if trained else plain, some, processor, context if trained else None)
-        found[name] = find_rows(reader, s.bad_rows, name)
+    readers = {name: reader_of(plain, some, processor) for name, some in rows.items()}
+    readers["data"] = reader_of(s, rows["data"], processor, context_of(net))
+    found = find_all(readers, s.bad_rows)
     its, skipped = found["data"], sum(len(f.skipped) for f in found.values())
     left = select_rows(rows["data"], its.keep)
     for i in range(min(4, len(left))):

@@ -31,7 +31,7 @@ from llava_cot.batches import (
     PhaseRows,
     Reader,
     context_of,
-    find_rows,
+    find_all,
     length_options,
     loader,
     phase_settings,
@@ -552,11 +552,7 @@ def _plan_reading(
     if known is not None:
         how["advice"] = f"Put them back, then go on with: llava-cot train --resume {run.out}"
 
-    def find():
-        left_out = {n: None if known is None else known.get(n, []) for n in readers}
-        return {n: find_rows(r, s.bad_rows, n, left_out[n], **how) for n, r in readers.items()}
-
-    found = distributed.on_main(accelerator, find)
+    found = distributed.on_main(accelerator, lambda: find_all(readers, s.bad_rows, known, **how))
     sound = {name: select_rows(some, found[name].keep) for name, some in given.items()}
     its = found["data"]
     more = (run.processor, accelerator.num_processes, its.lengths, context)
