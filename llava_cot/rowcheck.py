@@ -69,11 +69,16 @@ def _why_unreadable(stored: dict) -> str | None:
     return None
 
 
+_TURNING = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # what tells how it lies
+
+
 def _upright_size(stored: dict) -> tuple[int, int]:
     "(width, height) of a stored picture as it is meant to be seen, from its file's head."
     with _open_stored(stored) as file, Image.open(file) as picture:
         if picture.format == "TIFF":  # Pillow turns it by itself
             return ImageOps.exif_transpose(picture).size
+        if picture.format == "PNG" and not _TURNING & set(picture.info):
+            return picture.size  # to be asked, it would be decoded
         turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # its orientation
         return picture.size[::-1] if turned else picture.size
 
