@@ -25,7 +25,8 @@ from . import augment as augmentation
 from . import data as datasource
 from .cot import LLAVA_COT, CoTFormat, InputError
 from .gate import Policy
-from .rowcheck import BadRow, BadRows, RowCheck, check_rows, read_row
+from .pictures import example_at, limits
+from .rowcheck import BadRow, BadRows, RowCheck, check_rows
 from .schedule import Phase, Schedule
 from .settings import RunError, Settings
 from .tokens import Collator, TooLong, encode, lengths
@@ -129,10 +130,13 @@ class Reader(torch.utils.data.Dataset):
         policy: Policy | None = None,  # how rows are augmented
         seed: int = 0,
         context: int | None = None,  # the most tokens that the model can have
+        picture_pixels: int | None = None,  # of `pictures.limits`
+        picture_text: int | None = None,  # of `pictures.limits`
         **options,  # of `tokens.encode`
     ):
         self.rows, self.processor, self.fmt, self.max_length = rows, processor, fmt, max_length
         self.policy, self.seed, self.context, self.options = policy, seed, context, options
+        self.limits = dict(pixels=picture_pixels, text=picture_text)
 
     def __len__(self):
         return len(self.rows)
@@ -149,7 +153,13 @@ class Reader(torch.utils.data.Dataset):
     @cached_property
     def lengths(self) -> list[int]:
         "Tokens of each row; where `check_rows` was not asked, about as many."
-        return lengths(self.rows, self.processor)
+        with limits(**self.limits):
+            return lengths(self.rows, self.processor)
+
+    def example(self, row: int) -> dict:
+        "A row, its pictures in RGB. Raises `PictureError`."
+        with limits(**self.limits):
+            return example_at(self.rows, row)
 
     def encode(self, example: dict):
         "An example as it is. Raises `TooLong`."
@@ -173,11 +183,12 @@ class Reader(torch.utils.data.Dataset):
         "What `check_rows` finds of the rows."
         how = dict(self.options, leave_out=leave_out, progress=progress)
         given = (self.rows, self.processor, self.fmt, self.max_length, self.context)
-        return check_rows(*given, **how)
+        with limits(**self.limits):
+            return check_rows(*given, **how)
 
     def __getitem__(self, address):
         epoch, row, *share = address
-        return read_row(self.rows, row, lambda example: self.draw(example, epoch, *share))
+        return self.draw(self.example(row), epoch, *share)
 
 # %% ../nbs/24_batches.ipynb #c025p
 def reader_of(
@@ -195,6 +206,8 @@ def reader_of(
         settings.augment,
         settings.seed,
         context,
+        settings.picture_pixels,
+        settings.picture_text,
         too_long=settings.too_long,
         control_tokens=settings.control_tokens,
     )

@@ -75,7 +75,7 @@ def options(
             if function is train
             else f"{_word(function)} options"
         )
-        choices = tuple(FORMATS) if name == "fmt" else None
+        choices = _CHOICES.get(name)
         found.append(Option(name, p.annotation, p.default, said[name] or "", group, choices))
     if function is train:
         found += [
@@ -86,6 +86,13 @@ def options(
         mine = {o.name for o in found}
         found += [o for o in options(train) if o.name not in mine]
     return found
+
+
+_CHOICES = {
+    "fmt": tuple(FORMATS),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda", "mps", "…"),
+}
 
 
 def _word(function) -> str:

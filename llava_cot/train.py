@@ -45,6 +45,7 @@ from .files import sealed, writing
 from .gate import PICTURES
 from .loss import by_stage, one_update, row_losses, stage_means, token_losses
 from .models import model_digest
+from .pictures import PictureError
 from .rowcheck import BadRows
 from .run import Clock, Log, ProgressDisplay, Run, find_event, save_checkpoint
 from .schedule import Phase, Schedule
@@ -358,7 +359,7 @@ def _update(loop: _Loop, batches) -> None:
     runs.seed_dropout(stable_seed("dropout", s.seed, run.done, accelerator.process_index))
     try:
         group = [_to_device(next(batches), accelerator) for _ in range(s.accumulate)]
-    except BadRows:
+    except PictureError:
         if run.update and accelerator.num_processes == 1:
             _save(loop)  # no update is lost
         raise
@@ -476,7 +477,8 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     accelerator.free_memory()
     if distributed.is_zero(run.model):
         # dissolved: opened again from the checkpoint that ended the phase
-        whole = models.load(runs.list_checkpoints(run.out)[-1])[0]
+        newest = runs.list_checkpoints(run.out)[-1]
+        whole, _ = models.load(newest, memory.weights_dtype(s.weights))
         whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
         run.model = whole.to(accelerator.device)
     named = trained_parameters(run.model, phase).values()
@@ -519,9 +521,12 @@ def _run_phases(
                 one_phase(run, reads[run.phase], accelerator, exam, state, progress)
             _end_phase(run, reads[run.phase], exam, accelerator)
             state = None
-    except BadRows as e:  # it was there when the run began
+    except PictureError as e:  # it was there when the run began
         again = f"llava-cot train --resume {run.out}"
-        raise BadRows(f"after update {run.done}: {e}. Put it back, then go on with: {again}") from e
+        told = f"{e.id}: {PictureError(e.reason, e.file, '', e.number)}"
+        raise BadRows(
+            f"after update {run.done}: {told}. Put it back, then go on with: {again}"
+        ) from e
     runs.save_result(run, accelerator)
     return run
 
@@ -608,7 +613,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
             f"resume {out}: no checkpoint here, the run stopped before its first; remove the folder"
             " and start again"
         )
-    model, processor = open_model(name)
+    model, processor = open_model(name, memory.weights_dtype(s.weights))
     if s.separator_tokens:
         models.add_separators(model, processor)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
@@ -622,7 +627,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
 
 def _reopen_checkpoint(out, folder: Path, s: Settings) -> tuple[Run, dict | None]:
     "A run as a checkpoint has it, and the optimizer's state within a phase."
-    model, processor = models.load(folder)
+    model, processor = models.load(folder, memory.weights_dtype(s.weights))
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     progress = json.loads((folder / "progress.json").read_text())
     run = Run(Path(out), s, **progress, model=model, processor=processor)
