@@ -5,8 +5,10 @@ import io
 import json
 import os
 import random
+import struct
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -72,6 +74,13 @@ def test_a_picture_is_unreadable_exactly_where_it_cannot_be_decoded():
     empty = io.BytesIO()
     Image.new("F", (9, 9), float("nan")).save(empty, "TIFF")
     assert "none of its values is a number" in _look({"bytes": empty.getvalue(), "path": None}, 0)[0]
+    raw = packed("PNG")
+    start, end = raw.index(b"IDAT"), raw.rindex(b"IEND") - 4
+    for inside in (raw[start + 4 : end - 900], draw.randbytes(900), b""):  # checksums are right
+        chunk = b"IDAT" + inside
+        piece = struct.pack(">I", len(inside)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        bad = raw[: start - 4] + piece + raw[end:]
+        assert _look({"bytes": bad, "path": None}, 0)[0] and not decodes(bad)
 
 
 def test_an_upright_size_is_that_of_the_decoded_picture():
