@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['stable_seed', 'epoch_order', 'Order', 'Reader', 'reader_of', 'phase_settings', 'length_options', 'Ramped', 'loader',
-           'rows_that_fit', 'select_rows']
+           'rows_that_fit', 'select_rows', 'FoundRows', 'context_of', 'find_rows', 'find_all', 'phase_rows',
+           'phase_length', 'PhaseRows']
 
 # %% ../nbs/24_batches.ipynb #batches-imports
 import contextlib
 import hashlib
+import math
 import signal
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import augment as augmentation
+from . import data as datasource
 from .cot import LLAVA_COT, CoTFormat, InputError
 from .gate import Policy
-from .pictures import example_at, id_at, limits
-from .schedule import Phase
+from .pictures import example_at, limits
+from .rowcheck import BadRow, BadRows, RowCheck, check_rows
+from .schedule import Phase, Schedule
 from .settings import RunError, Settings
 from .tokens import Collator, TooLong, encode, lengths
 
@@ -123,12 +129,13 @@ class Reader(torch.utils.data.Dataset):
         max_length: int | None = None,  # tokens
         policy: Policy | None = None,  # how rows are augmented
         seed: int = 0,
+        context: int | None = None,  # the most tokens that the model can have
         picture_pixels: int | None = None,  # of `pictures.limits`
         picture_text: int | None = None,  # of `pictures.limits`
         **options,  # of `tokens.encode`
     ):
         self.rows, self.processor, self.fmt, self.max_length = rows, processor, fmt, max_length
-        self.policy, self.seed, self.options = policy, seed, options
+        self.policy, self.seed, self.context, self.options = policy, seed, context, options
         self.limits = dict(pixels=picture_pixels, text=picture_text)
 
     def __len__(self):
@@ -138,9 +145,14 @@ class Reader(torch.utils.data.Dataset):
         plain = self.policy in (None, Policy.none())
         return f"Reader({len(self)} rows{'' if plain else ', augmented'})"
 
+    @property
+    def limit(self) -> int | None:
+        "The most tokens that a row may have: what was asked for, or what the model can have."
+        return min((n for n in (self.max_length, self.context) if n), default=None)
+
     @cached_property
     def lengths(self) -> list[int]:
-        "About how many tokens each row has, as `tokens.lengths` counts them; counted once."
+        "Tokens of each row; where `check_rows` was not asked, about as many."
         with limits(**self.limits):
             return lengths(self.rows, self.processor)
 
@@ -151,23 +163,40 @@ class Reader(torch.utils.data.Dataset):
 
     def encode(self, example: dict):
         "An example as it is. Raises `TooLong`."
-        return encode(example, self.processor, self.fmt, self.max_length, **self.options)
+        return encode(example, self.processor, self.fmt, self.limit, **self.options)
 
     def augmented(self, example: dict, epoch: int, *share: float) -> dict:
         "An example as the policy changes it in an epoch."
         policy = self.policy.at(*share) if share else self.policy
         return augmentation.augment(example, policy, self.seed, epoch)
 
-    def __getitem__(self, address):
-        epoch, row, *share = address
-        example, encoded = self.example(row), None
+    def draw(self, example: dict, epoch: int, *share: float) -> dict:
+        "An example as an epoch has it, encoded."
         if self.policy is not None:
             with contextlib.suppress(TooLong):
                 encoded = self.encode(self.augmented(example, epoch, *share))
-        return encoded or self.encode(example)
+                if encoded:
+                    return encoded
+        return self.encode(example)
+
+    def check(self, leave_out: Iterable[int] = (), progress: bool | str = False) -> RowCheck:
+        "What `check_rows` finds of the rows."
+        how = dict(self.options, leave_out=leave_out, progress=progress)
+        given = (self.rows, self.processor, self.fmt, self.max_length, self.context)
+        with limits(**self.limits):
+            return check_rows(*given, **how)
+
+    def __getitem__(self, address):
+        epoch, row, *share = address
+        return self.draw(self.example(row), epoch, *share)
 
 # %% ../nbs/24_batches.ipynb #c025p
-def reader_of(settings: Settings, rows, processor) -> Reader:
+def reader_of(
+    settings: Settings,
+    rows,  # a `Dataset`, or a list of examples
+    processor,
+    context: int | None = None,  # the most tokens that the model can have
+) -> Reader:
     "The rows as the settings read them."
     return Reader(
         rows,
@@ -176,6 +205,7 @@ def reader_of(settings: Settings, rows, processor) -> Reader:
         settings.max_length,
         settings.augment,
         settings.seed,
+        context,
         settings.picture_pixels,
         settings.picture_text,
         too_long=settings.too_long,
@@ -220,18 +250,15 @@ class Ramped:
             share = (self.order.start + k // self.order.accumulate) / self.order.stop
             yield [(*address, share) for address in batch]
 
-
-def _leave_signals(worker) -> None:
-    "A Ctrl-C reaches the whole group of processes: the main one decides what follows."
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
-
-
-class _Telling(torch.utils.data.Dataset):
-    "The rows of a reader, collated; what is wrong with one comes whole from a worker's process."
+# %% ../nbs/24_batches.ipynb #c026e2
+class _Carried(torch.utils.data.Dataset):
+    "A reader whose errors are values, so that they leave a process as they are."
 
     def __init__(self, reader: Reader):
-        self.reader, self.collate = reader, Collator(reader.processor)
+        self.reader = reader
+
+    def __len__(self):
+        return len(self.reader)
 
     def __getitem__(self, address):
         try:
@@ -239,20 +266,36 @@ class _Telling(torch.utils.data.Dataset):
         except InputError as e:
             return e
 
-    def batch(self, rows: list):
-        "The batch of these rows, or what is wrong with the first that cannot be had."
-        wrong = [row for row in rows if isinstance(row, InputError)]
-        return wrong[0] if wrong else self.collate(rows)
+
+class _Collated:
+    "A batch of rows; or the first error among them."
+
+    def __init__(self, processor):
+        self.collate = Collator(processor)
+
+    def __call__(self, rows: list):
+        errors = (row for row in rows if isinstance(row, InputError))
+        return next(errors, None) or self.collate(rows)
+
+
+def _raised(batch):
+    "A batch; raises the error that was carried in its place."
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
 
 
 class _Loader(DataLoader):
-    "Raises what is wrong with a row as it was raised, whichever process met it."
+    "Batches; what went wrong with one is raised here."
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        return map(_raised, super().__iter__())  # not lazily: to begin, a loader draws a number
+
+# %% ../nbs/24_batches.ipynb #c026e3
+def _leave_signals(worker) -> None:
+    "A Ctrl-C reaches the whole group of processes: the main one decides what follows."
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
 
 
 def loader(
@@ -261,36 +304,53 @@ def loader(
     workers: int = 0,  # processes that read ahead
 ) -> DataLoader:
     "Batches in `order`, collated: `input_ids`, `labels`, `stage_ids` `(B, T)` and image inputs."
-    grows, rows = reader.policy is not None and reader.policy.ramp, _Telling(reader)
+    grows = reader.policy is not None and reader.policy.ramp
     return _Loader(
-        rows,
+        _Carried(reader),
         batch_sampler=Ramped(order) if grows else order,
-        collate_fn=rows.batch,
+        collate_fn=_Collated(reader.processor),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals,
     )
 
 # %% ../nbs/24_batches.ipynb #c026b
+_MEND = "Mend or remove them, or leave them out with bad_rows: skip"
+
+
+def _told(found: list[BadRow], total: int, name: str) -> str:
+    "How many rows, and the first three."
+    rest = f"; and {len(found) - 3:,} more" if len(found) > 3 else ""
+    named = "; ".join(map(str, found[:3]))
+    return f"{name}: {len(found):,} of {total:,} rows cannot be used: {named}{rest}"
+
+
 def rows_that_fit(
     reader: Reader,  # with the policy for what is too long
+    check: RowCheck | None = None,  # of its rows; made where it is not given
+    bad_rows: str = "refuse",  # or "skip"
+    name: str = "data",  # what errors call the rows
+    advice: str = _MEND,
 ) -> tuple[list, list]:  # rows that can be trained on, and the ids of those dropped
-    "Which rows stay within `max_length`. Raises `TooLong` for the first that must and does not."
-    if not reader.max_length:
-        return list(range(len(reader))), []
-    near = 0.9 * reader.max_length - 32  # `lengths` may be off by that much
-    keep, dropped = [], []
-    for i, n in enumerate(reader.lengths):
-        if n > near and reader.encode(reader.example(i)) is None:
-            dropped.append(id_at(reader.rows, i))
-        else:
-            keep.append(i)
-    if not keep:
+    "Which rows are read. Raises `BadRows`, or `TooLong` where they are only too long."
+    check = check or reader.check()
+    total, drop = len(reader), reader.options.get("too_long", "refuse") == "drop"
+    if check.bad and bad_rows == "refuse":
+        raise BadRows(f"{_told(check.bad, total, name)}. {advice}.")
+    if check.long and not drop:
+        told = _told(check.long, total, name)
+        most = f"max_length is {reader.max_length or reader.limit}"
+        raise TooLong(f"{told}; {most}. Raise it, drop the rows, or shorten them (too_long)")
+    gone = {row.index for row in (*check.bad, *check.long)}
+    keep = [i for i in range(total) if check.lengths[i] and i not in gone]
+    if not keep and not check.bad:
         raise RunError(
-            f"max_length: all {len(dropped)} rows are longer than {reader.max_length} tokens,"
+            f"max_length: all {len(check.long)} rows are longer than {reader.limit} tokens,"
             " expected at least one that fits; raise it"
         )
-    return keep, dropped
+    if not keep:
+        raise BadRows(f"{_told(check.bad, total, name)}; none is left.")
+    return keep, [row.id for row in check.long]
 
 
 def select_rows(
@@ -301,3 +361,124 @@ def select_rows(
     if len(keep) == len(rows):
         return rows
     return rows.select(keep) if hasattr(rows, "select") else [rows[i] for i in keep]
+
+# %% ../nbs/24_batches.ipynb #c026f
+@dataclass(frozen=True)
+class FoundRows:
+    "Those of some rows that a run reads."
+
+    keep: list[int]  # their indices
+    lengths: list[int]  # tokens of each
+    dropped: list[str]  # ids of those that are too long
+    skipped: list[BadRow]  # those that cannot be trained on
+
+    def __repr__(self):
+        left = f"{len(self.dropped)} dropped, {len(self.skipped)} skipped"
+        return f"FoundRows({len(self.keep)} rows, {left})"
+
+
+def context_of(model) -> int | None:
+    "The most tokens that a model can have in a row, as its config says."
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def find_rows(
+    reader: Reader,
+    bad_rows: str = "refuse",  # or "skip"
+    name: str = "data",  # what errors call the rows
+    known: list[BadRow] | None = None,  # left out when the run began; no others may be then
+    advice: str = _MEND,
+    progress: bool | str = False,  # show a bar
+) -> FoundRows:
+    "Checks rows, and chooses. Raises `BadRows`, or `TooLong`."
+    if not len(reader):
+        return FoundRows([], [], [], [])
+    left_out = [row.index for row in known or ()]
+    check = reader.check(left_out, progress)
+    policy = bad_rows if known is None else "refuse"
+    keep, dropped = rows_that_fit(reader, check, policy, name, advice)
+    skipped = check.bad if known is None else known
+    return FoundRows(keep, [check.lengths[i] for i in keep], dropped, skipped)
+
+
+def find_all(
+    readers: dict[str, Reader],  # name → rows: data, held_out, retain
+    bad_rows: str = "refuse",
+    known: dict[str, list[BadRow]] | None = None,  # name → rows left out when the run began
+    **how,  # of `find_rows`: advice, progress
+) -> dict[str, FoundRows]:
+    "`find_rows` for all rows of a run. Raises one `BadRows` for all of them, or `TooLong`."
+    found, told = {}, []
+    for name, reader in readers.items():
+        left_out = None if known is None else known.get(name, [])
+        try:
+            found[name] = find_rows(reader, bad_rows, name, left_out, **how)
+        except BadRows as e:
+            told.append(str(e))
+    if told:
+        raise BadRows(" ".join(told))
+    return found
+
+# %% ../nbs/24_batches.ipynb #c029a
+def phase_rows(
+    rows,  # a `Dataset`, or a list of examples
+    phase: Phase,
+    seed: int,  # decides which rows of a source that is not taken whole
+):
+    "The rows of a phase: all, or as often as it says of their source. Raises `RunError`."
+    if phase.data is None:
+        return rows
+    if not hasattr(rows, "unique"):
+        raise RunError(
+            f"phase {phase.name!r}: data needs a Dataset with a column source; found"
+            f" {type(rows).__name__}"
+        )
+    return datasource.mix([rows], dict(phase.data), seed)
+
+
+def phase_length(
+    settings: Settings,  # with what the phase has of its own
+    phase: Phase,
+    rows: int,
+    processes: int,
+) -> tuple[int, int]:
+    "Updates of a phase, and updates that make an epoch of its rows."
+    per_epoch = math.ceil(rows / (settings.batch_size * settings.accumulate * processes))
+    return Schedule([phase]).updates(per_epoch)[0], per_epoch
+
+# %% ../nbs/24_batches.ipynb #c029c
+@dataclass(frozen=True)
+class PhaseRows:
+    "What a phase reads."
+
+    reader: Reader  # of its rows, mixed; `reader.lengths` are theirs
+    updates: int  # of the phase
+    per_epoch: int  # updates that read every row once
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,  # of the run
+        phase: Phase,
+        rows,  # all the run has
+        processor,
+        processes: int = 1,
+        lengths: list | None = None,  # tokens of the rows, where they are known
+        context: int | None = None,  # as for `Reader`
+    ) -> "PhaseRows":
+        "Mixes and counts. Raises `RunError` or `AugmentError` for what the phase cannot have."
+        own = phase_settings(settings, phase)
+        mixed = phase_rows(rows, phase, settings.seed)
+        updates, per_epoch = phase_length(own, phase, len(mixed), processes)
+        reader = reader_of(own, mixed, processor, context)
+        if lengths is not None:
+            reader.lengths = _mixed_lengths(rows, lengths, phase, settings.seed)
+        return cls(reader, updates, per_epoch)
+
+
+def _mixed_lengths(rows, lengths: list, phase: Phase, seed: int) -> list[int]:
+    "The lengths of a phase's rows, mixed as these are."
+    if phase.data is None:
+        return lengths
+    light = dict(id=rows["id"], source=rows["source"], tokens=lengths)
+    return list(phase_rows(Dataset.from_dict(light), phase, seed)["tokens"])

@@ -123,7 +123,7 @@ def train(
 # %% ../nbs/40_commands.ipynb #c012a
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
-    from llava_cot.evaluate import examination, measured
+    from llava_cot.evaluate import examination, leave_out_bad, measured
     from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
@@ -145,6 +145,10 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
         f" in {out}\n\n{schedule}\n",
         json=json,
     )
+    unread = leave_out_bad(examiner, processor, s)
+    if unread:
+        source |= dict(unread=unread)
+        say(f"rows not scored on, for they cannot be read: {', '.join(unread)}", json=json)
     place = str(Path(model).absolute()) if Path(model).is_dir() else str(model)
     more = measured(source, examiner, s.eval_every) | dict(progress=not json and "bar")
     try:
@@ -165,7 +169,7 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
 # %% ../nbs/40_commands.ipynb #c013
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
-    from llava_cot.evaluate import examination, measured
+    from llava_cot.evaluate import examination, leave_out, measured
     from llava_cot.run import read_recipe, settings_from
     from llava_cot.train import resume
 
@@ -178,6 +182,7 @@ def _resume(out, start, json) -> dict:
     s = settings_from(recipe["settings"])
     with _limits(vars(s)):
         rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
+        leave_out(examiner, recipe["source"].get("unread", []))
         say(f"going on with the run in {out}", json=json)
         more = measured(recipe["source"], examiner, s.eval_every)
         try:
@@ -190,13 +195,18 @@ def _resume(out, start, json) -> dict:
 def _finish(run, examiner, start, json) -> dict:
     "The report: files in the run's folder, a summary on the terminal."
     from llava_cot.report import write_report
+    from llava_cot.run import read_recipe
     from llava_cot.share import model_card
 
     if not _first():
         return {}
-    report = write_report(run.out, examiner.report, seconds=time.time() - start)
+    skipped = read_recipe(run.out).get("skipped", 0)
+    more = dict(skipped_rows=skipped) if skipped else {}
+    report = write_report(run.out, examiner.report, seconds=time.time() - start, **more)
     model_card(run.out)
     ends = f"model   {run.out / 'model'}\nreport  {run.out / 'report.html'}"
+    if skipped:
+        ends += f"\nskipped {skipped:,} rows, listed in {run.out / 'skipped_rows.jsonl'}"
     say(f"{summary(report)}\n\n{ends}", json=json)
     if json:
         print(json_module.dumps(report))
@@ -249,6 +259,7 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     "What can be said of a run without its weights; raises what the run would raise."
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
+    from llava_cot.tiny import TINY
     from llava_cot.train import check_cache
 
     s = Settings(Schedule.load(schedule), **settings)
@@ -256,7 +267,9 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     check_cache(s)
     phases = f"{len(s.schedule)} phase{'s' * (len(s.schedule) > 1)}"
     ok, unchecked = [f"settings, and a schedule of {phases}", f"out: {out} is new"], []
-    rows = _dry_data(source, s, ok, unchecked)
+    here = bool(model) and (model in TINY or Path(model).is_dir())
+    check = "text" if here or s.bad_rows == "skip" else True  # pictures, with the processor
+    rows = _dry_data(source, s, ok, unchecked, check)
     _dry_model(model, s, rows, ok, unchecked)
     if s.engine:
         unchecked.append(f"engine: whether accelerate gives {s.engine} is seen at the launch")
@@ -267,8 +280,8 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
     return dict(ok=ok, unchecked=unchecked)
 
 # %% ../nbs/40_commands.ipynb #c013d
-def _dry_data(source, s, ok: list, unchecked: list):
-    "The rows to train on, or None where they are not on this machine."
+def _dry_data(source, s, ok: list, unchecked: list, check: bool | str = True) -> dict | None:
+    "The rows of a run by name, or None where they are not on this machine."
     from llava_cot.evaluate import examination, measured
 
     if not source["data"]:
@@ -278,13 +291,13 @@ def _dry_data(source, s, ok: list, unchecked: list):
             unchecked.append(f"{name}: {source[name]} is not on this machine")
     if unchecked:
         return None
-    rows, examiner = examination(source, s.fmt, s.schedule, s.seed, False)
+    rows, examiner = examination(source, s.fmt, s.schedule, s.seed, False, check)
     plain = measured(source, examiner, None).get("retain", [])
     ok.append(
         f"data: {len(rows):,} rows to train on, {len(examiner.rows):,} to score on,"
         f" {len(plain):,} plain ones to see what is forgotten"
     )
-    return rows
+    return {"data": rows, "rows to score on": examiner.rows, "retain": plain}
 
 # %% ../nbs/40_commands.ipynb #c013c
 def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
@@ -313,22 +326,26 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         parts = ", ".join(part for part, n in counts.items() if n)
         ok.append(f"phase {phase.name}: trains {sum(counts.values()):,} parameters of {parts}")
     if rows is not None:
-        ok.append(_dry_rows(s, rows, processor))
+        ok.append(_dry_rows(s, rows, net, processor))
 
 # %% ../nbs/40_commands.ipynb #c013r
-def _dry_rows(s, rows, processor) -> str:
-    "How many rows fit, and how many updates they make."
-    from llava_cot.batches import reader_of, rows_that_fit
-    from llava_cot.train import PhaseRows, select_rows
+def _dry_rows(s, rows: dict, net, processor) -> str:
+    "How many rows fit, and how many updates they make. Raises what the run would raise."
+    from llava_cot.batches import PhaseRows, context_of, find_all, reader_of, select_rows
 
-    keep, dropped = rows_that_fit(reader_of(s, rows, processor))
-    for i in keep[:4]:
-        reader_of(s, rows, processor)[0, i]
-    left = select_rows(rows, keep)
+    plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
+    readers = {name: reader_of(plain, some, processor) for name, some in rows.items()}
+    readers["data"] = reader_of(s, rows["data"], processor, context_of(net))
+    found = find_all(readers, s.bad_rows)
+    its, skipped = found["data"], sum(len(f.skipped) for f in found.values())
+    left = select_rows(rows["data"], its.keep)
+    for i in range(min(4, len(left))):
+        reader_of(s, left, processor)[0, i]
     updates = [PhaseRows.of(s, phase, left, processor).updates for phase in s.schedule]
+    bad = f"{skipped:,} are skipped, for they cannot be read; " if skipped else ""
     return (
-        f"rows: {len(keep):,} can be trained on, {len(dropped):,} are dropped as too long; updates"
-        f" by phase {updates} on one process"
+        f"rows: {len(its.keep):,} can be trained on, {len(its.dropped):,} are dropped as too long;"
+        f" {bad}updates by phase {updates} on one process"
     )
 
 # %% ../nbs/40_commands.ipynb #c013e

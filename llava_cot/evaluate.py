@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScoredRow', 'bootstrap_interval', 'scores', 'Report', 'score', 'zero_pixels', 'evaluate', 'Examiner', 'examination',
-           'measured']
+           'measured', 'leave_out_bad', 'leave_out']
 
 # %% ../nbs/33_evaluate.ipynb #evaluate-imports
 from collections import Counter
@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import torch
 
+from .batches import find_rows, reader_of, select_rows
 from .cot import LLAVA_COT, CoTFormat, check
 from .data import load, question, split
 from .metrics import EvaluateError, is_right, normalise, reference
 from .pictures import example_at
 from .reasoning import answer_key_judge
 from .search import Answer, Greedy, answer
+from .settings import Settings
 
 # %% ../nbs/33_evaluate.ipynb #c021
 @dataclass(frozen=True)
@@ -281,11 +283,12 @@ def examination(
     schedule,
     seed: int,
     progress: bool,
+    check: bool | str = "text",  # as for `data.load`; `fit` looks at the pictures
 ) -> tuple:
     "The rows to train on, and the `Examiner` of those held out."
-    rows, held, folder = load(source["data"], fmt), [], source["data"]
+    rows, held, folder = load(source["data"], fmt, check), [], source["data"]
     if source["eval_data"]:
-        held, folder = load(source["eval_data"], fmt), source["eval_data"]
+        held, folder = load(source["eval_data"], fmt, check), source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
     if len(held) > source["eval_n"]:
@@ -306,6 +309,27 @@ def measured(
         few = source.get("eval_answers")
         found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
     if source.get("retain"):
-        plain = load(source["retain"], None)
+        plain = load(source["retain"], None, "text")
         found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))
     return found
+
+# %% ../nbs/33_evaluate.ipynb #c012b
+def leave_out_bad(
+    examiner: Examiner,
+    processor,  # of the model
+    settings: Settings,  # of the run
+) -> list[str]:  # ids of those left out
+    "Leaves out of the rows to score on those that cannot be read, or raises `BadRows`."
+    plain = Settings(fmt=settings.fmt, control_tokens=settings.control_tokens)
+    reader = reader_of(plain, examiner.rows, processor)
+    found = find_rows(reader, settings.bad_rows, "rows to score on")
+    ids = [row.id for row in found.skipped]
+    leave_out(examiner, ids)
+    return ids
+
+
+def leave_out(examiner: Examiner, ids: list[str]) -> None:
+    "Leaves rows out of those to score on."
+    if ids:
+        kept = [i for i, id in enumerate(examiner.rows["id"]) if id not in ids]
+        examiner.rows = select_rows(examiner.rows, kept)

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import models, train
-from .batches import phase_settings
+from .batches import phase_length, phase_settings
 from .cot import InputError
 from .distributed import fake_mesh, fsdp_policy, shard
 from .families import example_batch, parts
@@ -390,7 +390,7 @@ def _timed(planned: PhasePlan, phase, s, rows, gpus, card, mfu) -> PhasePlan:
     "With updates and hours, where they are known."
     updates, hours = phase.updates, None
     if not updates and rows:
-        updates, _ = train.phase_length(phase_settings(s, phase), phase, rows, gpus)
+        updates, _ = phase_length(phase_settings(s, phase), phase, rows, gpus)
     if updates and card:
         hours = updates * planned.flops / (card.flops * mfu) / 3600
     return replace(planned, updates=updates or None, hours=hours)

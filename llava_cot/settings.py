@@ -99,6 +99,12 @@ class _Rows(_Shown):
         "rows",
         ("refuse", "escape"),
     )
+    bad_rows: str = option(
+        "refuse",
+        "a row that cannot be trained on, its picture damaged: refuse the data, or skip the row",
+        "rows",
+        ("refuse", "skip"),
+    )
     augment: object = option(None, "how pictures and questions are varied", "rows")
     picture_pixels: int | None = option(
         None, "most pixels of a picture, width × height; none: 178,956,970", "rows", least=1

@@ -209,3 +209,4 @@ def test_fitting_keeps_exactly_the_rows_that_fit():
         with pytest.raises(RunError, match="all 40 rows"):
             batches.rows_that_fit(batches.Reader(forty, its, max_length=20, too_long="drop"))
         assert all(abs(a - b) < 6 for a, b in zip(lengths(forty, its), exact))
+        assert batches.Reader(forty, its).check().lengths == exact

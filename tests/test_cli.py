@@ -706,6 +706,42 @@ def test_wrong_input_is_one_line_and_writes_nothing():
             ]
 
 
+def test_damaged_pictures_are_refused_or_skipped_by_every_way_into_a_run():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        (tmp / "schedule.yaml").write_text(SCHEDULE)
+        data_ = write_rows(tmp / "rows", 24)
+        whole = (data_ / "img/7.jpg").read_bytes()
+        (data_ / "img/7.jpg").write_bytes(whole[: len(whole) // 2])
+        (data_ / "img/12.png").unlink()
+        held = write_rows(tmp / "held", 6)
+        (held / "img/3.jpg").write_bytes(b"")
+        asked = ["--data", data_, "--model", "tiny_llava", "--schedule", tmp / "schedule.yaml"]
+        asked = ["train", *asked, "--batch_size", 2, "--max_new_tokens", 4, "--out", tmp / "run"]
+        for more in ([], ["--dry-run"], ["--held_out", 0.3, "--seed", 1]):
+            code, _, error = here(*asked, *more)
+            assert code == 2 and error.count("\n") == 1 and not (tmp / "run").exists(), error
+            assert " rows cannot be used: row " in error and "bad_rows: skip" in error
+        score = ["--eval_data", held, "--eval_every", 3, "--bad_rows", "skip"]
+        code, told, error = here(*asked, *score, "--dry-run")
+        assert code == 0 and "22 can be trained on" in told and "3 are skipped" in told, error
+        code, _, error = here(*asked, "--eval_data", held, "--held_out", 0)
+        assert code == 2 and ("rows to score on: 1 of 6 rows" in error), error
+        code, told, error = here(*asked, *score)
+        assert code == 0 and "skipped 2 rows, listed in" in told and "row-3" in told, error
+        found = [line["id"] for line in read_lines(tmp / "run/skipped_rows.jsonl")]
+        assert found == ["row-7", "row-12"]
+        report = json.loads((tmp / "run/report.json").read_text())
+        assert report["skipped_rows"] == 2 and report["n"] == 5
+        (held / "img/3.jpg").write_bytes(whole)
+        (data_ / "img/7.jpg").write_bytes(whole)
+        before = (tmp / "run/model/model.safetensors").read_bytes()
+        for left in ("model", "report.json"):
+            shutil.rmtree(tmp / "run" / left, ignore_errors=True)
+        code, told, error = here("train", "--resume", tmp / "run")
+        assert code == 0 and (tmp / "run/model/model.safetensors").read_bytes() == before, error
+
+
 def test_an_interrupted_command_says_how_to_go_on_and_does():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)

@@ -556,7 +556,7 @@ def test_no_command_ends_in_a_traceback_for_a_picture():
     few = {form: forms[form] for form in list(forms)[1::4]}
     with (
         tempfile.TemporaryDirectory() as made,
-        mock.patch("llava_cot.tiny.open_model", lambda _: model),
+        mock.patch("llava_cot.tiny.open_model", lambda *_: model),
     ):
         made = Path(made)
         for folder in ("good", "bad", "quick"):

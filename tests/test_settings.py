@@ -36,6 +36,7 @@ def test_wrong_settings_are_refused():
         (dict(too_long="cut"), "too_long: found 'cut', expected refuse, drop or shorten"),
         (dict(too_long="drop"), "too_long: found 'drop' without max_length"),
         (dict(control_tokens="keep"), "control_tokens: found 'keep'"),
+        (dict(bad_rows="drop"), "bad_rows: found 'drop', expected refuse or skip"),
         (dict(cache_vision=0), "cache_vision: found 0"),
         (dict(cache_folder="here"), "cache_folder: found 'here' without cache_vision"),
         (dict(spike=-1.0), "spike: found -1.0"),

@@ -531,41 +531,6 @@ def lengths_are_nearly_those_of_encode(ex, processor):
     assert abs(lengths([ex], processor)[0] - true) <= melted + 4 * blanks
 
 
-def test_a_picture_that_a_processor_refuses_is_named_in_every_family():
-    def refusing(given):
-        "An image processor's call that takes no picture of 7 × 7."
-
-        def call(self, images, **how):
-            if any(image.size == (7, 7) for image in make_flat_list_of_images(images)):
-                raise ZeroDivisionError("division by zero")
-            return given(self, images, **how)
-
-        return call
-
-
-    small = Image.new("RGB", (7, 7))
-    for tiny in TINY:
-        toy = tiny()[1]
-        kind = type(toy.image_processor)
-        two = example(images=(picture(), small), name="odd")
-        with mock.patch.object(kind, "__call__", refusing(kind.__call__)):
-            with pytest.raises(PictureError, match="odd: image 2 .*7 × 7 pixels: division") as e:
-                encode(two, toy)
-            assert (e.value.id, e.value.number) == ("odd", 2)
-            assert len(encode(example(), toy)["input_ids"])
-        for size in ((1, 1), (1, 3), (3, 1), (3, 40), (40, 2), (2, 2)):
-            assert "pixel_values" in encode(example(images=(Image.new("RGB", size),)), toy)
-    thin, qwen = example(images=(Image.new("RGB", (2, 500)),), name="thin"), tiny_qwen2_5_vl()[1]
-    for call in (encode, lambda ex, toy: lengths([picture_less, ex], toy)):
-        picture_less = example("q", "a", images=())
-        with pytest.raises(PictureError, match="thin: image 1 .*2 × 500 pixels.*aspect ratio"):
-            call(thin, qwen)
-    clip = tiny_llava()[1]
-    clip.image_processor.size = {"shortest_edge": 336}  # as LLaVA-1.5 has it
-    with pytest.raises(PictureError, match="336 × 672,000 pixels.*limit"):
-        encode(example(images=(Image.new("RGB", (1, 2000)),)), clip)
-
-
 def test_show_mask_counts_and_escapes():
     for tiny in TINY:
         toy = tiny()[1]
@@ -851,6 +816,61 @@ def test_lengths_are_those_of_encode_nearly():
             settings(max_examples=20, **PATIENT)(
                 given(conversations())(lambda ex: lengths_are_nearly_those_of_encode(ex, toy))
             )()
+
+
+def test_a_picture_that_a_processor_refuses_is_named_in_every_family():
+    def refusing(given):
+        "An image processor's call that takes no picture of 7 × 7."
+
+        def call(self, images, **how):
+            if any(image.size == (7, 7) for image in make_flat_list_of_images(images)):
+                raise ZeroDivisionError("division by zero")
+            return given(self, images, **how)
+
+        return call
+
+
+    small = Image.new("RGB", (7, 7))
+    for tiny in TINY:
+        toy = tiny()[1]
+        kind = type(toy.image_processor)
+        two = example(images=(picture(), small), name="odd")
+        with mock.patch.object(kind, "__call__", refusing(kind.__call__)):
+            with pytest.raises(PictureError, match="odd: image 2 .*7 × 7 pixels: division") as e:
+                encode(two, toy)
+            assert (e.value.id, e.value.number) == ("odd", 2)
+            assert len(encode(example(), toy)["input_ids"])
+        for size in ((1, 1), (1, 3), (3, 1), (3, 40), (40, 2), (2, 2)):
+            assert "pixel_values" in encode(example(images=(Image.new("RGB", size),)), toy)
+    thin, qwen = example(images=(Image.new("RGB", (2, 500)),), name="thin"), tiny_qwen2_5_vl()[1]
+    for call in (encode, lambda ex, toy: lengths([picture_less, ex], toy)):
+        picture_less = example("q", "a", images=())
+        with pytest.raises(PictureError, match="thin: image 1 .*2 × 500 pixels.*aspect ratio"):
+            call(thin, qwen)
+    clip = tiny_llava()[1]
+    clip.image_processor.size = {"shortest_edge": 336}  # as LLaVA-1.5 has it
+    with pytest.raises(PictureError, match="336 × 672,000 pixels.*limit"):
+        encode(example(images=(Image.new("RGB", (1, 2000)),)), clip)
+
+
+def test_text_length_and_pictures_are_the_length_to_the_token():
+    def length_is_that_of_encode(ex, toy):
+        for control in CONTROL_TOKENS:
+            try:
+                true = len(encode(ex, toy, control_tokens=control)["input_ids"])
+            except TokensError as e:
+                with pytest.raises(TokensError, match=re.escape(str(e))):
+                    text_length(ex, toy, control_tokens=control)
+                continue
+            found = text_length(ex, toy, control_tokens=control)
+            assert found + sum(image_tokens(toy, x.size) - 1 for x in ex["images"]) == true
+
+
+    for tiny in TINY:
+        toy = tiny()[1]
+        settings(max_examples=20, **PATIENT)(
+            given(conversations())(lambda ex: length_is_that_of_encode(ex, toy))
+        )()
 
 
 def test_image_tokens_are_counted_without_the_picture():

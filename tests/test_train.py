@@ -36,6 +36,7 @@ from llava_cot.files import FileError, why_broken
 from llava_cot.gate import Policy
 from llava_cot.loss import one_update, token_losses
 from llava_cot.memory import transformer_layers
+from llava_cot.rowcheck import BadRows
 from llava_cot.run import list_checkpoints, newest_checkpoint, read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError
@@ -210,6 +211,56 @@ def plainly(n=3):
 import warnings
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # which peft asks for
+
+def damaged(folder, n, bad, seed=0):
+    "`n` drawn rows, the pictures of some damaged: cut, holed in the middle, emptied, gone."
+    shapes.write(folder, n, seed)
+    stored = data.load(folder).with_format("arrow")["images"].to_pylist()
+    files = [Path(images[0]["path"]) for images in stored]
+    for k, i in enumerate(bad):
+        raw, at = files[i].read_bytes(), files[i].stat().st_size // 2
+        files[i].write_bytes((raw[:at], raw[:at] + bytes(64) + raw[at + 64 :], b"")[k % 3])
+        if k % 4 == 3:
+            files[i].unlink()
+    return files
+
+
+def listed(out):
+    "`(rows, index)` of what a run has skipped."
+    return [(line["rows"], line["index"]) for line in read_lines(out / "skipped_rows.jsonl")]
+
+
+def killed_and_resumed_skips_the_same(folder, n, bad, updates, stops):
+    "A run over damaged rows, left alone, and stopped and resumed after files have changed."
+    files, ends = damaged(folder, n, bad), []
+    one, mended = Schedule([Phase("all", train=FULL, updates=updates)]), files[0].read_bytes()
+    how = dict(batch_size=4, accumulate=2, save_every=3, augment=STRONG, progress=False)
+    with pytest.raises(BadRows, match=rf"{len(bad)} of {n:,} rows .*: row {min(bad)} \(id "):
+        train.fit(*tiny_llava(seed=0), folder, one, folder / "refused", **how)
+    assert not (folder / "refused").exists()
+    how |= dict(bad_rows="skip", held_out=data.load(folder, check="text"), eval_every=updates)
+    exam = how["held_out"]
+    for stop in (999, *stops):
+        out = folder / f"skipped-{stop}"
+        try:
+            with interrupted(stop):
+                ended = train.fit(*tiny_llava(seed=0), folder, one, out, **how)
+        except KeyboardInterrupt:
+            kept = files[max(bad)].read_bytes() if files[max(bad)].exists() else None
+            files[max(bad)].write_bytes(mended)  # the list that the run began with still holds
+            ended = train.resume(out, folder, progress=False, held_out=exam)
+            files[max(bad)].write_bytes(kept or b"")
+        both = [(name, i) for name in ("data", "held_out") for i in sorted(bad)]
+        assert listed(out) == both and runs.read_recipe(out)["skipped"] == len(both)
+        ends.append((weights(ended.model), ended.metrics(), read_lines(out / "evals.jsonl")))
+    for end in ends:
+        assert end[1:] == ends[0][1:] and all(
+            torch.equal(v, ends[0][0][k]) for k, v in end[0].items()
+        )
+    return ends[0][1]
+
+
+FULL = dict(vision=1e-3, projector=1e-3, language=1e-3)
 
 ADAPTING = Schedule(
     [
@@ -538,6 +589,85 @@ def test_dropped_rows_are_named():
         )
         told = json.loads((ended.out / "dropped.json").read_text())
         assert told["ids"] == [r["id"] for r, k in zip(ROWS, count) if k > limit] and told["ids"]
+
+
+def test_a_run_over_damaged_pictures_skips_them_and_is_the_same_when_it_was_killed():
+    with tempfile.TemporaryDirectory() as tmp:
+        killed_and_resumed_skips_the_same(Path(tmp) / "rows", 60, [3, 17, 31, 44, 58], 6, (5,))
+
+
+@pytest.mark.slow
+def test_twenty_of_five_thousand_pictures_are_damaged_and_the_run_is_the_same():
+    with tempfile.TemporaryDirectory() as tmp:
+        bad = random.Random(0).sample(range(5000), 19) + [4999]
+        killed_and_resumed_skips_the_same(Path(tmp) / "rows", 5000, sorted(bad), 12, (7,))
+
+
+def test_a_picture_that_vanishes_under_way_is_one_error_and_the_run_goes_on_when_it_is_back():
+    with tempfile.TemporaryDirectory() as tmp:
+        rows_ = Path(tmp) / "rows"
+        files, ends = damaged(rows_, 48, []), []
+        one = Schedule([Phase("all", train=FULL, updates=12)])
+        _, last = Order(48, 4, 1, 0, stop=12).at(10)[0][2]  # a worker reads four batches ahead
+        raw = files[last].read_bytes()
+        for workers, stop in ((0, 99), (0, 2), (1, 2)):
+            out = Path(tmp) / f"run-{workers}-{stop}"
+            own, calls = one_update, []
+
+            def update(*args, **asked_):
+                calls.append(1)
+                if len(calls) == stop:
+                    files[last].unlink()
+                return own(*args, **asked_)
+
+            def go():
+                how = dict(batch_size=4, workers=workers, save_every=50, progress=False)
+                with mock.patch.object(train, "one_update", update):
+                    return train.fit(*tiny_llava(seed=0), rows_, one, out, **how)
+
+            if stop == 99:
+                ends.append(go())
+                continue
+            with pytest.raises(BadRows) as e:
+                go()
+            said = str(e.value)
+            assert files[last].name in said and "no such file" in said and "Traceback" not in said
+            assert f"--resume {out}" in said and data.load(rows_, check="text")[0]["id"]
+            with pytest.raises(BadRows, match="1 of 48 rows .* Put them back, then go on with"):
+                train.resume(out, rows_, progress=False)
+            files[last].write_bytes(raw)
+            ends.append(train.resume(out, rows_, progress=False))
+        for end in ends[1:]:
+            assert end.metrics() == ends[0].metrics()
+            assert all(torch.equal(v, weights(ends[0].model)[k]) for k, v in weights(end.model).items())
+
+
+def test_rows_in_memory_beyond_the_context_or_with_control_tokens_are_refused_or_skipped():
+    def spoken(i, text="There is one ."):
+        row = plainly(1)[0]
+        turn = dict(role="assistant", content=[dict(type="text", text=text)])
+        return row | dict(id=f"row-{i}", messages=[row["messages"][0], turn])
+
+
+    with tempfile.TemporaryDirectory() as tmp:
+        rows_ = [spoken(i) for i in range(40)]
+        rows_[31], rows_[39] = spoken(31, "one " * 5000), spoken(39, "It ends </s> here .")
+        one = Schedule([Phase("all", train=dict(language=1e-3), updates=3)])
+        out, how = Path(tmp) / "run", dict(batch_size=4, progress=False)
+        with pytest.raises(BadRows, match=r"2 of 40 rows .*row 31 .* 2,048 positions.*row 39 .*</s>"):
+            train.fit(*tiny_llava(seed=0), rows_, one, out, **how)
+        with pytest.raises(TooLong, match=r"1 of 40 rows .*row 31 .*max_length is 100"):
+            train.fit(*tiny_llava(seed=0), rows_, one, out, max_length=100, bad_rows="skip", **how)
+        assert not out.exists()
+        train.fit(*tiny_llava(seed=0), rows_, one, out, bad_rows="skip", **how)
+        assert listed(out) == [("data", 31), ("data", 39)]
+        with pytest.raises(RunError, match="skipped_rows.jsonl lists 0 rows, expected 2"):
+            (out / "skipped_rows.jsonl").unlink()
+            train.resume(out, rows_, progress=False)
+        how |= dict(max_length=4096, too_long="drop", control_tokens="escape")
+        dropping_ = train.fit(*tiny_llava(seed=0), rows_, one, Path(tmp) / "drop", **how)
+        assert json.loads((dropping_.out / "dropped.json").read_text())["ids"] == ["row-31"]
+        assert not (dropping_.out / "skipped_rows.jsonl").exists()
 
 
 def test_what_a_phase_has_of_its_own_survives_an_interruption():
