@@ -115,36 +115,38 @@ def _firsts():
 
 @lru_cache(maxsize=2**16)
 def _kinds_of(word):
-    "`(kind, listed word)` of a word or a pair."
+    "`(kind, listed word)` of a word or a pair, and of the parts of *blue-green*."
     table = _table()
     form = next((form for form in plain_forms(word) if form in table), None)
-    return tuple((kind, form) for kind in table.get(form, ()))
+    found = [(kind, form) for kind in table.get(form, ())]
+    for part in word.split("-") if "-" in word else ():
+        found += _kinds_of(part)
+    return tuple(found)
 
 # %% ../nbs/16_evidence.ipynb #ev-t2
 def _listed(role, text, found):
-    "`(kind, start, end)` of the first word of each kind that a text speaks of."
+    "`(kind, start, end)` of the first word of each kind that a text speaks of; joins `found`."
     last, at, firsts = "", 0, _firsts()
     for m in _TOKEN.finditer(text):
-        word = m[0].lower()
-        entries = [(m.start(), e) for e in (*_kinds_of(word), *_parts(word))]
+        word, start = m[0].lower(), m.start()
+        for kind, form in _kinds_of(word):
+            if _counts(kind, form, role, text, m, start, found):
+                yield kind.rstrip("?"), start, m.end()
         if last in firsts:
-            entries += [(at, e) for e in _kinds_of(f"{last} {word}")]
-        for start, (kind, form) in entries:
-            name = kind.rstrip("?")
-            if name in found or (kind != name and role != "user"):
-                continue
-            if _is_proper(name, text, m) or not _means(kind, form, text, start, m.end()):
-                continue
-            found[name] = start, m.end()
-            yield name, start, m.end()
-        last, at = word, m.start()
+            for kind, form in _kinds_of(f"{last} {word}"):
+                if _counts(kind, form, role, text, m, at, found):
+                    yield kind.rstrip("?"), at, m.end()
+        last, at = word, start
 
 
-def _parts(word):
-    "What the parts of a word with a hyphen are: *blue-green*, *right-angled*."
-    if "-" not in word:
-        return ()
-    return tuple(e for part in word.split("-") for e in _kinds_of(part))
+def _counts(kind, form, role, text, m, start, found):
+    "Whether a listed word is the first of its kind, and means it."
+    if kind in found or (kind[-1] == "?" and (role != "user" or kind[:-1] in found)):
+        return False
+    if _is_proper(kind, text, m) or not _means(kind, form, text, start, m.end()):
+        return False
+    found.add(kind.rstrip("?"))
+    return True
 
 
 def _is_proper(kind, text, m):
@@ -167,6 +169,12 @@ _NO_NAME = re.compile(  # peoples, styles, feasts, days, titles of address, what
 _CHOICE = re.compile(r"(?m)(?:^|[\s(])([A-J])[.):]\s")  # the letter of an option
 
 # %% ../nbs/16_evidence.ipynb #ev-n2
+_KNOWN = re.compile(  # asks for what is known by sight, not read
+    r"(?i)\b(?:landmark|monument|celebrit(?:y|ies)|actor|actress|singer|politician|painter|artist"
+    r"|breed|species)\b"
+)
+
+
 def _names(text, letters):
     "Capitals within a sentence that no people, style or option explains."
     for m in _CAPITAL.finditer(text):
@@ -217,19 +225,34 @@ _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
 
 
-_REMAINS = re.compile(  # how many are left, 3 apples left, left over: no side
-    r"(?i)(?:\b(?:how many|how much|what|nothing|none|subtract|count|take away|remov\w+)\b[^.?!\n]*"
-    r"\b(?:is|are|was|were|be|remains?) |[=\d] (?:\w+ ){0,3}(?:is |are |were )?)$"
+_REMAINS = re.compile(  # how many are left, 3 apples left, all have left: no side
+    r"(?i)\b(?:how many|how much|what|nothing|none|subtract|count|take away|remov\w+)\b[^.?!\n]*"
+    r"\b(?:is|are|was|were|be|remains?) $"
+)
+_NUMBERED = re.compile(r"(?i)[=\d] (?:\w+ ){0,3}(?:is |are |were )?$")
+_GONE = re.compile(r"(?i)\b(?:has|have|had)(?: just| already| all)? $")
+_NO_SIDE = re.compile(
+    r"(?i)(?!\s*(?:of|and|or|to|sides?|hands?|arm|leg|half|part|corner|edge)\b|-)"
 )
 _OVER = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|over\b|after\b|when\b|if\b)")
+_JUST = re.compile(  # right now, the right answer, a right angle
+    r"(?i)[ -](?:now|away|after|before|next to|in front|beside|there|here|answers?|choices?|options?"
+    r"|angles?d?|triangles?|order|time|track|place|moment)\b"
+)
 
 
-def _remains(text, m):
-    "Whether a match of `_SIDE` speaks of what is left, not of where."
-    if m[1].lower() != "left" or m[2] or not _OVER.match(text[m.end() :]):
+def _is_no_side(text, m):
+    "Whether a match of `_SIDE` surely means no side: what is left, who has left, right now."
+    before, after = text[max(0, m.start() - 80) : m.start()], text[m.end() : m.end() + 20]
+    if m[2]:
         return False
-    before = text[max(0, m.start() - 80) : m.start()]
-    return bool(_REMAINS.search(before)) or text[m.end() : m.end() + 5].lower() == " over"
+    if m[1].lower() == "right":
+        return bool(_JUST.match(after)) or before.lower().endswith("all ")
+    if after.lower().startswith(" over"):
+        return True
+    if _NUMBERED.search(before):
+        return bool(_OVER.match(after))
+    return bool(_NO_SIDE.match(after) and (_REMAINS.search(before) or _GONE.search(before)))
 
 
 def mirror_words(
@@ -238,7 +261,7 @@ def mirror_words(
     "A text with left and right exchanged; what is left over is left."
 
     def other(m):
-        return m[0] if _remains(text, m) else _OTHER.get(m[1], m[1]) + m[2]
+        return m[0] if _is_no_side(text, m) else _OTHER.get(m[1], m[1]) + m[2]
 
     return _SIDE.sub(other, text)
 
@@ -267,12 +290,21 @@ _HEIGHT = re.compile(  # top-…
 _ENDS = re.compile(r"\s*(?:$|[.,;:?!<)\n])")
 
 
+_OF = re.compile(r"(?i) of (?:the|an?|this|that|it|him|her|them|its|his|their|each|every|any)\b")
+_NOT_OF = re.compile(  # what is left of the cake, the right of the people
+    r"(?i)(?:\b(?:nothing|anything|something|little|much|all|some|none|bit)(?: that)?(?: is| was|'s)?"
+    r"|\bwhat(?: is|'s| was)|\b(?:the|an?|no|have|has|had|remains?)) $"
+)
+
+
 def _is_side(text, m):
     "Whether a match of `_SIDE` speaks of a side, in one of the ways listed."
     before, after = text[max(0, m.start() - 40) : m.start()], text[m.end() : m.end() + 40]
     if m[2] or _AFTER.match(after):
         return True
     if _THE.search(before) and _NEXT.match(after):
+        return True
+    if _OF.match(after) and not _NOT_OF.search(before):
         return True
     ends = _ENDS.match(after) or _HEIGHT.search(before)
     return bool(ends and _BEFORE.search(before))
@@ -288,7 +320,7 @@ def _sides(texts):
     any_side = False
     for i, (_, text) in enumerate(texts):
         for m in _SIDE.finditer(text):
-            if _remains(text, m):
+            if _is_no_side(text, m):
                 continue
             any_side = True
             if not _is_side(text, m):
@@ -333,10 +365,12 @@ def _language(
             if len(letters.findall(text)) * 4 > len(re.findall(r"[^\W\d_]", text)):
                 return name
     words = re.findall(r"[^\W\d_]+", text[:400].lower())
+    if not _small_words()["English"].isdisjoint(words):
+        return None
     scores = {name: sum(w in small for w in words) for name, small in _small_words().items()}
-    best = max(scores, key=scores.get)  # English comes first
+    best = max(scores, key=scores.get)
     if scores[best]:
-        return None if best == "English" else best
+        return best
     return "another language" if re.search(r"[À-ɏ]", text) and len(words) > 2 else None
 
 # %% ../nbs/16_evidence.ipynb #ev-src
@@ -344,23 +378,19 @@ _SUFFIXES = re.compile(r"(?:vqa|qa|bench|net|set|data|ds)$")
 _NO_SOURCE = re.compile(r"(?i)photo|natural")
 
 
-@lru_cache(maxsize=1)
-def _source_words():
-    return frozenset(lexicon()["sources"].split())
-
-
 @lru_cache(maxsize=4096)
 def reads_by_source(
     source: str,  # of an example
 ) -> str | None:
-    "The part of a source's name that says that its pictures are read, or None."
+    "`page` or `text` where a source's name says that its pictures are read, or None."
     if _NO_SOURCE.search(source):
         return None
-    listed = _source_words()
-    for word in re.findall(r"[a-z]+", source.lower()):
-        for form in (word, _SUFFIXES.sub("", word)):
-            if any(plain in listed for plain in plain_forms(form)):
-                return word
+    words = re.findall(r"[a-z]+", source.lower())
+    forms = [*words, *(_SUFFIXES.sub("", word) for word in words)]
+    plain = {p for form in forms for p in plain_forms(form)}
+    for kind, listed in lexicon()["sources"].items():
+        if not plain.isdisjoint(listed.split()):
+            return kind
     return None
 
 # %% ../nbs/16_evidence.ipynb #ev-p
@@ -416,8 +446,8 @@ def _place_of(role, text, at):
 _WHOLE = re.compile(  # asks about the picture as a whole
     r"(?i)\b(?:style|mood|atmosphere|weather|genre|indoors?|outdoors?|inside or outside|rural|urban"
     r"|day or night|daytime|sunny|cloudy|raining|snowing"
-    r"|(?:what|which|kind of|type of|sort of) (?:room|place|scene|setting|environment|landscape"
-    r"|material|sport)|painted|photo or|black and white)\b"
+    r"|(?:what|which|kind of|type of|sort of) (?:room|place|scene|setting|environment|landscape)"
+    r"|painted|photo or|black and white)\b"
 )
 
 # %% ../nbs/16_evidence.ipynb #ev-e2
@@ -425,17 +455,23 @@ def _said(texts):
     "`(kind, number of the text, start, end)` of all that words speak of."
     asked = [text for role, text in texts if role != "assistant"]
     counts = any(_ASKS_COUNT.search(text) for text in asked)
+    known = any(_KNOWN.search(text) for text in asked)
     letters = {letter for text in asked for letter in _CHOICE.findall(text)}
-    found, sides = {}, list(_sides(texts))
+    found, sides = set(), list(_sides(texts))
     for i, (role, text) in enumerate(texts):
         for kind, start, end in _listed(role, text, found):
             if kind != "sided" or any(side[0] == "side" for side in sides):
                 yield kind, i, start, end
         if role == "assistant":
-            yield from (("name", i, *m.span()) for m in _names(text, letters))
-        yield from (("figure", i, *m.span()) for m in _figures(text, counts))
-        yield from (("quote", i, *m.span()) for m in QUOTATION.finditer(text))
+            yield from () if known else _first("name", i, _names(text, letters))
+        yield from _first("figure", i, _figures(text, counts))
+        yield from _first("quote", i, QUOTATION.finditer(text))
     yield from (side for side in sides if side[0] != "side")
+
+
+def _first(kind, i, matches):
+    m = next(matches, None)
+    return () if m is None else ((kind, i, *m.span()),)
 
 
 def _foreign(texts):
@@ -460,7 +496,8 @@ def evidence(
     """What an example rests on.
 
     Besides `fields_of_words`: `name` and `figure`, which may be read; `quote`; `unclear`, a left or
-    right that may be no side; `foreign` and `unknown` languages; `source` and `printed`, pictures that are read;
+    right that may be no side; `foreign` and `unknown` languages; `source of page`, `source of text` and `printed`,
+    pictures that are read;
     `caption`, of the whole picture; `thing`, a bare answer about a part of it; `pictures` and
     `blind` where there are several or none."""
     texts, seen = list(texts_of(example)), set()
@@ -471,8 +508,9 @@ def evidence(
             yield Evidence(kind, _place_of(role, text, start), text[start:end][:30])
     yield from (Evidence(kind, "example", word) for kind, word in _foreign(texts))
     source = str(example.get("source") or "")
-    if reads_by_source(source):
-        yield Evidence("source", "source", source)
+    kind = reads_by_source(source)
+    if kind:
+        yield Evidence(f"source of {kind}", "source", source)
     yield from _pictured(example, look)
     answers = [text for role, text in texts if role == "assistant"]
     if any(span.stage == "CAPTION" for text in answers for span in stage_spans(text)):

@@ -188,7 +188,8 @@ _READ = {
     "quote": (_READABLE, "quotes what may be written there"),
     "instrument": (_READABLE, "speaks of a clock, a gauge or a scale"),
     "page": (_PAGE, "speaks of a chart, a document or a diagram"),
-    "source": (_PAGE, "holds pictures that are read"),
+    "source of page": (_PAGE, "holds pictures that are read to the edge"),
+    "source of text": (_READABLE, "holds pictures that are read"),
     "printed": (_PAGE, "looks like a chart, a page or a diagram: thin strokes on flat ground"),
 }
 
@@ -209,7 +210,7 @@ _SEEING = {
 _UNWORDED = ("synonyms", "patterns", "instructions")
 _REST = {
     "tilt": (_no("rotation perspective"), "speaks of how lines run"),
-    "angle": (dict(rotation=2, perspective=0), "speaks of angles or lengths"),
+    "length": (dict(rotation=2, perspective=0), "speaks of angles or lengths"),
     "turn": (_no("flip"), "speaks of an order or direction that a mirror turns"),
     "handed": (_no("flip"), "speaks of what has a side of its own"),
     "sided": (_no("flip"), "speaks of what has a side of its own"),
@@ -252,14 +253,17 @@ def _rules_of():
     return table
 
 
-def _objections(example, look=True):
-    "All objections that an example raises."
+def _strictest(example, look):
+    "Transform → the lowest ceiling, the evidence that sets it, and its rule."
+    table, held = _rules_of(), {}
     for e in evidence(example, look):
-        rules = _rules_of().get(e.kind, ())
+        rules = table.get(e.kind, ())
         for rule in rules:
-            yield Objection(rule.transform, rule.ceiling, e.where, e.word, rule.why)
+            if rule.transform not in held or rule.ceiling < held[rule.transform][0]:
+                held[rule.transform] = rule.ceiling, e, rule
         if e.kind in _READ and e.where in ("question", "source"):
-            yield Objection("patterns", 0, e.where, e.word, rules[0].why)
+            held.setdefault("patterns", (0, e, rules[0]))
+    return held
 
 # %% ../nbs/16_gate.ipynb #c021
 def objections(
@@ -267,12 +271,10 @@ def objections(
     look: bool = True,  # whether its pictures are looked at, where they are opened
 ) -> dict[str, Objection]:
     "Transform → the strictest objection to it, for the transforms that are held back."
-    found = {}
-    for objection in _objections(example, look):
-        t = objection.transform
-        if t not in found or objection.ceiling < found[t].ceiling:
-            found[t] = objection
-    return found
+    return {
+        t: Objection(t, ceiling, e.where, e.word, rule.why)
+        for t, (ceiling, e, rule) in _strictest(example, look).items()
+    }
 
 
 def allowed(
