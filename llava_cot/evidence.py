@@ -37,7 +37,7 @@ def fields_of_words() -> dict[str, list[str]]:
     }
 
 # %% ../nbs/16_evidence.ipynb #ev-st
-_ENDINGS = ("'s", "ies", "es", "s", "ed", "d", "ing", "er", "r", "est", "st", "ish", "y", "ly")
+_ENDINGS = ("'s", "ies", "es", "s", "ed", "d", "ing", "er", "r", "est", "st", "ish")
 
 
 def plain_forms(
@@ -52,7 +52,7 @@ def plain_forms(
         yield base
         if ending == "ies":
             yield base + "y"
-        if ending in ("ed", "ing", "er", "est", "ish", "y"):
+        if ending in ("ed", "ing", "er", "est", "ish"):
             yield base + "e"
             if base[-1] == base[-2]:
                 yield base[:-1]
@@ -130,18 +130,18 @@ def _listed(role, text, found):
     for m in _TOKEN.finditer(text):
         word, start = m[0].lower(), m.start()
         for kind, form in _kinds_of(word):
-            if _counts(kind, form, role, text, m, start, found):
+            if kind not in found and _counts(kind, form, role, text, m, start, found):
                 yield kind.rstrip("?"), start, m.end()
         if last in firsts:
             for kind, form in _kinds_of(f"{last} {word}"):
-                if _counts(kind, form, role, text, m, at, found):
+                if kind not in found and _counts(kind, form, role, text, m, at, found):
                     yield kind.rstrip("?"), at, m.end()
         last, at = word, start
 
 
 def _counts(kind, form, role, text, m, start, found):
     "Whether a listed word is the first of its kind, and means it."
-    if kind in found or (kind[-1] == "?" and (role != "user" or kind[:-1] in found)):
+    if kind[-1] == "?" and (role != "user" or kind[:-1] in found):
         return False
     if _is_proper(kind, text, m) or not _means(kind, form, text, start, m.end()):
         return False
@@ -149,11 +149,20 @@ def _counts(kind, form, role, text, m, start, found):
     return True
 
 
+_CAPITALS = re.compile(r"(?:([A-Z][\w'’]*)\.? )?$"), re.compile(r" ([A-Z][\w'’]*)")
+
+
 def _is_proper(kind, text, m):
-    "Whether the word of a colour is a name: *Mr Brown*."
+    "Whether the word of a colour is part of a name: *Mr Brown*, *Red Square*; not *Dark Orange*."
     if kind not in ("colour", "shade", "tinted") or not m[0][0].isupper() or m[0].isupper():
         return False
-    return not _BEGINS.search(text[max(0, m.start() - 4) : m.start()])
+    before, after = _CAPITALS
+    start = m.start()
+    near = before.search(text, max(0, start - 20), start), after.match(text, m.end())
+    names = [n[1].lower() for n in near if n and n[1]]
+    if near[0][1] and _BEGINS.search(text[: near[0].start()]):
+        names.remove(near[0][1].lower())  # the first word of a sentence
+    return not all(_kinds_of(name) for name in names)
 
 # %% ../nbs/16_evidence.ipynb #ev-n
 _CAPITAL = re.compile(r"(?<![\w<&'’.-])(?<!</)[A-Z][\w'’&-]*(?![\w>])")
@@ -394,37 +403,33 @@ def reads_by_source(
     return None
 
 # %% ../nbs/16_evidence.ipynb #ev-p
-_SIDE_LENGTH, _REACH, _STEP = 384, 3, 48  # pixels, pixels, of 255
+_LONGEST, _SHORTEST, _REACH, _STEP = 512, 96, 3, 48  # pixels, pixels, pixels, of 255
 
 
 def strokes(
     image: Image.Image,  # in any mode, of any size; not touched
-) -> tuple[float, float]:
-    "The share of a picture that is flat, and that is thin strokes on flat ground; each 0 to 1."
-    image = image.convert("L")
-    if max(image.size) > _SIDE_LENGTH:
-        ratio = _SIDE_LENGTH / max(image.size)
-        size = tuple(max(1, round(side * ratio)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BOX)
-    if min(image.size) < 4 * _REACH:
-        return 1.0, 0.0
+) -> tuple[float, float, float]:
+    "The shares of a picture that are flat, thin strokes on even ground, and white; each 0 to 1."
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    image = image.reduce(-(-max(image.size) // _LONGEST)).convert("L")
     g = np.asarray(image, np.int16)  # H×W
-    flat = np.abs(np.diff(g, axis=1)) <= 3
     found = np.zeros(g.shape, bool)
     for view, out in ((g, found), (g.T, found.T)):
         before, here, after = view[: -2 * _REACH], view[_REACH:-_REACH], view[2 * _REACH :]
-        even = np.abs(before - after) < _STEP
         thin = np.minimum(np.abs(here - before), np.abs(here - after)) > _STEP
-        out[_REACH:-_REACH] |= even & thin
-    return float(flat.mean()), float(found.mean())
+        out[_REACH:-_REACH] |= thin & (np.abs(before - after) < _STEP)
+    flat = np.abs(np.diff(g, axis=1)) <= 3
+    return tuple(float(part.mean()) for part in (flat, found, g >= 240))
 
 
 def looks_printed(
     image: Image.Image,  # in any mode, of any size; not touched
 ) -> bool:
     "Whether a picture looks like a chart, a page, a diagram or a screen."
-    flat, thin = strokes(image)
-    return flat > 0.6 and thin > 0.012
+    if min(image.size) < _SHORTEST:
+        return False
+    flat, thin, white = strokes(image)
+    return (flat > 0.7 and thin > 0.014) or (flat > 0.9 and thin > 0.002 and white > 0.4)
 
 # %% ../nbs/16_evidence.ipynb #ev-e1
 @dataclass(frozen=True)
