@@ -166,18 +166,15 @@ def _is_proper(kind, text, m):
 
 # %% ../nbs/16_evidence.ipynb #ev-n
 _CAPITAL = re.compile(r"(?<![\w<&'’.-])(?<!</)[A-Z][\w'’&-]*(?![\w>])")
-_NO_NAME = re.compile(  # peoples, styles, feasts, days, titles of address, what is always in capitals
-    r"(?:I(?:['’]\w+)?|\w+(?:ism|isms|ists?|ians?|eans?|ese|ish|icans?|orean)|German|Greek|French|Dutch"
-    r"|Swiss|Thai|Arab|Arabic|Indian|Czech|Roman|Gothic|Baroque|Rococo|Renaissance|Nouveau|Deco|Pop"
-    r"|Art|Modern|Abstract|Christmas|Easter|Halloween|Thanksgiving|Ramadan|Diwali|Hanukkah|New|Year"
-    r"|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)days?|TVs?|SUVs?|LEDs?|LCDs?|CDs?|DVDs?|PCs?|ATVs?|BBQ"
-    r"|DJ|RVs?|ATM|VR|USB|UFO|BMX|ID|OK|AC|CGI|DNA|God|Jesus|Christ|Buddha|Santa|Earth|Moon|Sun"
-    r"|T-shirts?|X-rays?|U-turn|Yes|No|Step|Option|Answer|Question|Summary|Caption|Reasoning"
-    r"|Conclusion)"
-)
+_NO_NAME = re.compile(r"I(?:['’]\w+)?|\w+(?:isms?|ists?|ians?|eans?|ese|ish|icans?|indus)")
 _CHOICE = re.compile(r"(?m)(?:^|[\s(])([A-J])[.):]\s")  # the letter of an option
 
 # %% ../nbs/16_evidence.ipynb #ev-n2
+@lru_cache(maxsize=1)
+def _no_names():
+    return frozenset(f"{word}{s}" for word in lexicon()["no_names"].split() for s in ("", "s"))
+
+
 _KNOWN = re.compile(  # asks for what is known by sight, not read
     r"(?i)\b(?:landmark|monument|celebrit(?:y|ies)|actor|actress|singer|politician|painter|artist"
     r"|breed|species)\b"
@@ -188,7 +185,7 @@ def _names(text, letters):
     "Capitals within a sentence that no people, style or option explains."
     for m in _CAPITAL.finditer(text):
         word = m[0].removesuffix("'s").removesuffix("’s")
-        if _NO_NAME.fullmatch(word) or word in letters:
+        if word in letters or word in _no_names() or _NO_NAME.fullmatch(word):
             continue
         if not _BEGINS.search(text[max(0, m.start() - 6) : m.start()]):
             yield m
@@ -196,13 +193,13 @@ def _names(text, letters):
 # %% ../nbs/16_evidence.ipynb #ev-n3
 _NUMBER = re.compile(r"(?<![\w.])[$€£¥]?\d[\d.,:/]*(?<![.,:/])(?:\s?[%°$€£¥])?(?![^\W\d_])")
 _ASKS_COUNT = re.compile(
-    r"(?i)\b(?:how many|number of|count|total|subtract|add|sum|more|fewer|less|equal|same number|often"
-    r"|most|numerous|remain\w*|altogether|left)\b"
+    r"(?i)\b(?:how many|number of|count|total|subtract|add|sum|more|fewer|less|equal|same number"
+    r"|often|most|numerous|remain\w*|altogether|left)\b"
 )
 _UNITS = (
-    r"degrees?|percent|o'?clock|am|pm|a\.m|p\.m|cents?|euros?|dollars?|pounds?|km|kilomet\w+|cm|mm|m"
-    r"|met(?:er|re)s?|miles?|mph|inch\w*|feet|foot|kg|g|grams?|lbs?|volts?|watts?|amps?|bar|psi|hours?"
-    r"|minutes?|seconds?|points?|ml|l|lit(?:er|re)s?|to|and|hz|k"
+    r"degrees?|percent|o'?clock|am|pm|a\.m|p\.m|cents?|euros?|dollars?|pounds?|km|kilomet\w+|cm|mm"
+    r"|m|met(?:er|re)s?|miles?|mph|inch\w*|feet|foot|kg|g|grams?|lbs?|volts?|watts?|amps?|bar|psi"
+    r"|hours?|minutes?|seconds?|points?|ml|l|lit(?:er|re)s?|to|and|hz|k"
 )
 _THINGS = re.compile(rf"(?i)\s+(?!(?:{_UNITS})\b)[a-z]+")  # 3 cats, 2 of them
 _SUM = re.compile(r"\s*[-+−*/×÷=]\s*\d")
@@ -245,8 +242,8 @@ _NO_SIDE = re.compile(
 )
 _OVER = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|over\b|after\b|when\b|if\b)")
 _JUST = re.compile(  # right now, the right answer, a right angle
-    r"(?i)[ -](?:now|away|after|before|next to|in front|beside|there|here|answers?|choices?|options?"
-    r"|angles?d?|triangles?|order|time|track|place|moment)\b"
+    r"(?i)[ -](?:now|away|after|before|next to|in front|beside|there|here|answers?|choices?"
+    r"|options?|angles?d?|triangles?|order|time|track|place|moment)\b"
 )
 
 
@@ -301,7 +298,8 @@ _ENDS = re.compile(r"\s*(?:$|[.,;:?!<)\n])")
 
 _OF = re.compile(r"(?i) of (?:the|an?|this|that|it|him|her|them|its|his|their|each|every|any)\b")
 _NOT_OF = re.compile(  # what is left of the cake, the right of the people
-    r"(?i)(?:\b(?:nothing|anything|something|little|much|all|some|none|bit)(?: that)?(?: is| was|'s)?"
+    r"(?i)(?:\b(?:nothing|anything|something|little|much|all|some|none|bit)(?: that)?"
+    r"(?: is| was|'s)?"
     r"|\bwhat(?: is|'s| was)|\b(?:the|an?|no|have|has|had|remains?)) $"
 )
 
@@ -320,7 +318,7 @@ def _is_side(text, m):
 
 # %% ../nbs/16_evidence.ipynb #ev-sided
 _ROAD = re.compile(
-    r"(?i)\b(?:sides?|hand) of (?:the|a|its|their|each|that) (?:\w+ )?(?:road|street|highway|lane)\b"
+    r"(?i)\b(?:sides?|hand) of (?:the|a|its|their|each|that) (?:\w+ )?(?:road|street|highway)\b"
 )
 
 
@@ -403,7 +401,7 @@ def reads_by_source(
     return None
 
 # %% ../nbs/16_evidence.ipynb #ev-p
-_LONGEST, _SHORTEST, _REACH, _STEP = 512, 96, 3, 48  # pixels, pixels, pixels, of 255
+_LONGEST, _SHORTEST, _REACH, _STEP = 512, 128, 3, 48  # pixels, pixels, pixels, of 255
 
 
 def strokes(
@@ -501,8 +499,8 @@ def evidence(
     """What an example rests on.
 
     Besides `fields_of_words`: `name` and `figure`, which may be read; `quote`; `unclear`, a left or
-    right that may be no side; `foreign` and `unknown` languages; `source of page`, `source of text` and `printed`,
-    pictures that are read;
+    right that may be no side; `foreign` and `unknown` languages; `source of page`, `source of text`
+    and `printed`, pictures that are read;
     `caption`, of the whole picture; `thing`, a bare answer about a part of it; `pictures` and
     `blind` where there are several or none."""
     texts, seen = list(texts_of(example)), set()

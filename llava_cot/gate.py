@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'TRANSFORMS', 'PICTURES', 'LIGHT', 'STRONG', 'POLICIES', 'RULES', 'AugmentError', 'Policy', 'Rule',
-           'Objection', 'objections', 'allowed', 'GateReport', 'gate_report', 'mirror_words']
+           'Objection', 'objections', 'allowed', 'GateReport', 'gate_report']
 
 # %% ../nbs/16_gate.ipynb #gate-imports
 from collections import Counter
@@ -21,8 +21,6 @@ from .evidence import evidence
 from .files import UniqueKeys
 from .paraphrase import replaceable_phrases, sentence_forms
 from .show import table_html
-
-_all_ = ["mirror_words"]  # at hand here, too
 
 # %% ../nbs/16_gate.ipynb #c009
 class AugmentError(InputError):

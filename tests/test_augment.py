@@ -345,7 +345,8 @@ def test_left_and_right_are_exchanged_or_the_flip_refused():
         "What does the sign's text say?": "read",
         "Is it turning clockwise?": "order or direction",
     }.items():
-        assert why in allowed(picture(question=text, caption="A cat."))["flip"], text
+        ex = picture(question=text, caption="A cat.", conclusion="yes")
+        assert why in allowed(ex)["flip"], text
     assert not allowed(picture(question="Do cars drive on asphalt?", caption="A cat."))["flip"]
     both = picture(question="What is on the left?", caption="A cat.")
     both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
