@@ -347,8 +347,9 @@ def test_left_and_right_are_exchanged_or_the_flip_refused():
     }.items():
         ex = picture(question=text, caption="A cat.", conclusion="yes")
         assert why in allowed(ex)["flip"], text
-    assert not allowed(picture(question="Do cars drive on asphalt?", caption="A cat."))["flip"]
-    both = picture(question="What is on the left?", caption="A cat.")
+    asphalt = picture(question="Do cars drive on asphalt?", caption="A cat.", conclusion="yes")
+    assert not allowed(asphalt)["flip"]
+    both = picture(question="What is on the left?", caption="A cat.", conclusion="a cat")
     both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
     assert "more than one picture" in allowed(both)["flip"]
     ex = picture("On which side is it?\nA. left\nB. right", "On the left, a cat.", "left")
