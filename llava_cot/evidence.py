@@ -363,10 +363,15 @@ def _elsewhere():
     return found
 
 # %% ../nbs/16_evidence.ipynb #ev-l2
+_ENGLISH = re.compile(r"(?i)\b(?:the|and|with|there|what|which|how)\b")
+
+
 def _language(
     text: str,  # question and answer
 ) -> str | None:
     "A language other than English in which a text seems to be written, or None."
+    if _ENGLISH.search(text):
+        return None
     if not text.isascii():
         for name, letters in _SCRIPTS:
             if len(letters.findall(text)) * 4 > len(re.findall(r"[^\W\d_]", text)):
