@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 
 import numpy as np
 import yaml
@@ -71,7 +72,7 @@ def _contexts():
     "`only` and `unless`: (kind, word) → a regular expression."
     return tuple(
         {
-            (kind, word): _pattern(listed)
+            (kind, word.replace("_", " ")): _pattern(listed)
             for kind, words in lexicon()[name].items()
             for word, listed in words.items()
         }
@@ -164,6 +165,38 @@ def _is_proper(kind, text, m):
         names.remove(near[0][1].lower())  # the first word of a sentence
     return not all(_kinds_of(name) for name in names)
 
+# %% ../nbs/16_evidence.ipynb #ev-ph
+@lru_cache(maxsize=1)
+def _phrases():
+    "`(kind, regular expression)` of each kind that has phrases."
+    return tuple((kind, _pattern(listed)) for kind, listed in lexicon()["phrases"].items())
+
+
+def _phrased(role, text, found):
+    "`(kind, start, end)` of the first phrase of each kind that a text holds; joins `found`."
+    for kind, pattern in _phrases():
+        asked_only = kind[-1] == "?" and role != "user"
+        m = None if asked_only or kind.rstrip("?") in found else pattern.search(text)
+        if m:
+            found.add(kind.rstrip("?"))
+            yield kind.rstrip("?"), *m.span()
+
+# %% ../nbs/16_evidence.ipynb #ev-fo
+@lru_cache(maxsize=1)
+def _form():
+    "What finds a sentence that only says how to answer."
+    words = "|".join(map(re.escape, sorted(lexicon()["form"].split(), key=len, reverse=True)))
+    verbs = "answer|respond|reply|choose|select|pick|give|provide|use"
+    begins = rf"(?:^|(?<=[.?!] ))(?:hint: |please,? )*(?:{verbs})"
+    return re.compile(rf"(?im){begins}(?:[., ]+(?:{words}|[A-J])\b)* *(?:$|[.!]+(?=\s|$))")
+
+
+def _asked(
+    text: str,  # of a user
+) -> str:
+    "A question, with blanks in place of what only says how to answer it."
+    return _form().sub(lambda m: " " * len(m[0]), text)
+
 # %% ../nbs/16_evidence.ipynb #ev-n
 _CAPITAL = re.compile(r"(?<![\w<&'’.-])(?<!</)[A-Z][\w'’&-]*(?![\w>])")
 _NO_NAME = re.compile(r"I(?:['’]\w+)?|\w+(?:isms?|ists?|ians?|eans?|ese|ish|icans?|indus)")
@@ -205,6 +238,9 @@ _THINGS = re.compile(rf"(?i)\s+(?!(?:{_UNITS})\b)[a-z]+")  # 3 cats, 2 of them
 _SUM = re.compile(r"\s*[-+−*/×÷=]\s*\d")
 _SUM_BEFORE = re.compile(r"(?:\d\s*[-+−*/×÷]|=|\b(?:are|all|total of))\s*$")
 _LIST = re.compile(r"(?:^|\n)\s*$")
+_GUESSED = re.compile(
+    r"(?i)\b(?:around|about|circa|early|late|before|after)(?: the year)? $"
+)  # 1600
 
 
 def _figures(text, counts):
@@ -218,6 +254,8 @@ def _figures(text, counts):
             continue
         if after[:1] in (".", ")") and _LIST.search(before):
             continue
+        if m[0].isdigit() and 1000 <= int(m[0]) < 2100 and _GUESSED.search(before):
+            continue
         yield m
 
 # %% ../nbs/16_evidence.ipynb #ev-side
@@ -227,15 +265,24 @@ _SIDE = re.compile(
     r"(?![\w'’])",
     re.I,
 )
+_RIGHT = re.compile(r"(?i)\bright")
 _OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
 _OTHER |= {right: left for left, right in _OTHER.items()}
 
-
+# %% ../nbs/16_evidence.ipynb #ev-left
 _REMAINS = re.compile(  # how many are left, 3 apples left, all have left: no side
     r"(?i)\b(?:how many|how much|what|nothing|none|subtract|count|take away|remov\w+)\b[^.?!\n]*"
     r"\b(?:is|are|was|were|be|remains?) $"
 )
 _NUMBERED = re.compile(r"(?i)[=\d] (?:\w+ ){0,3}(?:is |are |were )?$")
+_SOME = re.compile(  # … so three are left, a third of it is left, they were left on the table
+    r"(?i)\b(?:two|three|four|five|six|seven|eight|nine|ten|only one|one \w+|half|quarter|third"
+    r"|some|few|many|much|most|rest|more|none|nothing|no)\b[^.?!\n]{0,40}"
+    r"\b(?:is|are|was|were|remains?) $"
+)
+_LAID = re.compile(r"(?i)\b(?:is|are|was|were|been|be|has|have|had|who|they|he|she) $")
+_STAYS = re.compile(r"(?i) (?:standing|over|alone|open|unattended)\b")  # … pin left standing
+_THERE = re.compile(r"(?i) (?:on|in|under|behind|at|alone|open|unattended|lying)\b")
 _GONE = re.compile(r"(?i)\b(?:has|have|had)(?: just| already| all)? $")
 _NO_SIDE = re.compile(
     r"(?i)(?!\s*(?:of|and|or|to|sides?|hands?|arm|leg|half|part|corner|edge)\b|-)"
@@ -243,24 +290,37 @@ _NO_SIDE = re.compile(
 _OVER = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|over\b|after\b|when\b|if\b)")
 _JUST = re.compile(  # right now, the right answer, a right angle
     r"(?i)[ -](?:now|away|after|before|next to|in front|beside|there|here|answers?|choices?"
-    r"|options?|angles?d?|triangles?|order|time|track|place|moment)\b"
+    r"|options?|angles?d?|triangles?|order|time|track|place|moment|about|kind|amount|size|tool"
+    r"|way|direction|decision|word)\b"
+)
+_TO_DO = (
+    re.compile(r"(?i)(?:is|are|was|were|be) $"),
+    re.compile(  # he was right to stop
+        r"(?i) to (?!the\b|an?\b|his\b|her\b|its\b|their\b|it\b|left\b|right\b)"
+    ),
 )
 
-
+# %% ../nbs/16_evidence.ipynb #ev-left2
 def _is_no_side(text, m):
     "Whether a match of `_SIDE` surely means no side: what is left, who has left, right now."
     before, after = text[max(0, m.start() - 80) : m.start()], text[m.end() : m.end() + 20]
     if m[2]:
         return False
     if m[1].lower() == "right":
-        return bool(_JUST.match(after)) or before.lower().endswith("all ")
-    if after.lower().startswith(" over"):
+        to_do = _TO_DO[0].search(before) and _TO_DO[1].match(after)
+        return bool(to_do or _JUST.match(after)) or before.lower().endswith("all ")
+    if _STAYS.match(after) and not before.lower().endswith("the "):
         return True
+    if not _RIGHT.search(text):
+        if _SOME.search(before) and _OVER.match(after):
+            return True
+        if _LAID.search(before) and _THERE.match(after):
+            return True
     if _NUMBERED.search(before):
         return bool(_OVER.match(after))
     return bool(_NO_SIDE.match(after) and (_REMAINS.search(before) or _GONE.search(before)))
 
-
+# %% ../nbs/16_evidence.ipynb #ev-mirror
 def mirror_words(
     text: str,  # a question, or an answer
 ) -> str:
@@ -279,6 +339,12 @@ _THE = re.compile(  # on the …, from its …
 _NEXT = re.compile(  # … of the car, … is red
     r"(?i)\s*(?:$|[.,;:?!)<\n]|\b(?:is|are|was|were|has|have|and|or|of|in|with|at|appears?|seems?"
     r"|shows?|wears?|holds?|there)\b)"
+)
+_HIS = re.compile(r"(?i)\b(?:his|her|its|their|my|your) $")
+_FROM = re.compile(r"(?i)\b(?:to|on|from) the (?:far |very |extreme )?$")
+_DOES = re.compile(  # … helps, … wearing, no … tracks
+    r"(?i) (?!tracks|times|terms|lines|things|words|places|answers|choices|settings|grounds)"
+    r"[a-z]+(?:s|ed|ing)\b"
 )
 _AFTER = re.compile(  # … side, … to right
     r"(?i)[ -](?:sides?|wall|half|corner|edge|portion|part|section|column|foreground|background"
@@ -309,7 +375,11 @@ def _is_side(text, m):
     before, after = text[max(0, m.start() - 40) : m.start()], text[m.end() : m.end() + 40]
     if m[2] or _AFTER.match(after):
         return True
-    if _THE.search(before) and _NEXT.match(after):
+    if _HIS.search(before) and (m[1].lower() == "left" or _ENDS.match(after)):
+        return True
+    if _THE.search(before) and (m[1].lower() == "left" or _NEXT.match(after)):
+        return True
+    if _FROM.search(before) and _DOES.match(after):
         return True
     if _OF.match(after) and not _NOT_OF.search(before):
         return True
@@ -322,19 +392,29 @@ _ROAD = re.compile(
 )
 
 
+_MAY_BE = re.compile(  # what is left of it, the right one: sides where another is spoken of
+    r"(?i) (?:of|ones?)\b"
+)
+
+
 def _sides(texts):
     "`(kind, number of the text, start, end)` of what a mirror makes untrue."
-    any_side = False
+    any_side, clear, unclear = False, False, []
     for i, (_, text) in enumerate(texts):
         for m in _SIDE.finditer(text):
             if _is_no_side(text, m):
                 continue
             any_side = True
-            if not _is_side(text, m):
-                yield "unclear", i, *m.span()
+            if _is_side(text, m):
+                clear = True
+            else:
+                unclear.append((bool(_MAY_BE.match(text, m.end())), i, *m.span()))
         for m in _ROAD.finditer(text):
             if re.search(r"(?i)(?:other|same|wrong|opposite|correct|which) $", text[: m.start()]):
                 yield "handed", i, *m.span()
+    for may_be, *where in unclear:
+        if not (may_be and clear):
+            yield "unclear", *where
     if any_side:
         yield "side", 0, 0, 0
 
@@ -461,17 +541,18 @@ _WHOLE = re.compile(  # asks about the picture as a whole
 # %% ../nbs/16_evidence.ipynb #ev-e2
 def _said(texts):
     "`(kind, number of the text, start, end)` of all that words speak of."
+    texts = [(role, _asked(text) if role == "user" else text) for role, text in texts]
     asked = [text for role, text in texts if role != "assistant"]
     counts = any(_ASKS_COUNT.search(text) for text in asked)
     known = any(_KNOWN.search(text) for text in asked)
     letters = {letter for text in asked for letter in _CHOICE.findall(text)}
     found, sides = set(), list(_sides(texts))
     for i, (role, text) in enumerate(texts):
-        for kind, start, end in _listed(role, text, found):
+        for kind, start, end in chain(_listed(role, text, found), _phrased(role, text, found)):
             if kind != "sided" or any(side[0] == "side" for side in sides):
                 yield kind, i, start, end
-        if role == "assistant":
-            yield from () if known else _first("name", i, _names(text, letters))
+        if role != "system" and not known:
+            yield from _first("name", i, _names(text, letters))
         yield from _first("figure", i, _figures(text, counts))
         yield from _first("quote", i, QUOTATION.finditer(text))
     yield from (side for side in sides if side[0] != "side")

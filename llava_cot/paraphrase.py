@@ -100,6 +100,9 @@ def _choices(text):
     return [s for s in sentences if re.search(r"\b[oO]r\b", s)]
 
 
+_WITH_KIDS = re.compile(r"(?i)\b(?:goat|ibex|antelope|chamois|nann(?:y|ie)|gazelle)s?\b")  # young
+
+
 def protected_words(
     example: dict,  # not touched
 ) -> set[str]:
@@ -113,8 +116,8 @@ def protected_words(
             free = _open(role, text)
             parts.append(text[free[-1][1] :] if free else text)  # the CONCLUSION
         kept = kept.union(*map(_words, parts))
-        if re.search(r"(?i)\bgoats?\b", text):
-            kept |= {"kid", "kids"}  # its young
+        if _WITH_KIDS.search(text):
+            kept |= {"kid", "kids"}
     return kept - {word for s in STAGES for word in (s.lower(), f"{s.lower()}s")}
 
 # %% ../nbs/15_paraphrase.ipynb #c028n

@@ -128,7 +128,7 @@ def test_the_gate_agrees_with_judged_rows():
             asked = getattr(STRONG, t)
             strength = min(asked, held[t].ceiling) if t in held else asked
             limit = row["limits"].get(t, asked)
-            cell = found.setdefault((row["set"] == "given", t), [0, 0, 0])
+            cell = found.setdefault((row["set"], t), [0, 0, 0])
             cell[0] += strength > 0
             cell[1] += 0 < strength <= limit
             cell[2] += limit > 0

@@ -334,6 +334,10 @@ def test_questions_are_reworded():
         "Where did Kid Rock occur?": "Where did Kid Rock happen?",
         "Is it too tiny for it?": "Is it too tiny for it?",
         "Is the kid of the goat there?": "Is the kid of the goat there?",
+        "Is the ibex with its kid tiny?": "Is the ibex with its kid very small?",
+        "Who would ski a bunny slope?": "Who would ski a bunny slope?",
+        "Would the rules require it?": "Would the rules require it?",
+        "Would he need it?": "Would he need it?",
     }.items():
         assert wordings(question, purrs, 1.0, 12) == {expected}
     infant = staged("It purrs.", "an infant")  # the conclusion says infant
