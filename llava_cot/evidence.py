@@ -208,6 +208,7 @@ def _no_names():
     return frozenset(f"{word}{s}" for word in lexicon()["no_names"].split() for s in ("", "s"))
 
 
+_OLD = re.compile(r"(?i)\b(?:ancient|medieval|imperial|colonial) $")  # … Greece
 _KNOWN = re.compile(  # asks for what is known by sight, not read
     r"(?i)\b(?:landmark|monument|celebrit(?:y|ies)|actor|actress|singer|politician|painter|artist"
     r"|breed|species)\b"
@@ -220,7 +221,8 @@ def _names(text, letters):
         word = m[0].removesuffix("'s").removesuffix("’s")
         if word in letters or word in _no_names() or _NO_NAME.fullmatch(word):
             continue
-        if not _BEGINS.search(text[max(0, m.start() - 6) : m.start()]):
+        before = text[max(0, m.start() - 12) : m.start()]
+        if not (_BEGINS.search(before) or _OLD.search(before)):
             yield m
 
 # %% ../nbs/16_evidence.ipynb #ev-n3
@@ -276,12 +278,17 @@ _REMAINS = re.compile(  # how many are left, 3 apples left, all have left: no si
 )
 _NUMBERED = re.compile(r"(?i)[=\d] (?:\w+ ){0,3}(?:is |are |were )?$")
 _SOME = re.compile(  # … so three are left, a third of it is left, they were left on the table
-    r"(?i)\b(?:two|three|four|five|six|seven|eight|nine|ten|only one|one \w+|half|quarter|third"
+    r"(?i)\b(?:two|three|four|five|six|seven|eight|nine|ten|one \w+|only|half|quarter|third"
     r"|some|few|many|much|most|rest|more|none|nothing|no)\b[^.?!\n]{0,40}"
     r"\b(?:is|are|was|were|remains?) $"
 )
 _LAID = re.compile(r"(?i)\b(?:is|are|was|were|been|be|has|have|had|who|they|he|she) $")
 _STAYS = re.compile(r"(?i) (?:standing|over|alone|open|unattended)\b")  # … pin left standing
+_PLACED = re.compile(  # the far left standing
+    r"(?i)\b(?:the|far|very|extreme|top|bottom|upper|lower|front|rear|outer|to|on|his|her|its"
+    r"|their)[ -]$"
+)
+_ANY = re.compile(r"(?i)\bthere (?:still )?(?:any|no|some|much|many|more|enough)\b[^.?!\n]* $")
 _THERE = re.compile(r"(?i) (?:on|in|under|behind|at|alone|open|unattended|lying)\b")
 _GONE = re.compile(r"(?i)\b(?:has|have|had)(?: just| already| all)? $")
 _NO_SIDE = re.compile(
@@ -309,10 +316,10 @@ def _is_no_side(text, m):
     if m[1].lower() == "right":
         to_do = _TO_DO[0].search(before) and _TO_DO[1].match(after)
         return bool(to_do or _JUST.match(after)) or before.lower().endswith("all ")
-    if _STAYS.match(after) and not before.lower().endswith("the "):
+    if _STAYS.match(after) and not _PLACED.search(before):
         return True
     if not _RIGHT.search(text):
-        if _SOME.search(before) and _OVER.match(after):
+        if (_SOME.search(before) or _ANY.search(before)) and _OVER.match(after):
             return True
         if _LAID.search(before) and _THERE.match(after):
             return True

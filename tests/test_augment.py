@@ -306,12 +306,14 @@ def test_the_same_batches_in_training():
 
 
 def test_left_and_right_are_exchanged_or_the_flip_refused():
-    no = """You are right.|She left.|He left the room.|three are left|left alone
+    no = """You are right.|She left.|He left the room.
 |nothing left of the cake|the right to vote|from the right perspective|turn right
-|the far right party|the left wing of politics|was left on the table|the right of the people"""
+|the far right party|the left wing of politics|the right of the people"""
     none = """All right.|the right answer|the right choice is B|right angle|right now
 |a right triangle|the right angle at C|right next to the car|What is left?|two left over
 |in the right order|on the right track|at the right time|5 apples left. How many
+|three are left|left alone|was left on the table
+|one pin left standing|right about it|they are right to go
 |How many cookies are left on the plate?|7 - 2 = 5 balls are left.|The guests have left."""
     yes = """on the left|to the right of the car|the man on the right is tall|at the top left
 |top-left corner|left side|the right-hand side|on its left side|from left to right|the rightmost dog
