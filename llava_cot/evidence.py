@@ -294,7 +294,7 @@ _GONE = re.compile(r"(?i)\b(?:has|have|had)(?: just| already| all)? $")
 _NO_SIDE = re.compile(
     r"(?i)(?!\s*(?:of|and|or|to|sides?|hands?|arm|leg|half|part|corner|edge)\b|-)"
 )
-_OVER = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|over\b|after\b|when\b|if\b)")
+_OVER = re.compile(r"(?i)\s*(?:$|[.,;:?!)<\n]|over\b|after\b|when\b|if\b|for\b)")
 _JUST = re.compile(  # right now, the right answer, a right angle
     r"(?i)[ -](?:now|away|after|before|next to|in front|beside|there|here|answers?|choices?"
     r"|options?|angles?d?|triangles?|order|time|track|place|moment|about|kind|amount|size|tool"
@@ -493,13 +493,24 @@ def reads_by_source(
     return None
 
 # %% ../nbs/16_evidence.ipynb #ev-p
-_LONGEST, _SHORTEST, _REACH, _STEP = 512, 128, 3, 48  # pixels, pixels, pixels, of 255
+_LONGEST, _SHORTEST, _REACH, _STEP = 512, 160, 3, 48  # pixels, pixels, pixels, of 255
+
+
+def _common(shades, n=4, width=5):
+    "The share of the `n` commonest shades of grey, each `width` values wide."
+    share, shades = 0.0, shades / shades.sum()
+    for _ in range(n):
+        sums = np.convolve(shades, np.ones(width), "same")
+        at = int(sums.argmax())
+        share += sums[at]
+        shades[max(0, at - width // 2) : at + width // 2 + 1] = 0
+    return share
 
 
 def strokes(
     image: Image.Image,  # in any mode, of any size; not touched
 ) -> tuple[float, float, float]:
-    "The shares of a picture that are flat, thin strokes on even ground, and white; each 0 to 1."
+    "The shares of a picture that are flat, thin strokes on even ground, of few shades; 0 to 1."
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     image = image.reduce(-(-max(image.size) // _LONGEST)).convert("L")
     g = np.asarray(image, np.int16)  # H×W
@@ -509,7 +520,8 @@ def strokes(
         thin = np.minimum(np.abs(here - before), np.abs(here - after)) > _STEP
         out[_REACH:-_REACH] |= thin & (np.abs(before - after) < _STEP)
     flat = np.abs(np.diff(g, axis=1)) <= 3
-    return tuple(float(part.mean()) for part in (flat, found, g >= 240))
+    few = _common(np.bincount(g.ravel(), minlength=256))
+    return float(flat.mean()), float(found.mean()), float(few)
 
 
 def looks_printed(
@@ -518,8 +530,8 @@ def looks_printed(
     "Whether a picture looks like a chart, a page, a diagram or a screen."
     if min(image.size) < _SHORTEST:
         return False
-    flat, thin, white = strokes(image)
-    return (flat > 0.7 and thin > 0.014) or (flat > 0.9 and thin > 0.002 and white > 0.4)
+    flat, thin, few = strokes(image)
+    return (flat > 0.7 and thin > 0.014) or (flat > 0.8 and thin > 0.0012 and few > 0.6)
 
 # %% ../nbs/16_evidence.ipynb #ev-e1
 @dataclass(frozen=True)

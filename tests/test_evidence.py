@@ -104,6 +104,10 @@ def test_languages_sources_and_pictures():
     for y in range(10, 190, 16):
         ImageDraw.Draw(page).text((10, y), "lorem ipsum dolor sit amet " * 2, 0)
     assert looks_printed(page) and looks_printed(page.convert("P"))
+    pie = Image.new("RGB", (480, 360), (20, 20, 30))
+    ImageDraw.Draw(pie).pieslice((120, 60, 360, 300), 0, 250, fill=(70, 110, 180))
+    ImageDraw.Draw(pie).text((370, 60), "tea 70 %, coffee 30 %", "white")
+    assert looks_printed(pie)
     assert not looks_printed(page.resize((90, 60)))  # too small to be read
     assert "printed" in kinds("What is it?", images=[page])
     assert not any(looks_printed(ex["images"][0]) for _, ex in shapes.examples(20, size=300))
