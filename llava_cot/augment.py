@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .evidence import mirror_words
 from llava_cot.gate import (
     LIGHT,
     PICTURES,
@@ -26,7 +27,6 @@ from llava_cot.gate import (
     AugmentError,
     Policy,
     allowed,
-    mirror_words,
     objections,
 )
 from .paraphrase import draw_words, edit_texts, reword, texts_of

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'TRANSFORMS', 'PICTURES', 'LIGHT', 'STRONG', 'POLICIES', 'RULES', 'AugmentError', 'Policy', 'Rule',
-           'Objection', 'mirror_words', 'objections', 'allowed', 'GateReport', 'gate_report']
+           'Objection', 'objections', 'allowed', 'GateReport', 'gate_report']
 
 # %% ../nbs/16_gate.ipynb #gate-imports
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -18,14 +17,9 @@ import yaml
 from fastcore.basics import patch
 
 from .cot import InputError
+from .evidence import evidence
 from .files import UniqueKeys
-from llava_cot.paraphrase import (
-    QUOTATION,
-    replaceable_phrases,
-    sentence_forms,
-    stage_spans,
-    texts_of,
-)
+from .paraphrase import replaceable_phrases, sentence_forms
 from .show import table_html
 
 # %% ../nbs/16_gate.ipynb #c009
@@ -151,97 +145,85 @@ def at(
 # %% ../nbs/16_gate.ipynb #c015
 @dataclass(frozen=True)
 class Rule:
-    "Words that hold a transform to a ceiling, and why."
+    "A kind of evidence that holds a transform to a ceiling, and why."
 
     transform: str  # one of `TRANSFORMS`
-    words: tuple  # whole words, in any case
-    ceiling: float  # the strength still allowed
+    kind: str  # of evidence
+    ceiling: float  # the strength still allowed; 0 refuses it
     why: str  # what such a word does
-    where: str = "any"  # `any`, or `question` to leave the answer unread
 
 
-_MARGIN = dict(crop=0.05, rotation=3, perspective=0.02, blur=0.01, noise=0.1, jpeg=0.8)
+_MARGIN = dict(crop=0.05, rotation=3, perspective=0.02)
+_SEEN = _MARGIN | dict(blur=0.01, noise=0.1, jpeg=0.8)  # what leaves things to be seen
+_FINE = _MARGIN | dict(blur=0.003, noise=0.04, jpeg=0.5)  # … and small things
 _READABLE = dict(  # what leaves print readable
-    crop=0, rotation=2, perspective=0.02, flip=0, blur=0, noise=0.02, jpeg=0.3
+    crop=0.02, rotation=2, perspective=0.02, flip=0, blur=0.002, noise=0.03, jpeg=0.4
 )
-
-
-def _held(ceilings, words, why, where="any"):
-    words = tuple(word.replace("_", " ") for word in words.split())  # `license_plate`
-    return [Rule(t, words, ceiling, why, where) for t, ceiling in ceilings.items()]
+_PAGE = _READABLE | dict(crop=0)
 
 
 def _no(transforms):
     return dict.fromkeys(transforms.split(), 0)
 
 # %% ../nbs/16_gate.ipynb #c014
-_COLOURS = """red orange yellow green blue purple violet pink brown black white grey gray silver
-    gold golden beige tan cyan magenta teal turquoise maroon navy crimson scarlet lavender olive
-    khaki cream amber bronze blond blonde brunette reddish greenish bluish yellowish burgundy
-    charcoal coral indigo mauve ivory aqua lime mustard fuchsia lilac peach plum salmon ruby emerald
-    copper brass rust sepia reds greens blues yellows pinkish purplish brownish grayish greyish
-    whitish blackish orangish redder greener bluer yellower pastel vivid vibrant neon muted faded
-    saturated color colors colored colorful colour colours coloured colourful multicolored
-    multicoloured hue hues tint tints shade shades rainbow ripe unripe monochrome"""
-_SHADES = """black white grey gray silver brown orange pink beige tan navy maroon gold golden cream
-    olive dark darker darkest darkness light lights lighter lightest lighting lit bright brighter
-    brightest brightness brightly pale dim dimly faint shadow shadows shaded sunny sunlight sunlit
-    sunrise sunset dusk dawn day daytime daylight night nighttime evening morning afternoon overcast
-    cloudy gloomy glow glowing illuminated"""
-_LIGHT_RULES = (
-    *_held(_no("saturation hue grayscale contrast"), _COLOURS, "names a colour"),
-    *_held(dict(brightness=0.5), _COLOURS, "names a colour"),
-    *_held(_no("contrast brightness grayscale"), _SHADES, "names a degree of light"),
-)
+_HUES = _no("saturation hue grayscale") | dict(contrast=0.1, brightness=0.2)
+_COLOUR = {
+    "colour": (_HUES, "names a colour"),
+    "tinted": (_HUES, "speaks of what is told by its colour"),
+    "shade": (dict(contrast=0.1, brightness=0.15), "names a colour that is a degree of light"),
+    "light": (dict(contrast=0.15, brightness=0.15), "speaks of light"),
+    "body": (
+        _FINE | dict(flip=0, contrast=0.15, brightness=0.15),
+        "speaks of a body seen through, which has its sides",
+    ),
+}
 
 # %% ../nbs/16_gate.ipynb #c014b
-_COUNTS = """count counts counting number many several few both all every each only pair total zero
-    one two three four five six seven eight nine ten eleven twelve dozen more less fewer most least
-    equal 0 1 2 3 4 5 6 7 8 9 10 11 12"""
-_PLACES = """left right top bottom above below upper lower center centre central middle corner side
-    beside next between behind front background foreground near nearest far farthest closest under
-    over inside outside around north south east west row column first second third last"""
-_EDGES = "edge edges border borders margin frame frames partially partly cropped visible uncropped"
-_FORMS = """circle circles square squares triangle triangles diamond diamonds star stars rectangle
-    oval round shape shapes whole entire"""
-_READING = """text sign signs signboard billboard poster banner brand inscription slogan jersey word
-    words letter letters written writing handwriting handwritten reads caption label labels labeled
-    labelled headline title chart charts graph graphs diagram axis legend document invoice receipt
-    map clock menu subtitle logo plot percentage license_plate number_plate"""
-_SMALL = "small smaller smallest tiny little miniature distant faraway thin narrow speck dot dots"
-_FINE = _MARGIN | dict(blur=0.003, noise=0.04, jpeg=0.5)  # what leaves small things to be seen
-_PLACE_RULES = (
-    *_held(_no("crop rotation perspective"), _EDGES, "speaks of the edge"),
-    *_held(_READABLE, _READING, "speaks of something read"),
-    *_held(_MARGIN, _COUNTS, "counts"),
-    *_held(_MARGIN, _PLACES, "says where"),
-    *_held(_MARGIN, _FORMS, "names a shape"),
-    *_held(_FINE, _SMALL, "speaks of something small"),
-)
+_READ = {
+    "text": (_READABLE, "speaks of something read"),
+    "name": (_READABLE, "gives a name that may be written there"),
+    "figure": (_READABLE, "gives a number that may be written there"),
+    "quote": (_READABLE, "quotes what may be written there"),
+    "instrument": (_READABLE, "speaks of a clock, a gauge or a scale"),
+    "page": (_PAGE, "speaks of a chart, a document or a diagram"),
+    "source of page": (_PAGE, "holds pictures that are read to the edge"),
+    "source of text": (_READABLE, "holds pictures that are read"),
+    "printed": (_PAGE, "looks like a chart, a page or a diagram: thin strokes on flat ground"),
+}
 
 # %% ../nbs/16_gate.ipynb #c014c
-_LINES = """straight upright vertical vertically horizontal horizontally diagonal diagonally
-    parallel perpendicular tilted tilt leaning slanted slope slopes angle angles degree degrees
-    horizon crooked rotated rotate rotation"""
-_TEXTURES = """texture textures textured pattern patterns patterned fabric fur furry hair hairy
-    feathers scales stripes striped plaid checkered dotted grain grainy wrinkles wrinkled rough
-    smooth fine blur blurred blurry sharp sharpness focus focused unfocused crisp clear clarity
-    noise noisy pixelated compression quality resolution"""
-_TURNS = """clockwise counterclockwise anticlockwise east west eastern western northeast northwest
-    southeast southwest eastward westward compass mirror mirrored reflection first_image
-    second_image first_picture second_picture first_panel second_panel in_order sequence"""
-_CLOCKS = "clock clocks watch watches dial speedometer"
-_LANGUAGE = """word words spell spelled spelling letter letters synonym antonym rhyme rhymes verb
-    noun adjective sentence phrase text says written"""
-_OTHER_RULES = (
-    *_held(_no("rotation perspective"), _LINES, "speaks of how lines run"),
-    *_held(_no("blur noise jpeg"), _TEXTURES, "speaks of texture or sharpness"),
-    *_held(_no("flip"), _TURNS, "speaks of an order or direction that a mirror turns"),
-    *_held(_no("flip"), _CLOCKS, "speaks of a clock"),
-    *_held(_no("patterns"), _READING, "speaks of something read", "question"),
-    *_held(_no("synonyms patterns instructions"), _LANGUAGE, "asks about words", "question"),
+_SEEING = {
+    "border": (_no("crop rotation perspective"), "speaks of the edge"),
+    "number": (_SEEN, "counts"),
+    "place": (_SEEN, "says where"),
+    "shape": (_SEEN, "names a shape"),
+    "small": (_FINE, "speaks of something small"),
+    "surface": (_FINE, "speaks of a surface"),
+    "sharpness": (_no("blur noise jpeg"), "speaks of how sharp the picture is"),
+    "caption": (_SEEN, "describes the whole picture"),
+    "thing": (_MARGIN, "speaks of a thing that may stand near the edge"),
+}
+
+# %% ../nbs/16_gate.ipynb #gate-rest
+_UNWORDED = ("synonyms", "patterns", "instructions")
+_REST = {
+    "tilt": (_no("rotation perspective"), "speaks of how lines run"),
+    "length": (dict(rotation=2, perspective=0), "speaks of angles or lengths"),
+    "turn": (_no("flip"), "speaks of an order or direction that a mirror turns"),
+    "handed": (_no("flip"), "speaks of what has a side of its own"),
+    "sided": (_no("flip"), "speaks of what has a side of its own"),
+    "unclear": (_no("flip"), "has a word that may not mean a side"),
+    "foreign": (_MARGIN | dict(flip=0), "is written in"),
+    "unknown": (_HUES, "may name a colour in"),
+    "language": (dict.fromkeys(_UNWORDED, 0), "asks about words"),
+    "pictures": (_no("flip patterns instructions"), "has more than one picture to speak of"),
+    "blind": (dict.fromkeys((*PICTURES, *_UNWORDED[1:]), 0), "has no picture"),
+}
+RULES = tuple(
+    Rule(transform, kind, ceiling, why)
+    for kind, (ceilings, why) in (_COLOUR | _READ | _SEEING | _REST).items()
+    for transform, ceiling in ceilings.items()
 )
-RULES = (*_LIGHT_RULES, *_PLACE_RULES, *_OTHER_RULES)
 
 # %% ../nbs/16_gate.ipynb #c018
 @dataclass(frozen=True)
@@ -250,7 +232,7 @@ class Objection:
 
     transform: str
     ceiling: float  # the strength still allowed; 0 refuses it
-    where: str  # `question`, a stage, `answer`, `source` or `example`
+    where: str  # `question`, a stage, `answer`, `source`, `picture` or `example`
     word: str  # the word that was found
     why: str
 
@@ -259,179 +241,46 @@ class Objection:
         bound = f": no more than {self.ceiling:g}" if self.ceiling else ""
         return f"{self.where} {self.why}{word}{bound}"
 
-
-def _place_of(role, text, at):
-    "`question`, or the stage that holds position `at` of an answer, or `answer`."
-    if role != "assistant":
-        return "question"
-    return next((s.stage for s in stage_spans(text) if s.start <= at < s.end), "answer")
-
-# %% ../nbs/16_gate.ipynb #c020
-_TOKEN = re.compile(r"(?<![\w<])(?<!</)\w+(?![\w>])")
-
-
+# %% ../nbs/16_gate.ipynb #c020b
 @lru_cache(maxsize=1)
-def _index():
-    "Word, or pair of words → numbers of the rules that speak of it."
+def _rules_of():
+    "Kind of evidence → its rules."
     table = {}
-    for i, rule in enumerate(RULES):
-        for word in rule.words:
-            table.setdefault(word, []).append(i)
+    for rule in RULES:
+        table.setdefault(rule.kind, []).append(rule)
     return table
 
 
-def _found(example):
-    "Number of a rule → the place and the word that it found first."
-    table, found = _index(), {}
-    for role, text in texts_of(example):
-        last = ""
-        for m in _TOKEN.finditer(text):
-            word = m[0].lower()
-            for i in (*table.get(word, ()), *table.get(f"{last} {word}", ())):
-                if i not in found and (role != "assistant" or RULES[i].where == "any"):
-                    found[i] = _place_of(role, text, m.start()), m[0]
-            last = word
-    return found
-
-# %% ../nbs/16_gate.ipynb #c018n
-_SIDE = re.compile(
-    r"(?<![\w'’])(left|right)"
-    r"((?:-?(?:most|wards?|hand(?:ed)?|facing|side))?)"  # rightmost, left-hand
-    r"(?![\w'’])",
-    re.I,
-)
-_OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
-_OTHER |= {right: left for left, right in _OTHER.items()}
-
-
-def mirror_words(
-    text: str,  # a question, or an answer
-) -> str:
-    "A text with left and right exchanged."
-    return _SIDE.sub(lambda m: _OTHER.get(m[1], m[1]) + m[2], text)
-
-# %% ../nbs/16_gate.ipynb #c018o2
-_THE = re.compile(  # on the …, from its …
-    r"(?i)\b(?:to|on|at|from|in|towards?) (?:the|its|his|her|their|your|my)(?: far| very|"
-    r" extreme)? $"
-)
-_NEXT = re.compile(  # … of the car, … is red
-    r"(?i)\s*(?:$|[.,;:?!)<\n]|\b(?:is|are|was|were|has|have|and|or|of|in|with|at|appears?|seems?"
-    r"|shows?|wears?|holds?|there)\b)"
-)
-_AFTER = re.compile(  # … side, … to right
-    r"(?i)[ -](?:sides?|wall|half|corner|edge|portion|part|section|column|foreground|background"
-    r"|hands?|arm|leg|foot|shoulder|eye|ear|against (?:outer |)(?:left|right|cent(?:er|re)|middle)"
-    r"|(?:to|or|and) (?:right|left))\b"
-)
-_BEFORE = re.compile(  # top …, facing …, left or …, or a text that begins with the side
-    r"(?i)(?:\b(?:top|bottom|upper|lower|middle|cent(?:er|re)|far|outer|front|rear|above|below"
-    r"|facing|pointing|leaning|against|and to the|(?:left|right)(?:,| to| or| and|/))[ ,-]*"
-    r"|\b(?:left|right|cent(?:er|re)|middle|same), |(?:^|[.>:;?\n(])\s*(?:So )?)$"
-)
-_HEIGHT = re.compile(  # top-…
-    r"(?i)(?:top|bottom|upper|lower|middle|cent(?:er|re)|outer|front|rear|against)[ -]$"
-)
-_ENDS = re.compile(r"\s*(?:$|[.,;:<)\n])")
-
-
-def _is_side(text, m):
-    "Whether a match of `_SIDE` speaks of a side, in one of the ways listed."
-    before, after = text[max(0, m.start() - 40) : m.start()], text[m.end() : m.end() + 40]
-    if m[2] or _AFTER.match(after):
-        return True
-    if _THE.search(before) and _NEXT.match(after):
-        return True
-    ends = _ENDS.match(after) or _HEIGHT.search(before)
-    return bool(ends and _BEFORE.search(before))
-
-# %% ../nbs/16_gate.ipynb #c018o
-_HANDS = re.compile(
-    r"(?<![\w])(?<!left )(?<!right )(?<!left-)(?<!right-)"  # unless it is said which
-    r"(hand|hands|handed|handedness|handshake|glove|gloves|fist|palm|salute)(?!\w)",
-    re.I,
-)
-_SIDED = re.compile(  # what has a side by law or nature
-    r"\b(drive|drives|driving|driver|drivers|steering|lane|lanes|traffic|heart|liver|stage|theatre"
-    r"|flag|passport)\b",
-    re.I,
-)
-
-
-def _unmirrored(example):
-    "What keeps a mirror image from being true even with left and right exchanged."
-    has_sides = any(_SIDE.search(text) for _, text in texts_of(example))
-    for role, text in texts_of(example):
-        found = [
-            (m, "has a word that may not mean a side")
-            for m in _SIDE.finditer(text)
-            if not _is_side(text, m)
-        ]
-        sided = _SIDED.search(text) if has_sides else None
-        if sided:
-            found.append((sided, "speaks of what has a side of its own"))
-        found += [(m, "speaks of a hand") for m in _HANDS.finditer(text)]
-        for m, why in found:
-            yield Objection("flip", 0.0, _place_of(role, text, m.start()), m[0], why)
-
-# %% ../nbs/16_gate.ipynb #c020b
-_DOCUMENTS = frozenset(  # sources whose pictures are read to the edge
-    "chartqa docvqa ai2d geoqa+ geoqa infographicvqa textvqa share_textvqa ocr_vqa scienceqa"
-    " sqa".split()
-)
-
-
-def _objections(example):
-    "All objections that an example raises."
-    for i, (where, word) in sorted(_found(example).items()):
-        yield Objection(RULES[i].transform, RULES[i].ceiling, where, word, RULES[i].why)
-    texts = list(texts_of(example))
-    source = str(example.get("source", ""))
-    if source.lower() in _DOCUMENTS:
-        for t, ceiling in (_READABLE | {"patterns": 0}).items():
-            yield Objection(t, ceiling, "source", source, "holds pictures that are read")
-    answers = [text for role, text in texts if role == "assistant"]
-    if any(span.stage == "CAPTION" for text in answers for span in stage_spans(text)):
-        for t, ceiling in _MARGIN.items():
-            yield Objection(t, ceiling, "CAPTION", "", "describes the whole picture")
-    for role, text in texts:
-        quoted = QUOTATION.search(text)
-        if quoted:
-            where, words = _place_of(role, text, quoted.start()), quoted[0][:30]
-            for t, ceiling in _READABLE.items():
-                yield Objection(t, ceiling, where, words, "quotes what may be written there")
-    yield from _counted(example)
-    yield from _unmirrored(example)
-
-
-def _counted(example):
-    "What no picture, or more than one, keeps from being done."
-    n = sum(item["type"] == "image" for m in example["messages"] for item in m["content"])
-    if n == 1:
-        return
-    barred = ("flip", "patterns", "instructions") if n else (*PICTURES, "patterns", "instructions")
-    why = "has more than one picture to speak of" if n else "has no picture"
-    for t in barred:
-        yield Objection(t, 0.0, "example", "", why)
+def _strictest(example, look):
+    "Transform → the lowest ceiling, the evidence that sets it, and its rule."
+    table, held = _rules_of(), {}
+    for e in evidence(example, look):
+        rules = table.get(e.kind, ())
+        for rule in rules:
+            if rule.transform not in held or rule.ceiling < held[rule.transform][0]:
+                held[rule.transform] = rule.ceiling, e, rule
+        if e.kind in _READ and e.where in ("question", "source"):
+            held.setdefault("patterns", (0, e, rules[0]))
+    return held
 
 # %% ../nbs/16_gate.ipynb #c021
 def objections(
-    example: dict,  # not touched; its pictures are not opened
+    example: dict,  # not touched
+    look: bool = True,  # whether its pictures are looked at, where they are opened
 ) -> dict[str, Objection]:
     "Transform → the strictest objection to it, for the transforms that are held back."
-    found = {}
-    for objection in _objections(example):
-        t = objection.transform
-        if t not in found or objection.ceiling < found[t].ceiling:
-            found[t] = objection
-    return found
+    return {
+        t: Objection(t, ceiling, e.where, e.word, rule.why)
+        for t, (ceiling, e, rule) in _strictest(example, look).items()
+    }
 
 
 def allowed(
-    example: dict,  # not touched; its pictures are not opened
+    example: dict,  # not touched
+    look: bool = True,  # whether its pictures are looked at, where they are opened
 ) -> dict[str, str | None]:
     "Each transform → the reason why it is refused or bounded, or None where it is allowed."
-    held = {t: str(objection) for t, objection in objections(example).items()}
+    held = {t: str(objection) for t, objection in objections(example, look).items()}
     if not any(replaceable_phrases(example)):
         held.setdefault("synonyms", "example has no word that may be replaced")
     if not any(sentence_forms(example)):
@@ -463,7 +312,7 @@ def gate_report(
         rows = rows.select_columns([c for c in rows.column_names if c != "images"])
     n, counts, why = Counter(), {}, {t: Counter() for t in TRANSFORMS}
     for row in rows:
-        held, source = objections(row), str(row.get("source", "")) or "no source"
+        held, source = objections(row, look=False), str(row.get("source", "")) or "no source"
         n[source] += 1
         for t in TRANSFORMS:
             verdict = "allowed"

@@ -100,6 +100,9 @@ def _choices(text):
     return [s for s in sentences if re.search(r"\b[oO]r\b", s)]
 
 
+_WITH_KIDS = re.compile(r"(?i)\b(?:goat|ibex|antelope|chamois|nann(?:y|ie)|gazelle)s?\b")  # young
+
+
 def protected_words(
     example: dict,  # not touched
 ) -> set[str]:
@@ -113,6 +116,8 @@ def protected_words(
             free = _open(role, text)
             parts.append(text[free[-1][1] :] if free else text)  # the CONCLUSION
         kept = kept.union(*map(_words, parts))
+        if _WITH_KIDS.search(text):
+            kept |= {"kid", "kids"}
     return kept - {word for s in STAGES for word in (s.lower(), f"{s.lower()}s")}
 
 # %% ../nbs/15_paraphrase.ipynb #c028n
@@ -141,12 +146,21 @@ def _is_name(text, m):
     return phrase[0].isupper() and bool(re.match(r"\s+[A-Z]", text[m.end() :]))
 
 
+_DEGREE = re.compile(r"(?i)\b(?:too|so|very|as|how|more|most|less|quite|rather)\s$")
+
+
+def _is_graded(text, m):
+    "Whether a match would become *too very small*."
+    degree = _DEGREE.search(text[max(0, m.start() - 8) : m.start()])
+    return bool(degree) and any(word.startswith("very ") for word in synonyms()[m[1].lower()][1])
+
+
 def _replaceable(role, text, kept, protect=True):
     "Matches of listed phrases in a text that nothing protects, in order."
     if not protect:
         return _listed(text) if role != "system" else ()
     free, shut = _open(role, text), _shut(role, text)
-    found = [m for m in _listed(text) if _is_free(m.span(), free, shut)]
+    found = [m for m in _listed(text) if _is_free(m.span(), free, shut) and not _is_graded(text, m)]
     return [m for m in found if not _words(m[1]) & kept and not _is_name(text, m)]
 
 
@@ -422,7 +436,18 @@ def _fits_intent(text):
 
 
 def _fits_front(text):
-    return not _NOT_FRONTED & set(text.split())
+    words = text.split()  # … is interested in the picture
+    return not _NOT_FRONTED & set(words) and not words[-1].endswith("ed")
+
+
+_TOOLS = frozenset(  # by which, not by whom
+    "hand hands arm arms finger fingers rope leash chain string cord strap collar bridle rein reins"
+    " handle belt hook clip tail trunk mouth beak".split()
+)
+
+
+def _fits_agent(text):
+    return _is_counted(text, "the|an?", False) and text.split()[-1] not in _TOOLS
 
 # %% ../nbs/15_paraphrase.ipynb #c031g4
 _SLOTS = {  # slot → what it looks like, and whether a text may stand there
@@ -444,7 +469,7 @@ _SLOTS = {  # slot → what it looks like, and whether a text may stand there
         f"(?:the|an?|there|{_NUMBERS}) [a-z' -]+ (?:is|are|stands?|sits?|lies?|hangs?) [a-z' -]+",
         _fits_front,
     ),
-    "a1": ("(?:the|an?) [a-z' -]+", lambda text: _is_counted(text, "the|an?", False)),
+    "a1": ("(?:the|an?) [a-z' -]+", _fits_agent),
     "b": ("(?:the|an?) [a-z' -]+", lambda text: _is_noun(text.split(" ", 1)[1], False)),
 }
 

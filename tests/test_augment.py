@@ -23,7 +23,8 @@ from llava_cot import shapes
 from llava_cot.augment import _DRAW
 from llava_cot.batches import Order, Reader
 from llava_cot.cot import DIRECT, LLAVA_COT, CoT, parse, render, to_format
-from llava_cot.gate import LIMITS, TRANSFORMS, AugmentError, mirror_words, objections
+from llava_cot.evidence import mirror_words
+from llava_cot.gate import LIMITS, TRANSFORMS, AugmentError, objections
 from llava_cot.paraphrase import INSTRUCTIONS, QUESTIONS
 from llava_cot.scenes import KINDS, RGB, Scene, Thing
 from llava_cot.tiny import tiny_llava
@@ -305,20 +306,29 @@ def test_the_same_batches_in_training():
 
 
 def test_left_and_right_are_exchanged_or_the_flip_refused():
-    no = """You are right.|All right.|the right answer|the right choice is B|right angle
-|a right triangle|the right angle at C|right now|right next to the car|She left.|He left the room.
-|three are left|What is left?|two left over|left alone|nothing left of the cake|in the right order
-|on the right track|the right to vote|at the right time|from the right perspective|turn right
-|the far right party|the left wing of politics|was left on the table|5 apples left. How many"""
+    no = """You are right.|She left.|He left the room.
+|nothing left of the cake|the right to vote|from the right perspective|turn right
+|the far right party|the left wing of politics|the right of the people"""
+    none = """All right.|the right answer|the right choice is B|right angle|right now
+|a right triangle|the right angle at C|right next to the car|What is left?|two left over
+|in the right order|on the right track|at the right time|5 apples left. How many
+|three are left|left alone|was left on the table
+|one pin left standing|right about it|they are right to go
+|How many cookies are left on the plate?|7 - 2 = 5 balls are left.|The guests have left."""
     yes = """on the left|to the right of the car|the man on the right is tall|at the top left
 |top-left corner|left side|the right-hand side|on its left side|from left to right|the rightmost dog
 |facing right|Is it on the left or on the right?|A. left|Answer: left|above left|So left.
 |the left half|in the left foreground|his left hand|the right arm|left and right sides
-|Columns: outer left against right, left."""
+|Columns: outer left against right, left.|the people on the left and right?
+|the cube left of the ball|the thing that is right of the red block"""
     for text in map(str.strip, no.split("|")):
         ex = picture(question=text, caption="A cat.", conclusion="yes")
         assert "may not mean a side" in allowed(ex)["flip"], text
         assert augment(ex, Policy(flip=1))["messages"] == ex["messages"], text
+    for text in map(str.strip, none.split("|")):
+        ex = picture(question=text, caption="A cat.", conclusion="yes")
+        assert "may not mean a side" not in (allowed(ex)["flip"] or ""), text
+        assert mirror_words(text) == text  # no side: left as it is
     for text in map(str.strip, yes.split("|")):
         ex = picture(question=text, caption="A cat.", conclusion="yes")
         assert "flip" not in objections(ex), text
@@ -328,16 +338,20 @@ def test_left_and_right_are_exchanged_or_the_flip_refused():
         mirrored = ex["images"][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         assert new["images"][0].tobytes() == mirrored.tobytes()
     for text, why in {
-        "What time does the clock show?": "clock",
-        "What is in her hands?": "hand",
+        "What time does the clock show?": "read",
+        "Where is the clock?": "a clock, a gauge",
+        "Which is her dominant hand?": "side of its own",
+        "Why do they keep to the other side of the road?": "side of its own",
         "Do cars drive on the left?": "side of its own",
         'Who is "Kid"?': "quotes",
         "What does the sign's text say?": "read",
         "Is it turning clockwise?": "order or direction",
     }.items():
-        assert why in allowed(picture(question=text, caption="A cat."))["flip"], text
-    assert not allowed(picture(question="Do cars drive on asphalt?", caption="A cat."))["flip"]
-    both = picture(question="What is on the left?", caption="A cat.")
+        ex = picture(question=text, caption="A cat.", conclusion="yes")
+        assert why in allowed(ex)["flip"], text
+    asphalt = picture(question="Do cars drive on asphalt?", caption="A cat.", conclusion="yes")
+    assert not allowed(asphalt)["flip"]
+    both = picture(question="What is on the left?", caption="A cat.", conclusion="a cat")
     both["messages"][0]["content"].insert(0, {"type": "image", "text": None})
     assert "more than one picture" in allowed(both)["flip"]
     ex = picture("On which side is it?\nA. left\nB. right", "On the left, a cat.", "left")
@@ -385,12 +399,12 @@ def test_colours_stay_where_they_are_named():
             new = augment(ex, jitter, 0, epoch)["images"][0]
             for spot in spots:
                 (h, s), (h2, s2) = hs(ex["images"][0].getpixel(spot)), hs(new.getpixel(spot))
-                assert abs(s - s2) < 0.02, (spot, epoch)
+                assert abs(s - s2) < 0.1, (spot, epoch)
                 assert s == 0 or min(abs(h - h2), 1 - abs(h - h2)) < 0.01, (spot, epoch)
             seen.add(new.getpixel(spots[0]))
     assert len(seen) > 5  # brightness did vary
     dark = picture(caption="A dark red circle.")
-    unvaried = augment(dark, jitter, 0, 1)["images"][0]
+    unvaried = augment(dark, Policy(saturation=0.4, hue=0.1, grayscale=1), 0, 1)["images"][0]
     assert unvaried.tobytes() == dark["images"][0].tobytes()  # nothing left that may be done
     free = picture(question="What is it?", caption="A cat.", conclusion="a cat")
     varied = [augment(free, jitter, 0, e)["images"][0].getpixel((24, 24)) for e in range(8)]
