@@ -35,9 +35,9 @@ from llava_cot.copies import (
     progress_bar,
 )
 from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
-from .data import answer_text, repeated_id
+from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
-from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows
+from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 from .show import figure_png, page_html, png_html, table_html
 
 # %% ../nbs/09_doctor.ipynb #doctor-found
@@ -48,7 +48,13 @@ class Found(Problem):
     row: int | None = None  # its line in the file, or its index in a list or table
 
 
-WARNINGS = ("duplicate_image", "near_duplicate_image", "duplicate_question")  # drop no row
+WARNINGS = (  # drop no row
+    "shared_id",
+    "unread_key",
+    "duplicate_image",
+    "near_duplicate_image",
+    "duplicate_question",
+)
 
 # %% ../nbs/09_doctor.ipynb #d060
 @dataclass
@@ -97,10 +103,11 @@ def check(
     against: str | os.PathLike | None = None,  # evaluation set that no row may share an image with
     workers: int | None = None,  # processes; default one per core, none for small sets
     progress: bool = True,  # show a bar for what takes more than two seconds
+    columns: dict[str, str] | None = None,  # as for `load`
 ) -> DataReport:
     "All problems of a dataset, and its counts. Raises `DataError` where there is nothing to read."
-    started, source = time.time(), open_rows(path, images)
-    seen = _Seen()
+    started, source = time.time(), open_rows(path, images, columns)
+    seen = _Seen(Ids(source))
     if against is not None:
         evaluation = open_rows(against)
         rows = _survey_all(evaluation, fmt, None, workers, progress, "evaluation rows")
@@ -174,6 +181,12 @@ class _RowSurvey:
     placement: str = ""
     form: str = ""  # of its conclusion
     lengths: list = field(default_factory=list)  # tokens of the questions, each stage and all
+    key: bytes = b""  # of `row_key`
+
+    @property
+    def places(self) -> list[tuple]:
+        "Where in a table its images lie."
+        return [name for name in self.names if isinstance(name, tuple)]
 
 
 def _hash(*parts) -> bytes:
@@ -215,10 +228,12 @@ def _survey(given: tuple, portion) -> list[_RowSurvey]:
     "In a worker: look at the rows of a portion, but not at their images."
     source, fmt, tokenizer = given
     rows = []
-    for number, known, example, problems, marked in source.examples(portion):
-        row = _RowSurvey(number, known, example and example["id"], problems)
+    for read in source.examples(portion):
+        example = read.example
+        row = _RowSurvey(read.number, read.id, example and example["id"], read.problems)
         if example:
-            _survey_row(row, example, marked, source, fmt)
+            _survey_row(row, example, read.marked, source, fmt)
+            row.problems, row.key = [*row.problems, *read.notes], row_key(example)
         rows.append(row)
     if tokenizer is None:
         for row in rows:
@@ -239,7 +254,7 @@ def _survey_all(source, fmt, tokenizer, workers, progress: bool, what: str) -> l
 class _Seen:
     "What was seen so far, and what the pictures are to each other."
 
-    ids: dict = field(default_factory=dict)  # id → number of the first row
+    ids: Ids
     asked: dict = field(default_factory=dict)  # question and pictures → number of the first row
     gallery: Gallery | None = None
     other: Gallery | None = None  # the evaluation set's
@@ -254,8 +269,10 @@ class _Seen:
 
 def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
     "`(kind, message)` for what a row has in common with earlier ones."
-    for problem in repeated_id(row.id, row.number, seen.ids, source):
+    for problem in seen.ids.give(row)[1]:
         yield problem.kind, problem.message
+        if problem.kind == "duplicate_id":
+            return
     pictures = []
     for name, image in zip(row.names, row.found):
         kept = seen.gallery.seen.get(image)
@@ -271,7 +288,7 @@ def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str,
     "`(kind, message)` for the images of a row."
     place = source.where(row.number, row.known)
     for name, image in dict.fromkeys(zip(row.names, row.found)):
-        shown = repr(name) if isinstance(name, str) else f"number {name[1]}"
+        shown = picture_name(name)
         if image is None:
             yield "missing_image", source.missing(name).message
             continue
