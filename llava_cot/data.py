@@ -152,7 +152,8 @@ def row_key(example: dict) -> bytes:
     shown = []
     for image in example["images"]:
         shown.append(str(image) if isinstance(image, str) else isinstance(image, bytes) and image)
-    said = repr((example["messages"], shown)).encode("utf-8", "surrogatepass")
+    texts = [item["text"] or "" for m in example["messages"] for item in m["content"]]
+    said = "\0".join([repr(shown), *texts]).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(said, digest_size=16).digest()
 
 

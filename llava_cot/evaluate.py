@@ -282,9 +282,10 @@ def examination(
     progress: bool,
 ) -> tuple:
     "The rows to train on, and the `Examiner` of those held out."
-    rows, held, folder = load(source["data"], fmt), [], source["data"]
+    columns = source.get("columns")
+    rows, held, folder = load(source["data"], fmt, columns=columns), [], source["data"]
     if source["eval_data"]:
-        held, folder = load(source["eval_data"], fmt), source["eval_data"]
+        held, folder = load(source["eval_data"], fmt, columns=columns), source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
     if len(held) > source["eval_n"]:
@@ -305,6 +306,6 @@ def measured(
         few = source.get("eval_answers")
         found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
     if source.get("retain"):
-        plain = load(source["retain"], None)
+        plain = load(source["retain"], None, columns=source.get("columns"))
         found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))
     return found

@@ -199,9 +199,10 @@ def _pictures(value, key: str) -> list:
 def _row_pictures(found: dict) -> tuple[str, list]:
     "`(key, pictures)` of a row. Raises `DataError`."
     pairs = found.get("image", [])
-    numbered = sorted((int(re.sub(r"\D", "", key) or -1), key, value) for key, value in pairs)
-    if len(pairs) > 1 and numbered[0][0] >= 0:
-        return numbered[0][1], [p for _, key, value in numbered for p in _pictures(value, key)]
+    numbers = [int(re.sub(r"\D", "", key) or -1) for key, _ in pairs] if len(pairs) > 1 else [-1]
+    if min(numbers) >= 0:
+        pairs = [pair for _, pair in sorted(zip(numbers, pairs), key=lambda n: n[0])]
+        return pairs[0][0], [p for key, value in pairs for p in _pictures(value, key)]
     stored = [pair for pair in pairs if _is_stored(pair[1])]
     key, value = _one({"image": stored or pairs}, "image")
     return key, [] if value is None else _pictures(value, key)
@@ -239,12 +240,15 @@ class _Turn(NamedTuple):
 
 
 def _role(who) -> str | None:
-    return _WHO.get(who.strip().casefold()) if isinstance(who, str) else None
+    return _WHO.get(who) or _WHO.get(who.strip().casefold()) if isinstance(who, str) else None
 
 
 def _first(turn: dict, *names: str):
     "What the first of some keys holds."
-    return next((turn[name] for name in names if turn.get(name) is not None), None)
+    for name in names:
+        if turn.get(name) is not None:
+            return turn[name]
+    return None
 
 # %% ../nbs/05_layouts.ipynb #rows-item
 _TEXT = ("text", "input_text", "output_text")
@@ -263,6 +267,8 @@ def _item(item: dict, i: int) -> str | _Pic:
     if kind in _TEXT:
         why = f"and {next(iter(held))}" if held else "and no text"
         raise row_error("fields", f"turn {i} holds an item of type {kind} {why}: {_shown(item)}")
+    if kind in ("image_url", "input_image") and not held:
+        raise row_error("fields", f"turn {i} holds an item of type {kind} without its URL")
     if kind not in _IMAGE:
         expected = "expected text or image; leave the item or the row out"
         raise row_error("unsupported", f"turn {i} holds an item of type {kind!r}, {expected}")
@@ -273,16 +279,24 @@ def _item(item: dict, i: int) -> str | _Pic:
 
 def _content(given: str | list | dict, i: int) -> list[str | _Pic]:
     "The content of turn `i` as texts and pictures. Raises `DataError`."
-    items = []
+    items, texts = [], set()
     for item in given if isinstance(given, list) else [given]:
         if not isinstance(item, (str, dict)):
             expected = "expected a text, or an item with a type"
             raise row_error("fields", f"turn {i} holds {_shown(item)}, {expected}")
         items.append(_item(item, i) if isinstance(item, dict) else item)
+        if isinstance(item, dict) and isinstance(items[-1], str):
+            texts.add(item.get("type"))
+    if "text" in texts and texts & {"input_text", "output_text"}:
+        raise row_error(
+            "unsupported",
+            f"turn {i} holds items of type {' and '.join(map(str, texts))}, expected one of these kinds",
+        )
     return items
 
 # %% ../nbs/05_layouts.ipynb #rows-beside
 _LEARNED = dict(weight=1, lossweight=1, loss=1, train=1, trainable=1, lossmask=1, mask=0, masked=0)
+_SAID = {"from", "role", "speaker", "value", "content", "text"}
 _APART = ("reasoning", "reasoningcontent", "thinking", "refusal")
 
 
@@ -306,19 +320,27 @@ def _turn(turn, i: int) -> _Turn:
     "Turn `i`. Raises `DataError`."
     turn, pictures = turn if isinstance(turn, dict) else {}, []
     who, said = _first(turn, "from", "role", "speaker"), _first(turn, "value", "content", "text")
+    role = _role(who)
     for key, value in turn.items():
-        pictures += _beside(key, value, _role(who), i)
+        if key not in _SAID:
+            pictures += _beside(key, value, role, i)
     if not isinstance(who, str) or not isinstance(said, (str, list, dict)):
         needs = 'needs the texts "from" and "value", or "role" and "content"'
         raise row_error("fields", f"turn {i} {needs}, found {_shown(turn)}")
-    items = _content(said, i)
-    if _role(who) == "user":
+    items = [said] if isinstance(said, str) else _content(said, i)
+    if role == "user":
         items = _with_marks(items, i)
-    rest = iter(pictures)
-    for k, item in enumerate(items):
-        if item == _Pic(mark=getattr(item, "mark", None)):  # a place, and no number
-            items[k] = item._replace(picture=next(rest, None))
-    return _Turn(_role(who), who, [*map(_Pic, rest), *items])
+    return _Turn(role, who, _with_own(items, pictures) if pictures else items)
+
+
+def _with_own(items: list, pictures: list) -> list:
+    "The items with a turn's own pictures at its places; what is left over stands first."
+    rest, placed = iter(pictures), []
+    for item in items:
+        if isinstance(item, _Pic) and item.picture is None and item.number is None:
+            item = item._replace(picture=next(rest, None))
+        placed.append(item)
+    return [*map(_Pic, rest), *placed]
 
 # %% ../nbs/05_layouts.ipynb #rows-turns
 def _pair(turn) -> list[dict]:
@@ -396,6 +418,8 @@ def _trimmed(items: list[str | _Pic]) -> list[str | _Pic]:
 
 def _with_marks(items: list, i: int) -> list[str | _Pic]:
     "The items of a question, its texts cut at their marks. Raises `DataError`."
+    if len(items) == 1 and isinstance(items[0], str):
+        return _cut(items[0], i)
     cut = [_cut(item, i) if isinstance(item, str) else [item] for item in items]
     pictures = [item for some in cut for item in some if isinstance(item, _Pic)]
     marks = [pic.mark for pic in pictures if pic.mark]
@@ -597,7 +621,7 @@ def _id(row: dict, columns: dict[str, str]) -> str:
     return ""
 
 # %% ../nbs/05_layouts.ipynb #rows-read-row
-def _example(row: dict, place: str, columns: dict[str, str]) -> tuple[dict, bool, list[Problem]]:
+def _example(row: dict, id: str, columns: dict[str, str]) -> tuple[dict, bool, list[Problem]]:
     "A row as an example; whether it is marked; notes. Raises `DataError`."
     found = _sorted(row, columns)
     key, pictures = _row_pictures(found)
@@ -609,7 +633,7 @@ def _example(row: dict, place: str, columns: dict[str, str]) -> tuple[dict, bool
     folder = first.split(os.sep)[0] if os.sep in first and not isinstance(first, StoredPath) else ""
     source = _one(found, "source")[1]
     example = {
-        "id": _id(row, columns) or place,
+        "id": id,
         "images": images,
         "messages": _messages(turns, before),
         "source": source if isinstance(source, str) else folder,
@@ -625,11 +649,12 @@ def read_row(
 ) -> ReadRow:
     "Read one row of any layout."
     columns = columns or {}
+    id = _id(row, columns)
     try:
-        example, marked, notes = _example(row, place, columns)
+        example, marked, notes = _example(row, id or place, columns)
     except DataError as e:
-        return ReadRow(number, _id(row, columns), None, e.problems, False)
+        return ReadRow(number, id, None, e.problems, False)
     except RecursionError:
         problem = Problem("fields", None, "the row is nested too deeply to be one")
-        return ReadRow(number, _id(row, columns), None, [problem], False)
-    return ReadRow(number, _id(row, columns), example, [], marked, notes)
+        return ReadRow(number, id, None, [problem], False)
+    return ReadRow(number, id, example, [], marked, notes)
