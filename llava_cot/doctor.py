@@ -37,6 +37,7 @@ from llava_cot.copies import (
 from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
 from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
+from .layouts import StoredPath
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 from .show import figure_png, page_html, png_html, table_html
 
@@ -591,6 +592,8 @@ def _link_images(images: Iterable[tuple[str, str]], out: Path):
     "The files of `(name, where it is)`; of images in a zip, the whole zip, all parts of it."
     archives = set()
     for name, found in images:
+        if isinstance(name, StoredPath) or not isinstance(name, str):
+            continue  # in the rows themselves, or where it is from everywhere
         if found.startswith(ZipImages.protocol):
             url = found.removeprefix(f"{ZipImages.protocol}://")
             archives.add(unquote(url.partition("!")[0]))
@@ -610,5 +613,6 @@ def _write_table(source: TableRows, out: Path, bad: dict[int, list], used: dict[
     for i, reasons in sorted(bad.items()):
         lines.append(_dropped(source.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
     source.ds.select(keep).save_to_disk(out)
+    _link_images((pair for n, images in used.items() if n not in bad for pair in images), out)
     write_file(out / "dropped.jsonl", "".join(lines))
     return len(keep)

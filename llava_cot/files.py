@@ -628,5 +628,6 @@ def find_images(
         raise DataError(f"images {given}: no such folder, zip or first part of a zip")
     within = []
     if given is None:
-        within = sorted(p for p in folder.glob("image*") if p.is_dir())
+        named = [name for name in os.listdir(folder) if name.casefold().startswith("image")]
+        within = sorted(folder / name for name in named if (folder / name).is_dir())
     return ImagePaths([folder, *within], {a: _members(a) for a in _archives(folder)})

@@ -272,6 +272,10 @@ def _item(item: dict, i: int) -> str | _Pic:
     if kind not in _IMAGE:
         expected = "expected text or image; leave the item or the row out"
         raise row_error("unsupported", f"turn {i} holds an item of type {kind!r}, {expected}")
+    if isinstance(text, str) and text.strip():
+        raise row_error(
+            "fields", f"turn {i} holds an item of type {kind} with a text: {_shown(item)}"
+        )
     index = item.get("index")
     number = index + 1 if type(index) is int else None
     return _Pic(_picture(held, f"turn {i}: {kind}") if held else None, number)
@@ -288,9 +292,9 @@ def _content(given: str | list | dict, i: int) -> list[str | _Pic]:
         if isinstance(item, dict) and isinstance(items[-1], str):
             texts.add(item.get("type"))
     if "text" in texts and texts & {"input_text", "output_text"}:
+        kinds = " and ".join(sorted(map(str, texts)))
         raise row_error(
-            "unsupported",
-            f"turn {i} holds items of type {' and '.join(map(str, texts))}, expected one of these kinds",
+            "unsupported", f"turn {i} holds items of type {kinds}, expected one of them"
         )
     return items
 
@@ -311,6 +315,8 @@ def _beside(key: str, value, role: str | None, i: int) -> list:
         why = "but every answer is learned here; leave the key or the turn out"
     elif plain in ("loss", "train", "trainable") and role == "user" and value:
         why = "but no question is learned here; leave the key out"
+    elif what is None and _looks(value):
+        why = f"which looks like a {_looks(value)}; a turn's pictures stand under image"
     if why:
         raise row_error("unsupported", f"turn {i} has {key} {_shown(value)}, {why}")
     return _pictures(value, f"turn {i}: {key}") if what == "image" else []
@@ -563,6 +569,9 @@ _FILE = re.compile(
 )
 
 
+_PICTORIAL = re.compile(r"(?i)image|img|picture|photo|frame|video|audio")
+
+
 def _looks(value) -> str | None:
     "What a value seems to be: picture, video, audio or None."
     value = value[0] if isinstance(value, list) and value else value
@@ -592,8 +601,9 @@ def _unread(row: dict, found: dict, images: list) -> list[Problem]:
         if looks and not pictured:
             said = f"{key} {_shown(value)} looks like a {looks}, and the row has no image"
             remedy = f"say --columns image={key}" if looks == "picture" else "leave the row out"
-            raise row_error("unread_key", f"{said}; {remedy}")
-        if looks or (meaning(key) == "noted" and value != 1):
+            raise row_error("fields", f"{said}; {remedy}")
+        blind = not images and value and _PICTORIAL.search(key)
+        if looks or blind or (meaning(key) == "noted" and value != 1):
             notes.append(Problem("unread_key", None, f"{key} {_shown(value)} is not read"))
     return notes
 

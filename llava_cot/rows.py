@@ -393,7 +393,7 @@ def _open_file(path: Path, images, columns: dict[str, str]) -> JsonRows | TableR
         if head.startswith(sign):
             raise DataError(f"{path.name} {why}")
     suffix = path.suffix.lower()
-    kind = "parquet" if head[:4] == b"PAR1" else suffix[1:]
+    kind = {b"PAR1": "parquet", b"ARRO": "arrow"}.get(head[:4], suffix[1:])
     if b"\0\0" in (head[:4:2], head[1:4:2]) and kind not in ("parquet", "arrow"):
         raise DataError(f"{path.name} {_UTF16}")
     if kind in ("jsonl", "json", "ndjson"):

@@ -5,9 +5,11 @@ from llava_cot.data import *
 import base64
 import io
 import json
+import math
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -31,11 +33,17 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from torch.utils.data import DataLoader
 
-from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, CoT, parse, render
+from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, CoT, InputError, parse, render
 from llava_cot.data import _looked
 from llava_cot.doctor import check
 from llava_cot.files import DataError, DataWarning, _member, _opened
+from llava_cot.layouts import KEYS
 from llava_cot.rows import TableRows, open_rows
+from llava_cot.run import read_lines
+from llava_cot.schedule import Phase, Schedule
+from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tokens import encode
+from llava_cot.train import fit
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
     "Draw one shape on grey and save it; the format follows the name."
@@ -211,6 +219,150 @@ REFUSED = {  # layout → its row, and words of the one line
         "turn 3 .*'tool'",
     ),
 }
+
+ODD = (
+    None,
+    "",
+    " ",
+    [],
+    {},
+    0,
+    7,
+    -1.5,
+    True,
+    False,
+    float("nan"),
+    2**40,
+    [None],
+    [[]],
+    {"a": None},
+    "x",
+)
+ODD += (
+    "<image>",
+    "<image_2>",
+    "<video>",
+    "p/a.png",
+    "p/none.png",
+    "../a.png",
+    "http://x.y/a.png",
+    URI,
+    B64,
+)
+ODD += (
+    URI[:60],
+    "data:image/png;base64,",
+    chr(0xD83D),
+    chr(0),
+    "<|image|>",
+    "</s>",
+    "[1, 2]",
+    "{",
+    {"url": None},
+)
+ODD += (
+    {"bytes": None, "path": None},
+    {"type": "image"},
+    {"type": "video", "video": "v"},
+    "a" * 3000,
+)
+
+
+def places_in(value, path=()):
+    "The path of each value inside a row."
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, inner in inside:
+        yield (*path, key)
+        yield from places_in(inner, (*path, key))
+
+
+def mutated(rng, row):
+    "A copy of a row with one to four values changed."
+    row = json.loads(json.dumps(row))
+    for _ in range(rng.randint(1, 4)):
+        *way, last = rng.choice([*places_in(row), ("new",)])
+        holder = row
+        for key in way:
+            holder = holder[key]
+        old = holder[last] if isinstance(holder, list) else holder.get(last)
+        name = rng.choice(
+            list(KEYS["image"].split()) + list(KEYS["noted"].split()) + ["system", "Video", "x"]
+        )
+        change = rng.randrange(7)
+        if change == 0 and len(holder) > 1 and last != "new":
+            del holder[last]
+        elif change == 1 and isinstance(holder, dict):
+            holder[name] = old
+        elif change == 2:
+            holder[last] = [old, old] if rng.random() < 0.5 else {"value": old}
+        elif change == 3 and isinstance(old, str):
+            at = rng.randint(0, len(old))
+            holder[last] = old[:at] + str(rng.choice(ODD)) + old[at:]
+        elif change == 4 and isinstance(old, list):
+            rng.shuffle(old)
+        else:
+            holder[last] = json.loads(json.dumps(rng.choice(ODD)))
+    return row
+
+
+def one_line(e):
+    assert "\n" not in str(e) and str(e), repr(e)
+    return e
+
+def stored_somehow(row, home, number):
+    "A row as JSON lines, or as a saved table where a table can hold it."
+    if number % 2:
+        try:
+            table = datasets.Dataset(pa.Table.from_pylist([row]))
+            shutil.rmtree(home / "t", ignore_errors=True)
+            table.save_to_disk(home / "t")
+            os.symlink(home / "p", home / "t/p")
+            return home / "t"
+        except (ValueError, TypeError, pa.ArrowException, OverflowError):
+            pass  # a table has one type a column
+    (home / "one.jsonl").write_text(json.dumps(row) + "\n")
+    return home / "one.jsonl"
+
+
+def survive(home, n, seed):
+    "Send `n` mutated rows through load, check and encode; counts, and what was loaded."
+    rng, counts, left, processor = random.Random(seed), Counter(), [], tiny_llava()[1]
+    originals = [row for row in [*READ.values(), *(row for row, _ in REFUSED.values())]]
+    for number in range(n):
+        path = stored_somehow(mutated(rng, rng.choice(originals)), home, number)
+        try:
+            report = check(path, progress=False)
+        except DataError as e:
+            report = one_line(e)
+        try:
+            loaded = load(path, workers=0)
+            assert report.ok, repr(report)
+        except DataError as e:
+            assert isinstance(one_line(e), type(report)) or not report.ok
+            counts[e.problems[0].kind] += 1
+            continue
+        counts["loaded", path.suffix] += 1
+        try:
+            encode(loaded[0], processor)
+            left.append(loaded)
+        except InputError as e:
+            counts[type(one_line(e)).__name__] += 1
+    return counts, left
+
+
+def first_update(left, home):
+    "Train for one update on rows that were loaded one by one."
+    joined = datasets.concatenate_datasets(left)
+    joined = mix([joined])  # ids that differ
+    schedule = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
+    run = fit(*tiny_llava(), joined, schedule, home / "run", batch_size=len(left), progress=False)
+    return read_lines(run.out / "metrics.jsonl")[-1]
 
 BITS = rb"{ } [ ] , : .. / \ \u \ud800 <image> </CAPTION> null human gpt 1e999 NaN".split() + [
     b'"',
@@ -538,7 +690,8 @@ def test_thirty_layouts_in_three_kinds_of_files_give_the_same_example_or_one_lin
                     layout,
                 )
                 assert [i.size for i in one["images"]] == [(9, 7)], (kind, layout)
-                assert check(stored_as(kind, row, home), columns=named, progress=False).ok
+                if kind == "jsonl":
+                    assert check(stored_as(kind, row, home), columns=named, progress=False).ok
             for layout, (row, words) in REFUSED.items():
                 with pytest.raises(DataError, match=words) as e:
                     load(stored_as(kind, row, home))
@@ -646,6 +799,51 @@ def test_csv_files_keep_their_texts_and_what_is_no_file_of_rows_is_named():
             with pytest.raises(DataError, match=why):
                 load(home / "rows.jsonl", columns=columns)
         assert len(load(home / "rows.jsonl", columns={"question": "ask", "answer": "tell"})) == 1
+
+
+def test_white_space_around_a_picture_inside_a_question_reaches_the_model():
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "a.png").write_bytes(RED)
+        for builder, mark in ((tiny_mllama, "<|image|>"), (tiny_qwen2_5_vl, "<|vision_start|>")):
+            processor = builder()[1]
+
+            def read_as(question):
+                "What the model reads of a question about one picture."
+                row = {"image": "a.png", "question": question, "answer": A}
+                (Path(home) / "train.jsonl").write_text(json.dumps(row))
+                ids = encode(load(home)[0], processor)["input_ids"]
+                text = processor.tokenizer.decode(ids)
+                return re.sub("(<.image_pad.>)+", "", text).replace("<|vision_end|>", "")
+
+            assert f"Look: \n\n{mark}\n  What?" in read_as("Look: \n\n<image>\n  What?")
+            assert f"a {mark} b" in read_as(" a [image] b\n")
+            plain = read_as("What?")  # the picture first, as the template lays it out
+            for question in ("<image>\nWhat?", "<image>\r\n\r\nWhat?\n", "<img>a.png</img>What?"):
+                assert read_as(question) == plain
+
+
+def test_a_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 100, seed=0)
+        assert counts["loaded", ".jsonl"] > 3 and counts["loaded", ""] > 3 and counts["fields"] > 10
+        assert math.isfinite(first_update(left[:16], home)["loss"])
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 20_000, seed=1)
+        print(counts.most_common())
+        assert counts["loaded", ".jsonl"] > 1000 and counts["loaded", ""] > 1000
+        for start in range(0, len(left), 256):
+            shutil.rmtree(home / "run", ignore_errors=True)
+            assert math.isfinite(first_update(left[start : start + 256], home)["loss"])
 
 
 def test_rows_that_share_an_id_are_numbered_and_a_row_that_is_there_twice_is_refused():

@@ -2,6 +2,7 @@
 import pytest
 from llava_cot.doctor import *
 
+import base64
 import io
 import json
 import os
@@ -449,6 +450,29 @@ def test_every_layout_is_examined_and_cleaned():
                 assert dropped["reasons"][0]["kind"] == "stage_stray"
         finally:
             datasets.config.HF_DATASETS_CACHE = cache
+
+
+def test_a_cleaned_table_takes_the_pictures_along_that_its_rows_only_name():
+    with tempfile.TemporaryDirectory() as d:
+        write(Path(d) / "set")
+        raw = base64.b64encode((Path(d) / "set/drawn/red.png").read_bytes()).decode()
+        texts = [
+            f'"{raw}","q","{staged("r")}"',
+            f'DRAWN\\red.png,w,"{staged("r")}"',
+            "photo/gone.jpg,e,f",
+        ]
+        (Path(d) / "set/rows.csv").write_text("image,question,answer\n" + "\n".join(texts))
+        lines = [
+            dict(zip(("image", "question", "answer"), (i, q, staged("r"))))
+            for i, q in ((raw, "q"), ("Drawn/red.png", "w"))
+        ]
+        (Path(d) / "set/rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        for name, bad in (("rows.csv", 1), ("rows.jsonl", 0)):
+            report = check(Path(d) / "set" / name, progress=False)
+            out = Path(d) / f"clean-{name}"
+            assert (report.write_clean(out) if bad else report.write_clean(out)) == (2, bad)
+            again = out if bad else out / name
+            assert [i.size for ex in load(again) for i in ex["images"]] == [(96, 64)] * 2
 
 
 def test_check_finds_all_that_was_planted_and_nothing_else():

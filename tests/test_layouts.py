@@ -115,6 +115,9 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         [problem] = row_of(**{key: value}).problems
         assert key in problem.message and "\n" not in problem.message, (key, problem)
     assert row_of(video=None, audios=[], tools="[]", system="", weight=1).notes == []
+    [note] = read_row({"question": "q", "answer": "r", "image_id": 12}, 1, "x").notes
+    assert note.kind == "unread_key" and "image_id 12" in note.message
+    assert row_of(image_id=12, width=640).notes == []
     assert row_of(system="Be brief.").example["messages"][0]["role"] == "system"
     for key, value in (("weight", 0.5), ("options", ["a"]), ("depth", "d.png"), ("clip", "c.mp4")):
         assert key in row_of(**{key: value}).notes[0].message
@@ -127,6 +130,7 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         ("reasoning_content", "hm"),
         ("audio", "x"),
         ("image", "b.png"),
+        ("shot", "b.png"),
     ):
         assert key in turn_of("assistant", **{key: value}).problems[0].message or key == "image"
     for key, value in (("weight", 1), ("train", True), ("mask", False), ("name", "x"), ("audio", None)):
