@@ -72,10 +72,11 @@ def load(
 
 
 def _warn(source: JsonRows | TableRows, notes: list[tuple]) -> None:
-    "One `DataWarning` for each kind of note: the first, and how many there are."
+    "One `DataWarning` for each kind of note and each unread key: the first, and how many."
     by_kind = {}
     for row, note in notes:
-        by_kind.setdefault(note.kind, []).append(
+        kind = note.message.partition(":")[0] if note.kind == "unread_key" else note.kind
+        by_kind.setdefault(kind, []).append(
             f"{source.where(row.number, row.known)}: {note.message}"
         )
     for said in by_kind.values():
@@ -188,25 +189,6 @@ class Ids:
         "Do images that lie in a table hold the same bytes?"
         return all(self.source.read(one) == self.source.read(other) for one, other in zip(a, b))
 
-# %% ../nbs/06_data.ipynb #c056
-def question(example: dict) -> str:
-    "The text of the last user turn. Raises `DataError` where there is none."
-    items = _last_turn(example, "user")["content"]
-    texts = [item["text"].strip() for item in items if item["type"] == "text"]
-    return " ".join(text for text in texts if text)
-
-
-def answer_text(example: dict) -> str:
-    "The text of the last assistant turn. Raises `DataError` where there is none."
-    return _last_turn(example, "assistant")["content"][0]["text"]
-
-
-def _last_turn(example: dict, role: str) -> dict:
-    for message in reversed(example["messages"]):
-        if message["role"] == role:
-            return message
-    raise DataError(f"example {example.get('id')!r} has no turn of the {role}")
-
 # %% ../nbs/06_data.ipynb #data-listed
 def _pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
     "Images stored in any form as lists of {bytes, path}; their bytes are not copied."
@@ -246,6 +228,25 @@ def _assembled(source: JsonRows | TableRows, looks: list[_Look]) -> Dataset:
             table = table.set_column(1, FEATURES.arrow_schema.field("images"), images)
         tables.append(table)
     return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=FEATURES))
+
+# %% ../nbs/06_data.ipynb #c056
+def question(example: dict) -> str:
+    "The text of the last user turn. Raises `DataError` where there is none."
+    items = _last_turn(example, "user")["content"]
+    texts = [item["text"].strip() for item in items if item["type"] == "text"]
+    return " ".join(text for text in texts if text)
+
+
+def answer_text(example: dict) -> str:
+    "The text of the last assistant turn. Raises `DataError` where there is none."
+    return _last_turn(example, "assistant")["content"][0]["text"]
+
+
+def _last_turn(example: dict, role: str) -> dict:
+    for message in reversed(example["messages"]):
+        if message["role"] == role:
+            return message
+    raise DataError(f"example {example.get('id')!r} has no turn of the {role}")
 
 # %% ../nbs/06_data.ipynb #c059
 def _image_key(image: dict) -> str:

@@ -52,6 +52,7 @@ class Found(Problem):
 WARNINGS = (  # drop no row
     "shared_id",
     "unread_key",
+    "unread_mark",
     "duplicate_image",
     "near_duplicate_image",
     "duplicate_question",

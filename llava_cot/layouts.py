@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,12 +28,12 @@ KEYS = {  # what a row may say → its names, in lower case and without _ and -
     "input": "input",
     "answer": "answer response output solution completion",
     "history": "history",
-    "system": "system systemprompt systemmessage",
+    "system": "system systemprompt systemmessage systeminstruction sys sysprompt",
     "source": "source",
     "video": "video videos videopath videofile videourl",
     "audio": "audio audios audiopath audiofile audiourl",
     "tools": "tools functions toolcalls functioncall",
-    "noted": "weight lossweight sampleweight lossmask options choices chosen rejected",
+    "noted": "options choices chosen rejected context hint passage rationale reasoning thinking",
 }
 SECOND = {  # names that count where none of those above holds anything
     "image": "imageurl imageurls imgurl filename filenames imagename imagenames",
@@ -130,6 +131,12 @@ class StoredPath(str):
 _BASE64 = re.compile(r"(?:iVBORw0K|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}=*\s*")
 
 
+_FILE = re.compile(
+    r"(?i)[^<>\n]{1,300}\.(?:(?P<picture>png|jpe?g|webp|gif|bmp|tiff?)"
+    r"|(?P<video>mp4|webm|avi|mov|mkv)|(?P<audio>wav|mp3|flac|ogg|m4a))(?:[?#]\S*)?"
+)
+
+
 def _decoded(text: str, key: str) -> bytes:
     "The bytes of base64. Raises `DataError`."
     try:
@@ -160,10 +167,16 @@ def _path(text: str, key: str) -> str:
     if "\0" in text or drive or os.path.isabs(path) or path.split(os.sep)[0] == "..":
         expected = "outside the dataset's folder, expected a relative path inside it"
         raise row_error("escape", f"{key} {text!r} points {expected}")
+    file = _FILE.fullmatch(path)
+    if file and not file["picture"]:
+        said = f"{key} {text[:200]!r} is a file of {file.lastgroup}, expected a picture"
+        raise row_error("unsupported", f"{said}; leave the row out")
     return path
 
 # %% ../nbs/05_layouts.ipynb #rows-picture
-_INSIDE = "bytes base64 data path image_path url image_url image source file_name file".split()
+_INSIDE = (
+    "bytes base64 data path image_path url image_url image source file_name filename file".split()
+)
 
 
 def _picture(value, key: str) -> str | bytes | tuple:
@@ -253,6 +266,7 @@ def _first(turn: dict, *names: str):
 # %% ../nbs/05_layouts.ipynb #rows-item
 _TEXT = ("text", "input_text", "output_text")
 _IMAGE = ("image", "image_url", "input_image", "img", "picture")
+_OF_ITEM = {"type", "text", "value", "content", "index", *_INSIDE}
 
 
 def _item(item: dict, i: int) -> str | _Pic:
@@ -281,15 +295,22 @@ def _item(item: dict, i: int) -> str | _Pic:
     return _Pic(_picture(held, f"turn {i}: {kind}") if held else None, number)
 
 
-def _content(given: str | list | dict, i: int) -> list[str | _Pic]:
+def _content(given: str | list | dict, i: int, role: str | None) -> list[str | _Pic]:
     "The content of turn `i` as texts and pictures. Raises `DataError`."
     items, texts = [], set()
     for item in given if isinstance(given, list) else [given]:
         if not isinstance(item, (str, dict)):
             expected = "expected a text, or an item with a type"
             raise row_error("fields", f"turn {i} holds {_shown(item)}, {expected}")
-        items.append(_item(item, i) if isinstance(item, dict) else item)
-        if isinstance(item, dict) and isinstance(items[-1], str):
+        if isinstance(item, str):
+            items.append(item)
+            continue
+        items.append(_item(item, i))
+        more = [(key, item[key]) for key in item if key not in _OF_ITEM]
+        own = [picture for key, value in more for picture in _beside(key, value, role, i)]
+        if own:
+            items[-1:] = _with_own(items[-1:], own)
+        if isinstance(items[-1], str):
             texts.add(item.get("type"))
     if "text" in texts and texts & {"input_text", "output_text"}:
         kinds = " and ".join(sorted(map(str, texts)))
@@ -299,21 +320,31 @@ def _content(given: str | list | dict, i: int) -> list[str | _Pic]:
     return items
 
 # %% ../nbs/05_layouts.ipynb #rows-beside
-_LEARNED = dict(weight=1, lossweight=1, loss=1, train=1, trainable=1, lossmask=1, mask=0, masked=0)
-_SAID = {"from", "role", "speaker", "value", "content", "text"}
+_WHO_SAYS, _WHAT = ("from", "role", "speaker"), ("value", "content", "text")
+_LEARN = re.compile(r"loss\w*|weights?|train(able|ed|ing)?|learn(ed|able)?|supervised?")
+_LEAVE = re.compile(r"(skip|ignore|exclude|mask)(p?ed|d|s)?")
 _APART = ("reasoning", "reasoningcontent", "thinking", "refusal")
+
+
+def _learned(key: str) -> int | None:
+    "What a flag says where an answer is learned, 1 or 0; None for a key that is no flag."
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", key)]
+    leaves = any(map(_LEAVE.fullmatch, words))
+    if not any(map(_LEARN.fullmatch, words)):
+        return 0 if leaves else None
+    return int(not {"no", "not", "dont", "skip", "ignore", "exclude"} & {*words})
 
 
 def _beside(key: str, value, role: str | None, i: int) -> list:
     "Pictures that turn `i` has beside its text. Raises `DataError` for what cannot be kept."
-    plain, what, why = _plain(key), meaning(key), None
+    plain, what, learned, why = _plain(key), meaning(key), _learned(key), None
     if _empty(value):
         return []
     if what in ("video", "audio", "tools") or (plain in _APART and role == "assistant"):
         why = "which is not read here; leave the key or the row out"
-    elif plain in _LEARNED and role == "assistant" and value != _LEARNED[plain]:
+    elif learned is not None and role == "assistant" and value != learned:
         why = "but every answer is learned here; leave the key or the turn out"
-    elif plain in ("loss", "train", "trainable") and role == "user" and value:
+    elif learned and role == "user" and value and "weight" not in plain:
         why = "but no question is learned here; leave the key out"
     elif what is None and _looks(value):
         why = f"which looks like a {_looks(value)}; a turn's pictures stand under image"
@@ -322,18 +353,29 @@ def _beside(key: str, value, role: str | None, i: int) -> list:
     return _pictures(value, f"turn {i}: {key}") if what == "image" else []
 
 
+def _agreed(turn: dict, names: tuple[str, ...], i: int):
+    "What the keys of these names say together. Raises `DataError` where they differ."
+    held = [name for name in names if not _empty(turn.get(name))] or [names[0]]
+    first = turn.get(held[0], turn.get(names[1]))
+    for name in held[1:]:
+        if turn[name] != first and (_role(first) is None or _role(turn[name]) != _role(first)):
+            said = f"turn {i} has {held[0]} {_shown(first)} and {name} {_shown(turn[name])}"
+            raise row_error("fields", f"{said}; leave one of them out")
+    return first
+
+
 def _turn(turn, i: int) -> _Turn:
     "Turn `i`. Raises `DataError`."
-    turn, pictures = turn if isinstance(turn, dict) else {}, []
-    who, said = _first(turn, "from", "role", "speaker"), _first(turn, "value", "content", "text")
+    held, pictures = turn if isinstance(turn, dict) else {}, []
+    who, said = _agreed(held, _WHO_SAYS, i), _agreed(held, _WHAT, i)
     role = _role(who)
-    for key, value in turn.items():
-        if key not in _SAID:
+    for key, value in held.items():
+        if key not in _WHO_SAYS + _WHAT:
             pictures += _beside(key, value, role, i)
     if not isinstance(who, str) or not isinstance(said, (str, list, dict)):
         needs = 'needs the texts "from" and "value", or "role" and "content"'
         raise row_error("fields", f"turn {i} {needs}, found {_shown(turn)}")
-    items = [said] if isinstance(said, str) else _content(said, i)
+    items = [said] if isinstance(said, str) else _content(said, i, role)
     if role == "user":
         items = _with_marks(items, i)
     return _Turn(role, who, _with_own(items, pictures) if pictures else items)
@@ -373,18 +415,27 @@ def _turns(given, key: str) -> list[_Turn]:
     return [_turn(turn, i) for i, turn in enumerate(turns, 1)]
 
 # %% ../nbs/05_layouts.ipynb #c019
-_NAME = r"(?:image|img|picture)"
+_NAME = r"(?:image|img|picture|photo)"
 _MARK = re.compile(
     rf"""(?ix)
     (?: <\|?(?:vision_start|begin_of_image|image_start)\|?>\s*(?=<) | <im_start>\s*(?=<) )?
-    (?: <img>(?P<inside>[^<>\n]*|<imagehere>|<img_context>)</img>
-      | <\|?\s*(?:start_of_)?{_NAME}(?:[\s_-]?(?:pad|here|placeholder|soft_token|token))?
-        (?:[\s_-]?(?P<a>\d{{1,4}}))?\s*/?\s*\|?>
-      | \[\s*{_NAME}(?:[\s_-]?(?P<b>\d{{1,4}}))?\s*\] )
+    (?: <(?P<tag>{_NAME})>(?P<inside>[^<>\n]*|<imagehere>|<img_context>)</(?P=tag)>
+      | <\|?\s*(?:start_of_)?{_NAME}(?:[\s_-]?(?:pad|here|placeholder|soft_token|token|context))?
+        (?:[\s_:\#-]{{0,2}}(?P<a>\d{{1,4}}))?\s*/?\s*\|?>
+      | <im_patch>
+      | \[\s*{_NAME}(?:[\s_:\#-]{{0,2}}(?P<b>\d{{1,4}}))?\s*\] )
     (?: \s*<\|?(?:vision_end|end_of_image|image_end)\|?> | \s*<im_end> )?
     """
 )
-_FOREIGN = re.compile(r"(?i)<\|?\s*(video|audio)([\s_-]?(pad|\d+))?\s*/?\|?>|\[(video|audio)\]")
+_OTHER = "(?:video|audio|speech|sound)"
+_FOREIGN = re.compile(
+    rf"(?i)<\|?\s*{_OTHER}([\s_:-]*(pad|\d+))?\s*/?\|?>|\[{_OTHER}([\s_-]?\d+)?\]"
+)
+_LIKE = re.compile(  # what may be meant as a mark, and stays a text
+    r"""(?ix) (?: < | &lt; | ＜ ) \|?\s* \w*(?:image|img|picture|photo|figure|video)\w* \b
+    [^<>\n]{0,200} (?: > | &gt; | ＞ ) | !\[[^\]\n]*\]\([^)\n]+\)
+    | \{\{?\s*(?:image|img|picture|photo)[\s_:-]*\d*\s*\}"""
+)
 
 
 def _cut(text: str, i: int) -> list[str | _Pic]:
@@ -563,13 +614,11 @@ def _messages(turns: list[_Turn], before: int) -> list[dict]:
     return messages
 
 # %% ../nbs/05_layouts.ipynb #rows-unread
-_FILE = re.compile(
-    r"(?i)[^<>\n]{1,300}\.(?:(?P<picture>png|jpe?g|webp|gif|bmp|tiff?)"
-    r"|(?P<video>mp4|webm|avi|mov|mkv)|(?P<audio>wav|mp3|flac|ogg|m4a))"
+_PICTORIAL = re.compile(r"(?i)image|img|picture|photo")
+_TELLING = re.compile(
+    r"(?i)system|tools?(?![a-z])|functions?(?![a-z])|video|audio|frames?(?![a-z])"
 )
-
-
-_PICTORIAL = re.compile(r"(?i)image|img|picture|photo|frame|video|audio")
+_BUDGET = ("max_pixels", "min_pixels", "resized_height", "resized_width")
 
 
 def _looks(value) -> str | None:
@@ -585,6 +634,34 @@ def _looks(value) -> str | None:
         return "picture"
     file = _FILE.fullmatch(value)
     return file and file.lastgroup
+
+
+def _left(found: dict, turns: list[_Turn]) -> Iterator[Problem]:
+    "Notes on what a conversation leaves unread, in the row and in its own turns."
+    given = _one(found, "conversations")[1]
+    said = "".join(item for turn in turns for item in turn.items if isinstance(item, str))
+    for what in ("question", "input", "answer", "history") if given is not None else ():
+        for key, value in found.get(what, []):
+            if not isinstance(value, str) or _MARK.sub("", value).strip() not in said:
+                yield _not_read(key, value)
+    for turn in given if isinstance(given, list) else ():
+        items = _first(turn, *_WHAT) if isinstance(turn, dict) else None
+        for item in items if isinstance(items, list) else ():
+            for key in _BUDGET if isinstance(item, dict) else ():
+                if not _empty(item.get(key)):
+                    yield _not_read(f"an item's {key}", item[key])
+    for i, (role, _, items) in enumerate(turns, 1):
+        text = "".join(item for item in items if isinstance(item, str))
+        mark = _LIKE.search(text)
+        if role != "user":
+            mark = mark or _MARK.search(text) or _FOREIGN.search(text)
+        if mark:
+            said = f"turn {i} holds {mark[0][:60]!r}, which stays a text"
+            yield Problem("unread_mark", None, said)
+
+
+def _not_read(key: str, value) -> Problem:
+    return Problem("unread_key", None, f"{key} is not read: {_shown(value)}")
 
 
 def _unread(row: dict, found: dict, images: list) -> list[Problem]:
@@ -603,8 +680,9 @@ def _unread(row: dict, found: dict, images: list) -> list[Problem]:
             remedy = f"say --columns image={key}" if looks == "picture" else "leave the row out"
             raise row_error("fields", f"{said}; {remedy}")
         blind = not images and value and _PICTORIAL.search(key)
-        if looks or blind or (meaning(key) == "noted" and value != 1):
-            notes.append(Problem("unread_key", None, f"{key} {_shown(value)} is not read"))
+        flag = _learned(key) not in (None, value)
+        if looks or blind or flag or meaning(key) == "noted" or (value and _TELLING.search(key)):
+            notes.append(_not_read(key, value))
     return notes
 
 # %% ../nbs/05_layouts.ipynb #rows-readrow
@@ -638,7 +716,7 @@ def _example(row: dict, id: str, columns: dict[str, str]) -> tuple[dict, bool, l
     turns = _with_system(found, _conversation(found))
     images, before, marked = _placed(turns, key, pictures)
     turns = _checked(turns)
-    notes = _unread(row, found, images)
+    notes = [*_unread(row, found, images), *_left(found, turns)]
     first = images[0] if images and isinstance(images[0], str) else ""
     folder = first.split(os.sep)[0] if os.sep in first and not isinstance(first, StoredPath) else ""
     source = _one(found, "source")[1]
