@@ -29,7 +29,8 @@ from fastcore.basics import patch
 from . import cot
 from .cot import SEPARATORS, CoTFormat, Problem
 from .files import DataError, ImagePaths, find_images, first_line, read_bytes, row_error
-from .layouts import ReadRow, StoredPath, check_columns, is_row, meaning, read_row
+from .given import StoredPath
+from .layouts import ReadRow, check_columns, is_row, meaning, read_row
 
 # %% ../nbs/05_rows.ipynb #c010
 def _row(raw: bytes) -> dict:

@@ -48,7 +48,8 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
             "<image/> <|image|> <|image_1|> <|image_pad|> <ImageHere> <image_placeholder>"
             " <start_of_image>"
             " <|vision_start|><|image_pad|><|vision_end|> <im_start><image><im_end> <img>a.png</img>"
-            " <Img><ImageHere></Img> <image_soft_token> [image~1]"
+            " <Img><ImageHere></Img> <image_soft_token> [image~1] <image></image> <image:1> <photo>"
+            " [img-1] <IMG_CONTEXT> <im_start><im_patch><im_end> <image>a.png</image> [Photo~#1]"
         ).split()
     )
     for mark in MARKS:
@@ -56,7 +57,7 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
         read = ask(f"a {mark} b", "a.png")
         content = [item["text"] for item in read.example["messages"][0]["content"]]
         assert content == ["a ", None, " b"] and read.marked, mark
-        assert ask(f"a {mark} b").problems or mark == "<img>a.png</img>"
+        assert ask(f"a {mark} b").problems or "a.png" in mark
     turned = ask("<image_2> or <image_1>?", "a.png", "b.png", "c.png").example
     assert turned["images"] == ["c.png", "b.png", "a.png"]
     assert [item["text"] for item in turned["messages"][0]["content"]] == [
@@ -75,11 +76,28 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
     ):
         [problem] = ask(text, "a.png", "b.png").problems
         assert problem.kind == "placeholder" and "2 image(s)" in problem.message
-    for text in ("<video> q", "q <|audio|>", "<video_1>q", "[Audio] q"):
+    for text in ("<video> q", "q <|audio|>", "<video_1>q", "[Audio] q", "<sound> q", "[video 2]q"):
         [problem] = ask(text, "a.png").problems
         assert problem.kind == "unsupported" and text.replace("q", "").strip() in problem.message
-    for text in ("a < b and b > c", "[1] or [2]", "<imagery>", "<img src='x.png'>", "images[image_no]"):
-        assert ask(text, "a.png").example["messages"][0]["content"][1]["text"] == text
+    for text in ("a < b and b > c", "[1] or [2]", "images[image_no]", "\\text{image}", "(see image 1)"):
+        read = ask(text, "a.png")
+        assert read.example["messages"][0]["content"][1]["text"] == text and not read.notes
+    for text in (
+        "<imagery>",
+        "<img src='x.png'>",
+        "![a](x.png)",
+        "{image}",
+        "{{ image_1 }}",
+        "&lt;image&gt;",
+        "<figure 1>",
+    ):
+        read = ask(text, "a.png")
+        assert read.example["messages"][0]["content"][1]["text"] == text
+        assert [note.kind for note in read.notes] == ["unread_mark"], text
+    for text in ("<image_1>", "<|image_pad|>", "<video>", "[image]"):
+        said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"as {text} shows"}]
+        [note] = read_row({"image": "a.png", "conversations": said}, 1, "x").notes
+        assert note.message == f"turn 2 holds {text!r}, which stays a text"
 
 
 def test_what_would_change_the_training_is_never_dropped_in_silence():
@@ -116,16 +134,38 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         assert key in problem.message and "\n" not in problem.message, (key, problem)
     assert row_of(video=None, audios=[], tools="[]", system="", weight=1).notes == []
     [note] = read_row({"question": "q", "answer": "r", "image_id": 12}, 1, "x").notes
-    assert note.kind == "unread_key" and "image_id 12" in note.message
+    assert note.kind == "unread_key" and note.message == "image_id is not read: 12"
     assert row_of(image_id=12, width=640).notes == []
     assert row_of(system="Be brief.").example["messages"][0]["role"] == "system"
-    for key, value in (("weight", 0.5), ("options", ["a"]), ("depth", "d.png"), ("clip", "c.mp4")):
-        assert key in row_of(**{key: value}).notes[0].message
+    for key, value in (
+        ("weight", 0.5),
+        ("options", ["a"]),
+        ("depth", "d.png"),
+        ("clip", "c.mp4"),
+        ("video_id", 7),
+        ("systemText", "s"),
+        ("tool_list", ["f"]),
+        ("loss_weights", [0, 1]),
+        ("maskHistory", True),
+        ("context", "c"),
+        ("answer", "another"),
+        ("history", [["q", "r"]]),
+    ):
+        [note] = row_of(**{key: value}).notes
+        assert note.message.startswith(f"{key} is not read"), note
+    assert row_of(answer="r", question="<image> q", train=True, glossary="g", constraint=1).notes == []
     for key, value in (
         ("weight", 0),
         ("train", False),
         ("mask", True),
         ("loss_mask", 0),
+        ("train_on_turn", False),
+        ("lossScale", 0.0),
+        ("skip", True),
+        ("no_loss", True),
+        ("ignored", 1),
+        ("train_detail", [{"train": False}]),
+        ("weight", "0"),
         ("tool_calls", [{}]),
         ("reasoning_content", "hm"),
         ("audio", "x"),
@@ -133,9 +173,25 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         ("shot", "b.png"),
     ):
         assert key in turn_of("assistant", **{key: value}).problems[0].message or key == "image"
-    for key, value in (("weight", 1), ("train", True), ("mask", False), ("name", "x"), ("audio", None)):
+    for key, value in (
+        ("weight", 1),
+        ("train", True),
+        ("mask", False),
+        ("name", "x"),
+        ("audio", None),
+        ("no_loss", 0),
+    ):
         assert turn_of("assistant", **{key: value}).example
     assert turn_of("user", loss=True).problems and turn_of("user", loss=False).example
+    for key, value in (("value", "w"), ("from", "gpt"), ("text", "w")):
+        assert "leave one of them out" in turn_of("user", **{key: value}).problems[0].message
+    said = turn_of("user", content=None, value="q", **{"from": "human"}).example["messages"]
+    assert said[0]["content"][1]["text"] == "q"
+    item = {"type": "text", "text": "r"}
+    assert "weight 0" in turn_of("assistant", content=[item | {"weight": 0}]).problems[0].message
+    sized = [{"type": "image", "img": "a.png", "max_pixels": 100}, item]
+    [note] = turn_of("user", content=sized).notes
+    assert note.message == "an item's max_pixels is not read: 100"
     own = turn_of("user", image="a.png", content="x [image] y").example
     assert own["images"] == ["a.png"]
     assert turn_of("user", image="b.png").problems[0].kind == "placeholder"
