@@ -36,8 +36,7 @@ from llava_cot.commands import (
     setting_fields,
     train,
 )
-from .cot import FORMATS, InputError
-from .files import DataWarning
+from .cot import FORMATS, InputError, InputWarning
 
 # %% ../nbs/41_cli.ipynb #cli-commands
 COMMANDS = dict(
@@ -77,7 +76,7 @@ def options(
             if function is train
             else f"{_word(function)} options"
         )
-        choices = tuple(FORMATS) if name == "fmt" else None
+        choices = _CHOICES.get(name)
         found.append(Option(name, p.annotation, p.default, said[name] or "", group, choices))
     if function is train:
         found += [
@@ -88,6 +87,13 @@ def options(
         mine = {o.name for o in found}
         found += [o for o in options(train) if o.name not in mine]
     return found
+
+
+_CHOICES = {
+    "fmt": tuple(FORMATS),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda", "mps", "…"),
+}
 
 
 def _word(function) -> str:
@@ -309,7 +315,7 @@ def _quiet() -> None:
 
     warnings.simplefilter("ignore")
     if os.environ.get("RANK", "0") == "0":  # the first of several processes speaks
-        warnings.simplefilter("always", DataWarning)
+        warnings.simplefilter("always", InputWarning)
         warnings.showwarning = _show_warning
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -7,12 +7,14 @@ __all__ = ['CliError', 'Interrupted', 'say', 'setting_fields', 'train', 'summary
            'check', 'preview', 'env']
 
 # %% ../nbs/40_commands.ipynb #commands-imports
+import inspect
 import json as json_module
 import os
 import platform
 import sys
 import time
 from dataclasses import fields
+from functools import wraps
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -62,6 +64,24 @@ def setting_fields() -> list:
     "The fields of `Settings` that are options as they stand."
     return [f for f in fields(Settings) if f.name not in _APART]
 
+# %% ../nbs/40_commands.ipynb #commands-limits
+def _limits(options: dict):
+    "`pictures.limits` as options say them."
+    from llava_cot.pictures import limits
+
+    return limits(options.get("picture_pixels"), options.get("picture_text"))
+
+
+def _limited(command):
+    "A command that reads pictures within its options `picture_pixels` and `picture_text`."
+
+    @wraps(command)
+    def limited(*args, **options):
+        with _limits(inspect.signature(command).bind(*args, **options).arguments):
+            return command(*args, **options)
+
+    return limited
+
 # %% ../nbs/40_commands.ipynb #c011
 def train(
     data: str | None = None,  # folder or file of rows in any layout, such as LLaVA-CoT-100k's
@@ -97,14 +117,16 @@ def train(
     source |= dict(held_out=held_out, eval_n=eval_n, eval_answers=eval_answers)
     source |= dict(max_new_tokens=max_new_tokens)
     given = dict(fmt=_format(fmt), augment=_policy(augment)) | settings
-    if dry_run:
-        return _dry_run(source, model, out, schedule, given, json)
-    return _train(source, model, out, schedule, given, start, json)
+    with _limits(settings):
+        if dry_run:
+            return _dry_run(source, model, out, schedule, given, json)
+        return _train(source, model, out, schedule, given, start, json)
 
 # %% ../nbs/40_commands.ipynb #c012a
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
     from llava_cot.evaluate import examination, measured
+    from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
     from llava_cot.tiny import open_model
@@ -119,7 +141,7 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
             f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data,"
             " or a held_out share above 0"
         )
-    net, processor = open_model(model)
+    net, processor = open_model(model, weights_dtype(s.weights))
     say(
         f"{len(rows):,} rows to train on, {len(examiner.rows):,} to score on; model {model}; run"
         f" in {out}\n\n{schedule}\n",
@@ -156,14 +178,15 @@ def _resume(out, start, json) -> dict:
             " train.resume(out, rows)"
         )
     s = settings_from(recipe["settings"])
-    rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
-    say(f"going on with the run in {out}", json=json)
-    more = measured(recipe["source"], examiner, s.eval_every)
-    try:
-        run = resume(out, rows, progress=not json and "bar", **more)
-    except KeyboardInterrupt:
-        raise Interrupted(out) from None
-    return _finish(run, examiner, start, json)
+    with _limits(vars(s)):
+        rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
+        say(f"going on with the run in {out}", json=json)
+        more = measured(recipe["source"], examiner, s.eval_every)
+        try:
+            run = resume(out, rows, progress=not json and "bar", **more)
+        except KeyboardInterrupt:
+            raise Interrupted(out) from None
+        return _finish(run, examiner, start, json)
 
 # %% ../nbs/40_commands.ipynb #c013f
 def _finish(run, examiner, start, json) -> dict:
@@ -267,12 +290,13 @@ def _dry_data(source, s, ok: list, unchecked: list):
 def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     "What fits together of schedule, model, processor and rows."
     from llava_cot import models, trainable
+    from llava_cot.tiny import open_skeleton
 
     if not name:
         unchecked.append("model: not given")
         return
     try:
-        net, processor = _skeleton(name)
+        net, processor = open_skeleton(name)
     except models.ModelError as e:
         if Path(name).is_dir() or "/" not in name:
             raise
@@ -290,21 +314,6 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
         ok.append(f"phase {phase.name}: trains {sum(counts.values()):,} parameters of {parts}")
     if rows is not None:
         ok.append(_dry_rows(s, rows, processor))
-
-
-def _skeleton(name: str) -> tuple:
-    "`(model without numbers, processor)` of a folder, a hub name or a tiny model."
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from llava_cot import models
-    from llava_cot.tiny import TINY, open_model
-
-    if name in TINY:
-        return open_model(name)
-    processor, config = models.load_processor(name), models.load_config(name)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config), processor
 
 # %% ../nbs/40_commands.ipynb #c013r
 def _dry_rows(s, rows, processor) -> str:
@@ -383,7 +392,8 @@ def _rows(options: dict) -> int | None:
     if not options.get("data") or not Path(options["data"]).exists():
         return None
     schedule, fmt = Schedule.load(options["schedule"]), _format(options["fmt"])
-    return len(examination(options, fmt, schedule, options["seed"], False)[0])
+    with _limits(options):
+        return len(examination(options, fmt, schedule, options["seed"], False)[0])
 
 
 def _verdict(made, planning) -> str:
@@ -419,6 +429,7 @@ def demo(
     return _train(source, "tiny_base", out, "demo", settings, start, json)
 
 # %% ../nbs/40_commands.ipynb #c017
+@_limited
 def evaluate(
     model: str,  # folder or hub name, or tiny_base, …
     data: str,  # folder or file of rows in any layout
@@ -429,6 +440,10 @@ def evaluate(
     max_new_tokens: int = 1024,  # longest answer
     blind: bool = True,  # also with the picture zeroed
     seed: int = 0,  # of the intervals
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
+    dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
+    device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # what `report.json` holds
     "Score a model's answers and reasoning on a folder of questions."
@@ -443,7 +458,7 @@ def evaluate(
     if out:
         check_folder(out)
     rows = source.load(data, fmt, columns=columns)
-    net, processor = open_model(model)
+    net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
     rows = rows.select(range(min(n, len(rows))))
     examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
@@ -458,20 +473,26 @@ def evaluate(
     return result
 
 # %% ../nbs/40_commands.ipynb #c018
+@_limited
 def ask(
     model: str,  # folder or hub name, or tiny_base, …
     image: str,  # a picture
     question: str,  # what to ask about it
     fmt: str = "llava_cot",  # format of the answer
     max_new_tokens: int = 1024,  # longest answer
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
+    dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
+    device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
     json: bool = False,  # print stages and problems as JSON
 ) -> dict:
     "Ask a model one question about one picture; prints its stages."
     from llava_cot import cot, search
+    from llava_cot.pictures import read_picture
     from llava_cot.tiny import open_model
 
-    fmt, picture = _format(fmt), _picture(image)
-    net, processor = open_model(model)
+    fmt, picture = _format(fmt), read_picture(image)
+    net, processor = open_model(model, dtype, device)
     content = [{"type": "image", "text": None}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     example = {"id": "question", "images": [picture], "source": "", "messages": messages}
@@ -488,19 +509,8 @@ def ask(
         print("\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
 
-
-def _picture(image: str):
-    "A picture from a file, in RGB."
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(image).convert("RGB")
-    except FileNotFoundError:
-        raise CliError(f"image {image}: no such file") from None
-    except (UnidentifiedImageError, OSError) as e:
-        raise CliError(f"image {image}: cannot be read as a picture ({e})") from None
-
 # %% ../nbs/40_commands.ipynb #k002
+@_limited
 def check(
     path: str,  # folder or file of a dataset, in any layout, or a name on the hub
     model: str | None = None,  # count tokens of each stage, and tiles, as this model would
@@ -511,6 +521,8 @@ def check(
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers; none: any text
     workers: int | None = None,  # processes; one per core
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # the report
     "Examine a dataset: every row, answer and picture; exits with 1 where it finds errors."
@@ -538,6 +550,7 @@ def check(
     return report.to_dict()
 
 # %% ../nbs/40_commands.ipynb #c018b
+@_limited
 def preview(
     data: str,  # folder or file of rows in any layout
     model: str,  # folder or hub name, or tiny_base, …; only its processor is read
@@ -549,6 +562,8 @@ def preview(
     too_long: str = "refuse",  # a longer row: refuse, drop, or shorten its REASONING
     control_tokens: str = "refuse",  # a text that spells a control token: refuse it, or escape
     augment: str = "none",  # also before and after: light, strong, or a YAML file of strengths
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print what was written as JSON
 ) -> dict:
     "Write a page of rows as the model gets them: pictures, what is seen of them, the mask."

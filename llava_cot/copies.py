@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .files import DataError, first_line
+from .pictures import PictureError, flaws, is_deep, opened, rgb, upright_size
 from .rows import in_workers
 
 # %% ../nbs/08_copies.ipynb #copies-phash
@@ -38,19 +39,16 @@ class PictureHash:
     digest: bytes = field(repr=False)  # of the file, 16 bytes
     bits: int  # pHash
     colours: bytes = field(repr=False)  # 8 × 8 × RGB
-    size: tuple[int, int]  # width, height as stored
+    size: tuple[int, int]  # width, height, upright
     format: str  # JPEG, PNG, …
+    deep: bool = field(default=False, repr=False)  # over 8 bits a value
+    flaws: tuple = field(default=(), repr=False)  # (kind, message), from `pictures.flaws`
 
 
 def _decoded(image: PILImage.Image) -> PILImage.Image:
     "An opened picture in RGB, its shorter side reduced to 64 to 127 pixels where it has more."
     image.draft("RGB", (64, 64))
-    image.load()
-    if image.mode[0] in "IF":  # grey of 16 or 32 bits
-        image = image.convert("L")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    small = image.convert("RGB")
+    small = rgb(image)
     fraction = min(small.size) // 64
     return small.reduce(fraction) if fraction > 1 else small
 
@@ -58,8 +56,8 @@ def _decoded(image: PILImage.Image) -> PILImage.Image:
 def hash_picture(raw: bytes) -> PictureHash | str:
     "Decode a picture's file; gives what is kept of it, or what is wrong with it."
     try:
-        with PILImage.open(io.BytesIO(raw)) as image:
-            size, kind = image.size, image.format  # as stored: decoding may change the size
+        with opened(raw) as image:
+            size, kind, deep = upright_size(image), image.format, is_deep(image)  # not decoded yet
             small = _decoded(image)
             return PictureHash(
                 digest=hashlib.blake2b(raw, digest_size=16).digest(),
@@ -67,11 +65,11 @@ def hash_picture(raw: bytes) -> PictureHash | str:
                 colours=small.resize((8, 8), PILImage.Resampling.BOX).tobytes(),
                 size=size,
                 format=kind,
+                deep=deep,
+                flaws=tuple(flaws(small, deep)),
             )
-    except PILImage.UnidentifiedImageError:
-        return "not an image"
-    except Exception as e:  # Pillow raises what its plugins raise
-        return first_line(e)
+    except PictureError as e:
+        return e.reason
 
 # %% ../nbs/08_copies.ipynb #copies-limits
 NEAR_BITS = 6  # bits of 64

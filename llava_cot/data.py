@@ -20,11 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 
 from . import cot
-from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, Problem
-from .files import DataError, DataWarning, read_bytes, why_unreadable, without_gc
+from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, InputWarning, Problem
+from .files import DataError, read_bytes, without_gc
+from .pictures import Picture, why_unreadable
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 
 # %% ../nbs/06_data.ipynb #d042
@@ -32,7 +33,7 @@ _ITEM = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
         "id": Value("string"),
-        "images": List(Image()),
+        "images": List(Picture()),
         "messages": List({"role": Value("string"), "content": List(_ITEM)}),
         "source": Value("string"),
     }
@@ -72,7 +73,7 @@ def load(
 
 
 def _warn(source: JsonRows | TableRows, notes: list[tuple]) -> None:
-    "One `DataWarning` for each kind of note and each unread key: the first, and how many."
+    "One `InputWarning` for each kind of note and each unread key: the first, and how many."
     by_kind = {}
     for row, note in notes:
         kind = note.message.partition(":")[0] if note.kind == "unread_key" else note.kind
@@ -81,7 +82,7 @@ def _warn(source: JsonRows | TableRows, notes: list[tuple]) -> None:
         )
     for said in by_kind.values():
         more = f" (and {len(said) - 1:,} more like it)" if len(said) > 1 else ""
-        warnings.warn(said[0] + more, DataWarning, stacklevel=4)
+        warnings.warn(said[0] + more, InputWarning, stacklevel=4)
 
 # %% ../nbs/06_data.ipynb #data-looked-code
 class _Seen(NamedTuple):
@@ -219,7 +220,9 @@ def _assembled(source: JsonRows | TableRows, looks: list[_Look]) -> Dataset:
         texts = pa.concat_tables(look.table.drop_columns(["images"]) for look in looks)
         images = source.ds.select_columns(own).with_format(None).rename_columns({own[0]: "images"})
         texts = Dataset(texts, info=DatasetInfo(features=features))
-        return concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
+        found = concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
+        found.info.features = FEATURES.copy()  # its pictures are decoded as ours
+        return found
     tables, at = [], 0
     for look in looks:
         table, at = look.table, at + len(look.table)

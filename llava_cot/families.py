@@ -41,7 +41,7 @@ def _none_unused(config: PreTrainedConfig) -> str:
     return "(?!)"  # matches nothing
 
 
-def _as_it_is(model: PreTrainedModel) -> None:
+def _as_it_is(*_) -> None:
     "Needs no mend."
 
 # %% ../nbs/10_families.ipynb #c014
@@ -57,6 +57,7 @@ class Family:
     unused: Callable = _none_unused  # config -> regex of parameters that never get a gradient
     named: Mapping[str, tuple] = field(default_factory=dict)  # name -> part, config -> its layers
     prepare: Callable = _as_it_is  # mends the model, after it is built or loaded
+    complete: Callable = _as_it_is  # processor, config: gives it what older folders leave out
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
 
 # %% ../nbs/10_families.ipynb #c016
@@ -79,6 +80,15 @@ def _llava_sees(config):
 
 def _llava_next_sees(config):
     return _llava_sees(config) | {"image_grid_pinpoints": config.image_grid_pinpoints}
+
+
+def _llava_complete(processor, config):
+    "What decides the number of image tokens, from the config where the processor does not say."
+    has_class = not config.vision_config.model_type.startswith("siglip")
+    processor.num_additional_image_tokens = int(has_class)
+    for name, value in _llava_sees(config).items():
+        if getattr(processor, name, None) is None:
+            setattr(processor, name, value)
 
 
 def _mllama_sees(config):
@@ -256,6 +266,7 @@ _LLAVA = Family(
     parts=_paths("model.vision_tower", "model.multi_modal_projector"),
     sight=_CLIP,
     sees=_llava_sees,
+    complete=_llava_complete,
     batch=_llava_batch,
     unused=_llava_unused,
 )
@@ -266,6 +277,7 @@ _LLAVA_NEXT = Family(
     parts=_paths("model.vision_tower", "model.multi_modal_projector", "model.image_newline"),
     sight=_CLIP,
     sees=_llava_next_sees,
+    complete=_llava_complete,
     batch=_llava_next_batch,
     unused=_llava_unused,
 )

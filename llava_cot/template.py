@@ -7,12 +7,14 @@ __all__ = ['TokensError', 'conversation', 'control_tokens_of', 'Turn', 'layout',
 
 # %% ../nbs/13_template.ipynb #template-imports
 import re
+from datetime import datetime
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
 from .cot import InputError
+from .opening import need_template
 
 # %% ../nbs/13_template.ipynb #c011
 class TokensError(InputError):
@@ -81,14 +83,35 @@ def _slots(messages: list[dict]) -> tuple[list[dict], list[tuple[str, str]]]:
     return slotted, texts
 
 # %% ../nbs/13_template.ipynb #c018
+_DAY = datetime(2024, 7, 26)  # the day on which Llama's template falls back
+_DIRECTIVES = [f"%{flag}{d}" for flag in "-#" for d in "dmHIMSjyYUW"]  # 7 for 07
+_DIRECTIVES += [f"%{d}" for d in "aAwdbBmyYHIMSfpzZjUWcxXGuVDFTRehCnt"]
+_KNOWN = {d: _DAY.strftime(d) for d in _DIRECTIVES}
+_STRFTIME = """\
+{% macro strftime_now(format) %}{% set said = namespace(text=format | replace('%%', '\ue002')) %}\
+{% for directive, value in pinned_day %}\
+{% set said.text = said.text | replace(directive, value) %}{% endfor %}\
+{{ said.text | replace('\ue002', '%') }}{% endmacro %}
+"""
+
+
+def _pinned(template: str) -> tuple[str, dict]:
+    "The template on a day that is always the same, and what it has to be told for that."
+    told = {"date_string": _DAY.strftime("%d %b %Y")} if "date_string" in template else {}
+    if "strftime_now" not in template:
+        return template, told
+    return _STRFTIME + template, told | {"pinned_day": list(_KNOWN.items())}
+
+# %% ../nbs/13_template.ipynb #te-render
 def _template(processor: ProcessorMixin, messages: list[dict], prompt_only: bool, name: str) -> str:
     "The chat template's own rendering, the same on every day it is asked."
-    dated = "date_string" in str(processor.chat_template)
-    day = {"date_string": "26 Jul 2024"} if dated else {}
+    template, told = _pinned(need_template(processor, name))
+    how = dict(chat_template=template, add_generation_prompt=prompt_only)
     try:
-        return processor.apply_chat_template(messages, add_generation_prompt=prompt_only, **day)
+        return processor.apply_chat_template(messages, **how, **told)
     except (TemplateError, ValueError, TypeError, KeyError) as e:
-        raise TokensError(f"{name}: the chat template refuses this conversation ({e})") from e
+        hint = "; was it made for texts alone?" if "list" in str(e) else ""
+        raise TokensError(f"{name}: the chat template refuses this conversation ({e}){hint}") from e
 
 # %% ../nbs/13_template.ipynb #c020
 def _lead(processor: ProcessorMixin, slotted: list[dict], literals: list[str], name: str) -> int:
@@ -120,6 +143,11 @@ def _frame(
     if "{'type'" in frame:
         messages, slotted = _flat(messages), _flat(slotted)
         frame = _template(processor, slotted, prompt_only, name)
+    if "{'type'" in frame:
+        raise TokensError(
+            f"{name}: the chat template writes a list of texts and pictures as it stands; it was"
+            " made for texts alone: give the processor the template of a model that sees"
+        )
     pieces = _SLOT.split(frame)
     literals, numbers = pieces[::2], pieces[1::2]
     if numbers != [str(i) for i in range(len(texts))]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY_TEXT', 'TINY', 'train_tokenizer', 'llava_processor', 'build_llava', 'tiny_llava', 'tiny_mllama',
-           'tiny_llava_next', 'tiny_qwen2_5_vl', 'tiny_base', 'open_model', 'open_processor']
+           'tiny_llava_next', 'tiny_qwen2_5_vl', 'tiny_base', 'open_model', 'open_skeleton', 'open_processor']
 
 # %% ../nbs/12_tiny.ipynb #tiny-imports
 from collections.abc import Iterable
@@ -44,7 +44,16 @@ from transformers import (
 )
 
 from .families import ModelError, Qwen2_5_VLProcessor, family_of
-from .models import load, load_processor, remember_preprocessing
+from llava_cot.models import (
+    LLAVA_TEMPLATE,
+    find_device,
+    find_dtype,
+    load,
+    load_processor,
+    load_skeleton,
+    remember_preprocessing,
+)
+from .opening import in_type, need_template
 
 # %% ../nbs/12_tiny.ipynb #c029
 # a tag with its space, a word with its space, punctuation, whitespace
@@ -113,22 +122,12 @@ What is above the yellow square?
 
 user user assistant assistant USER: USER: ASSISTANT: ASSISTANT:"""
 
-# %% ../nbs/12_tiny.ipynb #c036
-_LLAVA_TEMPLATE = """\
-{%- for message in messages -%}
-{{- {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT:\n'}[message['role']] -}}
-{%- for item in message['content'] -%}\
-{{- '<image>\n' if item['type'] == 'image' else item['text'] -}}{%- endfor -%}
-{{- eos_token if message['role'] == 'assistant' else '\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:\n' -}}{%- endif -%}"""
-
 # %% ../nbs/12_tiny.ipynb #c038
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # mid-grey is 0
 _AS_LLAVA = {
     "vision_feature_select_strategy": "default",  # without the tower's class token,
     "num_additional_image_tokens": 1,  # which is this one
-    "chat_template": _LLAVA_TEMPLATE,
+    "chat_template": LLAVA_TEMPLATE,
 }
 
 
@@ -417,13 +416,32 @@ TINY = ("tiny_base", "tiny_llava", "tiny_llava_next", "tiny_mllama", "tiny_qwen2
 
 def open_model(
     name: str,  # one of `TINY`, a folder, or a name on the hub
+    dtype: str | torch.dtype = torch.float32,  # as for `models.load`, like the next
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    "Model and processor. Raises `ModelError`, as `models.load` does."
-    return globals()[name]() if name in TINY else load(name)
+    "Model and processor, with a chat template. Raises `ModelError`, as `models.load` does."
+    if name not in TINY:
+        return load(name, dtype, device, chat=True)
+    at, (model, processor) = find_device(device), globals()[name]()
+    found = find_dtype(dtype, at)
+    if found not in ("auto", model.dtype):
+        in_type(model, found)
+    return model.to(at), processor
+
+
+def open_skeleton(
+    name: str,  # one of `TINY`, a folder, or a name on the hub
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    "What `open_model` checks before it reads weights; the model on `meta`, or a toy."
+    return globals()[name]() if name in TINY else load_skeleton(name, chat=True)
 
 
 def open_processor(
     name: str,  # one of `TINY`, a folder, or a name on the hub
 ) -> ProcessorMixin:
-    "The processor alone, without reading weights. Raises `ModelError`."
-    return globals()[name]()[1] if name in TINY else load_processor(name)
+    "The processor alone, with a chat template, without reading weights. Raises `ModelError`."
+    if name in TINY:
+        return globals()[name]()[1]
+    processor = load_processor(name)
+    need_template(processor, name)
+    return processor

@@ -513,7 +513,8 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     accelerator.free_memory()
     if distributed.is_zero(run.model):
         # dissolved: opened again from the checkpoint that ended the phase
-        whole = models.load(runs.list_checkpoints(run.out)[-1])[0]
+        newest = runs.list_checkpoints(run.out)[-1]
+        whole, _ = models.load(newest, memory.weights_dtype(s.weights))
         whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
         run.model = whole.to(accelerator.device)
     named = trained_parameters(run.model, phase).values()
@@ -621,7 +622,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
             f"resume {out}: no checkpoint here, the run stopped before its first; remove the folder"
             " and start again"
         )
-    model, processor = open_model(name)
+    model, processor = open_model(name, memory.weights_dtype(s.weights))
     if s.separator_tokens:
         models.add_separators(model, processor)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
@@ -635,7 +636,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
 
 def _reopen_checkpoint(out, folder: Path, s: Settings) -> tuple[Run, dict | None]:
     "A run as a checkpoint has it, and the optimizer's state within a phase."
-    model, processor = models.load(folder)
+    model, processor = models.load(folder, memory.weights_dtype(s.weights))
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     progress = json.loads((folder / "progress.json").read_text())
     run = Run(Path(out), s, **progress, model=model, processor=processor)

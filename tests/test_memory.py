@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MllamaConfig
 
-from llava_cot import families, memory, shapes
+from llava_cot import families, memory, models, shapes
 from llava_cot.families import ModelError, family_of, part_modules, parts, without_gradient
 from llava_cot.loss import replaced_forward, token_losses
 from llava_cot.schedule import Phase
@@ -422,6 +422,23 @@ def test_settings_that_cannot_be_are_refused():
     model = tiny_llava()[0]
     assert memory.prepare_weights(model, "bf16") is model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_opened_in_16_bits_is_the_one_made_so_afterwards():
+    for tiny in (tiny_llava, tiny_mllama):
+        with tempfile.TemporaryDirectory() as d:
+            models.save(*tiny(), d)
+            kind = memory.weights_dtype("bf16")
+            assert kind == memory.weights_dtype("bf16_stochastic") == torch.bfloat16
+            assert memory.weights_dtype("float32") == torch.float32
+            opened, later = models.load(d, kind)[0], models.load(d)[0]
+            places = [p.data_ptr() for p in opened.parameters()]
+            memory.prepare_weights(opened, "bf16")
+            assert places == [p.data_ptr() for p in opened.parameters()]  # nothing is copied
+            memory.prepare_weights(later, "bf16")
+            assert models.model_digest(opened) == models.model_digest(later)
+            rotary = opened.model.language_model.rotary_emb.inv_freq
+            assert rotary.dtype == torch.float32  # rounded, it would be another model
 
 
 def test_the_update_stays_the_same_whatever_fits():

@@ -2,6 +2,8 @@
 from llava_cot.models import *
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,18 +13,19 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
 from llava_cot.models import _adapter_state
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
-from llava_cot.tokens import Collator, encode
+from llava_cot.tokens import Collator, encode, lengths
 
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 RED = Image.new("RGB", (48, 48), (200, 30, 30))
@@ -44,6 +47,78 @@ def batch_of(processor, *examples):
 
 def model_inputs(batch):
     return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+
+def edited(file, **values):
+    "A spoiler of folders: other values in a JSON file; None takes one away."
+
+    def spoil(folder):
+        found = json.loads((folder / file).read_text()) | values
+        (folder / file).write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+    return spoil
+
+
+def moved(file, to):
+    "A spoiler: a file under another name."
+    return lambda folder: (folder / file).rename(folder / to)
+
+
+def written(file, text):
+    "A spoiler: other bytes in a file."
+    return lambda folder: (folder / file).write_bytes(text)
+
+
+def restored(change):
+    "A spoiler: other weights, as `change` makes them of those that were there."
+
+    def spoil(folder):
+        kept = change(load_file(folder / "model.safetensors"))
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def marked(mark):
+    return restored(lambda kept: {mark + n: w for n, w in kept.items()})
+
+
+def more_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<SUM>", "</SUM>"])
+    tokenizer.save_pretrained(folder)
+
+
+def sharded(folder):
+    "Weights in several files and an index."
+    kept = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, listed = sorted(kept), {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        mine = {n: kept[n] for n in names[i::3]}
+        save_file(mine, folder / file, metadata={"format": "pt"})
+        listed |= dict.fromkeys(mine, file)
+    index = {"metadata": {}, "weight_map": listed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without_shard(folder):
+    sharded(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def unnamed(folder):
+    "Two chat templates in the tokenizer, and neither is the usual one."
+    (folder / "chat_template.jinja").unlink()
+    two = [dict(name=name, template="x") for name in "ab"]
+    edited("tokenizer_config.json", chat_template=two)(folder)
+
+
+def bits(n):
+    return {"quant_method": "awq", "bits": n}
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
 
 def bare(tiny):
     "A tiny model, and separators that its tokenizer never saw whole, as is so with real ones."
@@ -104,6 +179,26 @@ def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
             assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+def test_type_and_device_are_found_and_refused():
+    toy, own = tiny_llava()
+    cpu = torch.device("cpu")
+    assert find_device(None) == find_device("cpu") == cpu and find_device().type
+    assert (
+        find_dtype("auto", cpu) == torch.float32 and find_dtype("auto", torch.device("mps")) == "auto"
+    )
+    for wrong in ("cuda:77", "gpu", "abacus"):
+        with pytest.raises(ModelError, match=f"device: found '{wrong}', .*expected auto"):
+            find_device(wrong)
+    with pytest.raises(ModelError, match="dtype: found 'int4', expected auto, float32, bfloat16"):
+        find_dtype("int4", cpu)
+    with tempfile.TemporaryDirectory() as d:
+        save(toy.to(torch.bfloat16), own, d)
+        with mock.patch.dict(load.__globals__, find_dtype=lambda *_: "auto"):  # an accelerator's
+            assert load(d, dtype="auto")[0].dtype == torch.bfloat16
+        for given, found in dict(auto="float32", bfloat16="bfloat16", float16="float16").items():
+            assert str(load(d, dtype=given)[0].dtype) == f"torch.{found}"
+
+
 def test_save_is_whole_or_not_at_all():
     toy, own = tiny_llava()
 
@@ -133,7 +228,7 @@ def test_save_is_whole_or_not_at_all():
 def test_load_refuses_in_one_line():
     toy, own = tiny_llava()
     with tempfile.TemporaryDirectory() as d, chdir(d):
-        for folder in ("half", "edited", "lame", "pickled", "bare", "gap"):
+        for folder in ("half", "edited", "lame", "pickled", "bare"):
             save(toy, own, folder)
         Path("half/config.json").write_text('{"model_type": "lla')
         f = Path("edited/processor_config.json")
@@ -149,8 +244,8 @@ def test_load_refuses_in_one_line():
             half="config.json cannot be read",
             edited="differs in (crop_)?size",
             lame="processor cannot be read",
-            pickled="weights cannot be read",
-            bare="cannot be read",
+            pickled="weights are pickled",
+            bare=r"is \(.*48.*\) in the file and \(.*52.*\) by config.json",
             alien="'zork'",
             empty="no config.json",
             nowhere="no such folder",
@@ -170,6 +265,130 @@ def test_weights_are_never_made_up():
         save_file(stored, "m/model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match="weights are missing, .*linear_1"):
             load("m")
+
+
+def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
+    W, PC, TC = "model.safetensors", "processor_config.json", "tokenizer_config.json"
+    kinds = dict(
+        added=(more_tokens, "tokenizer has 2 tokens beyond.*<SUM>.*resize_token_embeddings"),
+        image=(edited("config.json", image_token_index=9), "looks for id 9.*take the tokenizer"),
+        unknown=(edited(PC, processor_class="MyProcessor"), f"{PC} names.*'MyProcessor'.*LlavaProc"),
+        other=(edited(PC, processor_class="LlavaNextProcessor"), "another family's; expected Llava"),
+        tokens=(edited(TC, processor_class="MyProcessor"), f"{TC} names.*'MyProcessor'"),
+        pointer=(written(W, POINTER), f"{W}: holds git-lfs's pointer.*git lfs pull"),
+        pointer2=(written("tokenizer.json", POINTER), "tokenizer.json: holds git-lfs's pointer"),
+        pointer3=(written("config.json", POINTER), "config.json: holds git-lfs's pointer"),
+        pickled=(moved(W, "pytorch_model.bin"), r"pickled \(pytorch_model.bin\).*save_pretrained"),
+        pickled2=(moved(W, "consolidated.00.pth"), r"pickled \(consolidated.00.pth\)"),
+        training=(moved(W, "optimizer.bin"), "no weights in it; expected model.safetensors"),
+        parallel=(marked("module."), "named as DistributedDataParallel.*module.*save the model"),
+        compiled=(marked("_orig_mod."), "named as torch.compile.*_orig_mod.*save the model"),
+        peft=(marked("base_model.model."), "named as peft names them.*merge_and_unload"),
+        twice=(marked("module._orig_mod."), "named as DistributedDataParallel"),
+        foreign=(marked("policy."), "weights are missing.*while policy.* would be left over"),
+        holed=(restored(lambda kept: dict(list(kept.items())[1:])), "weights are missing.*whole"),
+        nameless=(edited(PC, image_token="<picture>"), r"'<picture>' \(not in its tokenizer\)"),
+        unnamed=(unnamed, "several chat templates, a, b, none of them called default"),
+        pixels=(edited(PC, image_processor={"image_processor_type": "Zork"}), "processor cannot be"),
+        wordless=(lambda folder: (folder / "tokenizer.json").unlink(), "processor cannot be read"),
+        extra=(restored(lambda kept: kept | {"x.y": torch.ones(1)}), "without the weights x.y"),
+        config=(moved("config.json", "konfig.json"), "no config.json in it.*expected"),
+        alien=(edited("config.json", model_type="zork"), "model_type is 'zork'; supported are"),
+        typeless=(edited("config.json", model_type=None), "model_type is None; supported are"),
+        code=(edited("config.json", auto_map={"AutoModel": "m.M"}), "code of its own.*m.M.*never run"),
+        code2=(edited(PC, auto_map={"AutoProcessor": "p.P"}), f"{PC} asks for code of its own"),
+        gap=(without_shard, "1 of 3 files of weights are missing, such as model-00002"),
+        gguf=(moved(W, "model.gguf"), "llama.cpp.*take the folder of safetensors"),
+        unlisted=(moved(W, "weights.safetensors"), "weights.safetensors, which nothing points at"),
+        void=(written(W, b""), f"{W}: 0 bytes, cut off or damaged.*download it again"),
+        noise=(written(W, b"x" * 5000), f"{W}: 5,000 bytes, cut off or damaged"),
+        awq=(edited("config.json", quantization_config=bits(4)), r"quantised \(awq\).*install"),
+        adapter=(written("adapter_config.json", b"{}"), "a whole model and an adapter.*of its own"),
+        broken=(written("processor_config.json", b"{"), "processor_config.json cannot be read"),
+        silent=(moved("chat_template.jinja", "t.jinja"), "no chat template; put.*into its folder"),
+    )
+    toy, own = tiny_llava()
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "whole")
+        for kind, (spoil, message) in kinds.items():
+            shutil.copytree("whole", kind)
+            spoil(Path(kind))
+            reads = mock.patch.object(AutoModelForImageTextToText, "from_pretrained")
+            with reads as read, pytest.raises(ModelError, match=message) as e:
+                load(kind, chat=True)
+            assert not read.called and "\n" not in str(e.value) and str(e.value).startswith(kind)
+        load("silent")  # a base model is opened; who makes it talk gives it a template
+
+
+def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
+    def in_json(folder):
+        file = folder / "chat_template.jinja"
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": file.read_text()}))
+        file.unlink()
+
+
+    def older(folder):
+        "As before transformers 4.46."
+        said = json.loads((folder / "processor_config.json").read_text())
+        (folder / "processor_config.json").unlink()
+        (folder / "fingerprint.json").unlink()
+        (folder / "preprocessor_config.json").write_text(json.dumps(said["image_processor"]))
+        edited("tokenizer_config.json", processor_class=None)(folder)
+        in_json(folder)
+
+
+    def in_between(folder):
+        "As 4.46 and 4.47, which do not know the class token."
+        (folder / "fingerprint.json").unlink(missing_ok=True)
+        edited("processor_config.json", num_additional_image_tokens=None)(folder)
+
+
+    def in_tokenizer(of):
+        "The chat template in the tokenizer's settings only."
+
+        def spoil(folder):
+            file = folder / "chat_template.jinja"
+            edited("tokenizer_config.json", chat_template=of(file.read_text()))(folder)
+            file.unlink()
+
+        return spoil
+
+
+    def cutting(folder):
+        "A tokenizer.json that a trainer left with truncation and padding switched on."
+        cut = dict(direction="Right", max_length=7, strategy="LongestFirst", stride=0)
+        fill = dict(strategy={"Fixed": 900}, direction="Right", pad_to_multiple_of=None)
+        fill |= dict(pad_id=0, pad_type_id=0, pad_token=own.tokenizer.pad_token)
+        edited("tokenizer.json", truncation=cut, padding=fill)(folder)
+
+
+    def named(text):
+        return [dict(name="default", template=text), dict(name="tools", template="none")]
+
+
+    ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
+    ways |= dict(sharded=sharded, older=older, between=in_between)
+    of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
+    for tiny in TINY:
+        toy, own = tiny()
+        row = batch_of(own)
+        for way in of_family.get(tiny, ("tokenizer", "older")):
+            with tempfile.TemporaryDirectory() as d, chdir(d):
+                save(toy, own, way)
+                ways[way](Path(way))
+                other, reader = load(way, chat=True)
+                again = batch_of(reader)
+                assert row.keys() == again.keys(), way
+                assert all(torch.equal(row[k], again[k]) for k in row), way
+                inputs = model_inputs(row)
+                assert torch.equal(toy(**inputs).logits, other(**inputs).logits)
+                assert fingerprint(reader) == fingerprint(own)
+                backend = reader.tokenizer.backend_tokenizer
+                assert not backend.truncation and not backend.padding
+                assert lengths([example()], reader) == lengths([example()], own)
+                save(other, reader, "again")
+                assert '"max_length": 7' not in Path("again/tokenizer.json").read_text()
+                assert '"max_length": 7' not in Path("again/tokenizer_config.json").read_text()
 
 
 def test_adapters_stand_in_their_part_and_nowhere_else():
@@ -274,6 +493,66 @@ def test_adapters_begin_as_nothing_and_merge_into_the_weights():
         assert not adapter_layers(toy)
         assert [n for n, _ in toy.named_parameters()] == [n for n, _ in tiny()[0].named_parameters()]
         assert all(torch.equal(w, state[n]) for n, w in toy.state_dict().items())  # to the bit
+
+
+def test_an_adapter_folder_opens_over_its_base():
+    for tiny in TINY:
+        (toy, own), noise = tiny(), torch.Generator().manual_seed(0)
+        inputs = model_inputs(batch_of(own))
+        kinds = {}, dict(use_rslora=True, modules_to_save=["lm_head"]), dict(use_dora=True)
+        for more in kinds if tiny is tiny_llava else kinds[:1]:
+            how = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more)
+            with tempfile.TemporaryDirectory() as d, chdir(d):
+                save(toy, own, "base")
+                wrapped = get_peft_model(load("base")[0], how)
+                for p in wrapped.parameters():
+                    if p.requires_grad:
+                        p.data += 0.1 * torch.randn(p.shape, generator=noise)
+                wrapped.save_pretrained("lora")
+                plain = load("base")[0]
+                theirs = PeftModel.from_pretrained(plain, "lora").eval()
+                merged, reader = load("lora", chat=True)
+                assert type(merged) is type(toy) and not adapter_layers(merged)
+                logits = merged(**inputs).logits
+                assert (logits - theirs(**inputs).logits).abs().max() < 1e-5
+                assert (logits - toy(**inputs).logits).abs().max() > 1e-3
+                assert fingerprint(reader) == fingerprint(own) and load_config("lora").model_type
+                assert load_skeleton("lora", chat=True)[0].device.type == "meta"
+                save(merged, reader, "merged")
+                assert torch.equal(load("merged")[0](**inputs).logits, logits)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_name():
+    toy, own = tiny_llava()
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "base")
+        get_peft_model(toy, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("lora")
+        kept = load_file("lora/adapter_model.safetensors")
+        said = json.loads(Path("lora/adapter_config.json").read_text())
+        said["base_model_name_or_path"] = "../base"  # as seen from the adapter
+        for kind, config, weights, message in (
+            ("fits", {}, kept, None),
+            ("far", {"base_model_name_or_path": "gone/llava-7b"}, kept, "LoRA adapter over gone/llava"),
+            ("self", {"base_model_name_or_path": "self"}, kept, "a LoRA adapter over self"),
+            ("none", {"base_model_name_or_path": None}, kept, "LoRA adapter over None.*or merge"),
+            ("kind", {"peft_type": "PROMPT_TUNING"}, kept, "type PROMPT_TUNING, expected LORA"),
+            ("less", {}, dict(list(kept.items())[1:]), "safetensors lacks .*lora_A"),
+            ("more", {}, kept | {"base_model.model.x.lora_A.weight": torch.ones(1)}, "has .*no place"),
+            ("wide", {"r": 3}, kept, "does not fit its base"),
+            ("where", {"target_modules": ["elsewhere"]}, kept, "does not fit its base.*elsewhere"),
+            ("lost", {}, None, "without adapter_model.safetensors .found adapter_model.bin"),
+        ):
+            Path(kind).mkdir()
+            Path(kind, "adapter_config.json").write_text(json.dumps(said | config))
+            Path(kind, "adapter_model.bin").write_bytes(b"")
+            if weights is not None:
+                save_file(weights, f"{kind}/adapter_model.safetensors")
+            if message is None:
+                load(kind)
+                continue
+            with pytest.raises(ModelError, match=message) as e:
+                load(kind)
+            assert "\n" not in str(e.value) and str(e.value).startswith(kind)
 
 
 def test_separators_become_tokens_and_survive_saving():

@@ -2,13 +2,23 @@
 from llava_cot.template import *
 
 import copy
+from datetime import datetime
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
-from llava_cot.template import _frame
+from llava_cot.template import _frame, _template
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+
+hello = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Hello?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hi."}]},
+    ]
+}
 
 
 def test_what_cannot_be_learned_from_is_refused():
@@ -74,6 +84,48 @@ def test_each_turn_is_its_slice_of_the_text():
         settings(max_examples=25, deadline=None, database=None)(
             given(spoken)(lambda said: laid_out_as_promised(said, family))
         )()
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_any_day():
+    class ThatDay(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 7, 26)
+
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 12, 24, 23, 59, 58)
+
+
+    def on(day):
+        "While inside, this is what transformers takes for today."
+        chat_template_utils._compile_jinja_template.cache_clear()
+        return mock.patch.object(chat_template_utils, "datetime", day)
+
+
+    llama = "{%- if not date_string is defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}"
+    llama += "{%- endif -%}{{- 'Today Date: ' + date_string -}}"
+    asking = "{% if strftime_now is defined %}{{ strftime_now(format='%Y-%m-%d %H:%M:%S') }}{% endif %}"
+    inside = "{%- macro head() -%}On {{ strftime_now('%B %d, %Y') }}{%- endmacro %}{{ head() }}"
+    number = "{{- strftime_now('%Y') | int + 1 }} {{ strftime_now('%j%%d').split('%')[0] -}}"
+    every = " ".join(f"%{d}" for d in "aAwdbBmyYHIMSfpzZjUWcxXGuVDFTRehC%")
+    layouts = f"\n\n  Today: {{{{ strftime_now('{every} %-d %-m') }}}}\n"
+    layouts += "  {% if true %}\n a\n {% endif %}\n b"
+    told = conversation(hello)
+    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl):
+        toy = tiny()[1]
+        plain = toy.chat_template
+        for head in (llama, asking, inside, number, layouts, " \n", ""):
+            toy.chat_template = f"{head}{plain}"
+            with on(ThatDay):
+                own = toy.apply_chat_template(told)
+            with on(Later):
+                assert (toy.apply_chat_template(told) != own) == ("strftime_now" in head)
+                assert _template(toy, told, False, "hello") == own
+                assert own in layout(toy, told)[0]
+            chat_template_utils._compile_jinja_template.cache_clear()
 
 
 def test_the_end_token_is_there_when_the_template_writes_none():
