@@ -100,17 +100,18 @@ def test_every_option_has_its_line_of_help():
 
 
 def test_columns_are_named_in_every_command_that_takes_rows():
-    for words in (
+    for typed in (
         ["D", "--columns", "question=a", "answer=b", "--out", "G"],
         ["--columns=question=a", "answer=b", "D"],
         ["--columns", "question=a", "--columns", "answer=b"],
         ["--columns", '{"question": "a", "answer": "b"}'],
     ):
-        assert any('{"question": "a", "answer": "b"}' in word for word in tidy(["check", *words]))
+        assert any('{"question": "a", "answer": "b"}' in word for word in tidy(["check", *typed]))
     assert tidy(["eval", "--columns"]) == ["eval", "--columns"]
     with tempfile.TemporaryDirectory() as tmp:
         home = shapes.write(Path(tmp) / "d", 6)
-        for line in (lines := home / "train.jsonl").read_text().splitlines():
+        lines = home / "train.jsonl"
+        for line in lines.read_text().splitlines():
             row = json.loads(line)
             said = {"ask": row["conversations"][0]["value"], "reply": row["conversations"][1]["value"]}
             with open(home / "rows.jsonl", "a") as file:
@@ -120,7 +121,7 @@ def test_columns_are_named_in_every_command_that_takes_rows():
             ["--columns", "question=ask", "answer=reply", "image=shot"],
         )
         lora = ["--model", "tiny_llava", "--held-out", "0", "--schedule", "llava_cot"]
-        for words, code, said in (
+        for typed, code, said in (
             (["check", data], 1, "--columns question=KEY"),
             (["check", data, *named], 0, "shared_id"),
             (["check", data, "--columns", "question=aks"], 1, "question=aks"),
@@ -141,10 +142,10 @@ def test_columns_are_named_in_every_command_that_takes_rows():
             out = io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 try:
-                    found = cli.main(words)
+                    found = cli.main(typed)
                 except SystemExit as e:
                     found = e.code
-            assert found == code and said in out.getvalue(), (words, found, out.getvalue())
+            assert found == code and said in out.getvalue(), (typed, found, out.getvalue())
 
 
 def test_bars_draw_a_line_a_minute_where_no_terminal_looks():
