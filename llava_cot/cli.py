@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'Option', 'options', 'parser', 'check_words', 'tidy', 'la
 # %% ../nbs/41_cli.ipynb #cli-imports
 import difflib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -36,7 +37,7 @@ from llava_cot.commands import (
     setting_fields,
     train,
 )
-from .cot import FORMATS, InputError
+from .cot import FORMATS, InputError, InputWarning
 
 # %% ../nbs/41_cli.ipynb #cli-commands
 COMMANDS = dict(
@@ -51,7 +52,7 @@ COMMANDS = dict(
     env=env,
 )
 _PLACES = dict(check=("path",), push=("folder", "repo"))  # what is given without an option's name
-_GROUPS = dict.fromkeys(("data", "model", "out", "schedule"), "what is trained on what")
+_GROUPS = dict.fromkeys(("data", "columns", "model", "out", "schedule"), "what is trained on what")
 _GROUPS |= dict.fromkeys(("fmt", "augment"), "rows")
 _GROUPS |= dict.fromkeys(
     ("eval_data", "held_out", "eval_n", "eval_answers"), "validation and scores"
@@ -215,7 +216,25 @@ def tidy(words: list[str]) -> list[str]:
             word = "--" + name[2:].replace("-", "_") + equals + value
         found.append(word)
         before = word
-    return found
+    return _columns_folded(found)
+
+
+def _columns_folded(words: list[str]) -> list[str]:
+    "`--columns question=a answer=b` as the one word that a parser takes."
+    given, rest, inside = {}, [], False
+    for word in words:
+        if word.startswith("--"):
+            inside = word == "--columns" or re.match(r"--columns=\w+=", word)
+            word = word.removeprefix("--columns=") if inside else word
+        if inside and re.match(r"\w+=", word):
+            name, _, key = word.partition("=")
+            given[name] = key
+        elif not (inside and word == "--columns"):
+            rest.append(word)
+            inside = False
+    if given:
+        return [*rest, f"--columns={json.dumps(given)}"]
+    return words
 
 # %% ../nbs/41_cli.ipynb #cli-launch
 def launch(
@@ -277,9 +296,10 @@ def main(
 # %% ../nbs/41_cli.ipynb #cli-call
 def _call(function, given: dict) -> int:
     "A command's exit code; what it was given and cannot use becomes one line."
-    _quiet()
     try:
-        function(**given)
+        with warnings.catch_warnings():
+            _quiet()
+            function(**given)
     except Interrupted as e:
         return _told(f"stopped and saved; go on with: llava-cot train --resume {e}", 130)
     except KeyboardInterrupt:
@@ -295,12 +315,19 @@ def _told(text: str, code: int = 2) -> int:
     return code
 
 
+def _show_warning(message, *where) -> None:
+    _told(f"warning: {message}")
+
+
 def _quiet() -> None:
     "Leaves the terminal to our own words: libraries' bars, warnings and advice off."
     import datasets
     import transformers
 
     warnings.simplefilter("ignore")
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes speaks
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = _show_warning
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

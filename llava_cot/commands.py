@@ -84,7 +84,8 @@ def _limited(command):
 
 # %% ../nbs/40_commands.ipynb #c011
 def train(
-    data: str | None = None,  # folder in LLaVA-CoT-100k's layout: train.jsonl and images
+    data: str | None = None,  # folder or file of rows in any layout, such as LLaVA-CoT-100k's
+    columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     model: str | None = None,  # folder or hub name of a model, or tiny_base, tiny_llava, …
     out: str = "runs/train",  # new folder for the run
     schedule: str = "two_phase",  # a preset (two_phase, llava_cot, lora, demo, …) or a YAML file
@@ -112,6 +113,7 @@ def train(
         raise CliError(f"held_out: found {held_out}, expected a share, at least 0 and below 1")
     places = dict(data=data, eval_data=eval_data, retain=retain)
     source = {name: path and str(Path(path).absolute()) for name, path in places.items()}
+    source |= dict(columns=columns)
     source |= dict(held_out=held_out, eval_n=eval_n, eval_answers=eval_answers)
     source |= dict(max_new_tokens=max_new_tokens)
     given = dict(fmt=_format(fmt), augment=_policy(augment)) | settings
@@ -449,8 +451,9 @@ def demo(
 @_limited
 def evaluate(
     model: str,  # folder or hub name, or tiny_base, …
-    data: str,  # folder in LLaVA-CoT-100k's layout
+    data: str,  # folder or file of rows in any layout
     out: str | None = None,  # new folder for report.json and report.html
+    columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers
     n: int = 1000,  # at most so many rows
     max_new_tokens: int = 1024,  # longest answer
@@ -473,7 +476,7 @@ def evaluate(
     start, fmt = time.time(), _format(fmt)
     if out:
         check_folder(out)
-    rows = source.load(data, fmt)
+    rows = source.load(data, fmt, columns=columns)
     net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
     rows = rows.select(range(min(n, len(rows))))
@@ -534,6 +537,7 @@ def check(
     out: str | None = None,  # folder for report.json and report.html
     write_clean: str | None = None,  # new folder for the rows without errors, and dropped.jsonl
     images: str | None = None,  # folder or zip of the images, if not beside the rows
+    columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers; none: any text
     workers: int | None = None,  # processes; one per core
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
@@ -549,7 +553,7 @@ def check(
         raise CliError(f"write_clean {clean}: not empty, expected a new folder for the cleaned set")
     fmt = None if fmt == "none" else _format(fmt)
     processor = open_processor(model) if model else None
-    report = examine(path, fmt, images, processor, against, workers, progress=not json)
+    report = examine(path, fmt, images, processor, against, workers, not json, columns)
     say(report, json=json)
     if out:
         report.write(out)
@@ -567,9 +571,10 @@ def check(
 # %% ../nbs/40_commands.ipynb #c018b
 @_limited
 def preview(
-    data: str,  # folder in LLaVA-CoT-100k's layout
+    data: str,  # folder or file of rows in any layout
     model: str,  # folder or hub name, or tiny_base, …; only its processor is read
     out: str = "preview.html",  # page to write
+    columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     rows: str = "0:8",  # which: a slice such as 0:8 or ::1000, or numbers such as 3,17
     fmt: str = "llava_cot",  # format of the answers
     max_length: int | None = None,  # longest sequence in tokens
@@ -592,7 +597,7 @@ def preview(
         raise CliError(f"out {out}: found a folder, expected the name of a page such as {example}")
     options = dict(max_length=max_length, too_long=too_long, control_tokens=control_tokens)
     Settings(**options)  # refuses what cannot be
-    found = source.load(data, fmt)
+    found = source.load(data, fmt, columns=columns)
     chosen = found.select(_chosen(rows, len(found)))
     policy, processor = _policy(augment), open_processor(model)
     see = image_viewer(processor, fmt, **options)

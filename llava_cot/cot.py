@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SEPARATORS', 'LLAVA_COT', 'NO_TAGS', 'DIRECT', 'REORDERED', 'FORMATS', 'STAGE_NAMES', 'Problem',
-           'InputError', 'CoTError', 'refused', 'CoTFormat', 'CoT', 'render', 'Span', 'spans', 'check', 'parse',
-           'repair', 'to_format']
+           'InputError', 'InputWarning', 'CoTError', 'refused', 'CoTFormat', 'CoT', 'render', 'Span', 'spans', 'check',
+           'parse', 'repair', 'to_format']
 
 # %% ../nbs/00_cot.ipynb #cot-imports
 import re
@@ -34,6 +34,10 @@ class Problem:
 # %% ../nbs/00_cot.ipynb #c011
 class InputError(ValueError):
     "What a user gave cannot be used; the message says what was found, what expected, what to do."
+
+
+class InputWarning(UserWarning):
+    "Something in what a user gave that a person should know of, and that stops nothing."
 
 
 class CoTError(InputError):

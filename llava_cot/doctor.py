@@ -35,10 +35,11 @@ from llava_cot.copies import (
     progress_bar,
 )
 from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
-from .data import answer_text, repeated_id
+from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
+from .given import StoredPath
 from .pictures import why_unfit
-from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows
+from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 from .show import figure_png, page_html, png_html, table_html
 
 # %% ../nbs/09_doctor.ipynb #doctor-found
@@ -50,6 +51,9 @@ class Found(Problem):
 
 
 WARNINGS = (  # drop no row
+    "shared_id",
+    "unread_key",
+    "unread_mark",
     "duplicate_image",
     "near_duplicate_image",
     "duplicate_question",
@@ -104,10 +108,11 @@ def check(
     against: str | os.PathLike | None = None,  # evaluation set that no row may share an image with
     workers: int | None = None,  # processes; default one per core, none for small sets
     progress: bool = True,  # show a bar for what takes more than two seconds
+    columns: dict[str, str] | None = None,  # as for `load`
 ) -> DataReport:
     "All problems of a dataset, and its counts. Raises `DataError` where there is nothing to read."
-    started, source = time.time(), open_rows(path, images)
-    seen = _Seen()
+    started, source = time.time(), open_rows(path, images, columns)
+    seen = _Seen(Ids(source))
     if against is not None:
         evaluation = open_rows(against)
         rows = _survey_all(evaluation, fmt, None, workers, progress, "evaluation rows")
@@ -183,6 +188,12 @@ class _RowSurvey:
     placement: str = ""
     form: str = ""  # of its conclusion
     lengths: list = field(default_factory=list)  # tokens of the questions, each stage and all
+    key: bytes = b""  # of `row_key`
+
+    @property
+    def places(self) -> list[tuple]:
+        "Where in a table its images lie."
+        return [name for name in self.names if isinstance(name, tuple)]
 
 
 def _hash(*parts) -> bytes:
@@ -224,10 +235,12 @@ def _survey(given: tuple, portion) -> list[_RowSurvey]:
     "In a worker: look at the rows of a portion, but not at their images."
     source, fmt, tokenizer = given
     rows = []
-    for number, known, example, problems, marked in source.examples(portion):
-        row = _RowSurvey(number, known, example and example["id"], problems)
+    for read in source.examples(portion):
+        example = read.example
+        row = _RowSurvey(read.number, read.id, example and example["id"], read.problems)
         if example:
-            _survey_row(row, example, marked, source, fmt)
+            _survey_row(row, example, read.marked, source, fmt)
+            row.problems, row.key = [*row.problems, *read.notes], row_key(example)
         rows.append(row)
     if tokenizer is None:
         for row in rows:
@@ -248,7 +261,7 @@ def _survey_all(source, fmt, tokenizer, workers, progress: bool, what: str) -> l
 class _Seen:
     "What was seen so far, and what the pictures are to each other."
 
-    ids: dict = field(default_factory=dict)  # id → number of the first row
+    ids: Ids
     asked: dict = field(default_factory=dict)  # question and pictures → number of the first row
     gallery: Gallery | None = None
     other: Gallery | None = None  # the evaluation set's
@@ -264,8 +277,10 @@ class _Seen:
 
 def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
     "`(kind, message)` for what a row has in common with earlier ones."
-    for problem in repeated_id(row.id, row.number, seen.ids, source):
+    for problem in seen.ids.give(row)[1]:
         yield problem.kind, problem.message
+        if problem.kind == "duplicate_id":
+            return
     pictures = []
     for name, image in zip(row.names, row.found):
         kept = seen.gallery.seen.get(image)
@@ -292,7 +307,7 @@ def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str,
     "`(kind, message)` for the images of a row."
     place = source.where(row.number, row.known)
     for name, image in dict.fromkeys(zip(row.names, row.found)):
-        shown = repr(name) if isinstance(name, str) else f"number {name[1]}"
+        shown = picture_name(name)
         if image is None:
             yield "missing_image", source.missing(name).message
             continue
@@ -611,6 +626,8 @@ def _link_images(images: Iterable[tuple[str, str]], out: Path):
     "The files of `(name, where it is)`; of images in a zip, the whole zip, all parts of it."
     archives = set()
     for name, found in images:
+        if isinstance(name, StoredPath) or not isinstance(name, str):
+            continue  # in the rows themselves, or where it is from everywhere
         if found.startswith(ZipImages.protocol):
             url = found.removeprefix(f"{ZipImages.protocol}://")
             archives.add(unquote(url.partition("!")[0]))
@@ -630,5 +647,6 @@ def _write_table(source: TableRows, out: Path, bad: dict[int, list], used: dict[
     for i, reasons in sorted(bad.items()):
         lines.append(_dropped(source.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
     source.ds.select(keep).save_to_disk(out)
+    _link_images((pair for n, images in used.items() if n not in bad for pair in images), out)
     write_file(out / "dropped.jsonl", "".join(lines))
     return len(keep)

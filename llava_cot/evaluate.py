@@ -286,9 +286,11 @@ def examination(
     check: bool | str = "text",  # as for `data.load`; `fit` looks at the pictures
 ) -> tuple:
     "The rows to train on, and the `Examiner` of those held out."
-    rows, held, folder = load(source["data"], fmt, check), [], source["data"]
+    columns = source.get("columns")
+    rows, held, folder = load(source["data"], fmt, check, columns=columns), [], source["data"]
     if source["eval_data"]:
-        held, folder = load(source["eval_data"], fmt, check), source["eval_data"]
+        held = load(source["eval_data"], fmt, check, columns=columns)
+        folder = source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
     if len(held) > source["eval_n"]:
@@ -309,7 +311,7 @@ def measured(
         few = source.get("eval_answers")
         found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
     if source.get("retain"):
-        plain = load(source["retain"], None, "text")
+        plain = load(source["retain"], None, "text", columns=source.get("columns"))
         found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))
     return found
 

@@ -17,13 +17,14 @@ import json
 import os
 import shutil
 import struct
+import unicodedata
 import zipfile
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -343,6 +344,7 @@ ZIP_LIMITS = {
 def _refusal(member: zipfile.ZipInfo, path: str) -> str | None:
     "Why a member of a zip, whose tidy path is `path`, is not safe to read, or None."
     size, packed, limit = member.file_size, member.compress_size, ZIP_LIMITS
+    path = os.path.normpath(path.replace("\\", "/"))
     if os.path.isabs(path) or path.split(os.sep)[0] == ".." or "\0" in path:
         return "points outside the folder it would be unpacked to"
     if size > limit["bytes"]:
@@ -432,6 +434,14 @@ def _directory(archive: str) -> list[zipfile.ZipInfo]:
 _PROTOCOL = "llava-zip"
 
 
+def _unflagged(m: zipfile.ZipInfo) -> str:
+    "A member's name; read as UTF-8 where macOS wrote it so without saying it."
+    try:
+        return m.filename if m.flag_bits & 0x800 else m.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return m.filename
+
+
 @without_gc()
 def _members(
     archive: str,  # a zip, or its first part
@@ -447,10 +457,12 @@ def _members(
         if m.is_dir():
             continue
         numbers = f"{m.header_offset}-{m.compress_size}-{m.file_size}-{m.CRC}-{m.compress_type}"
-        found[path] = f"{start}{quote(m.filename)}?{numbers}"
-        top, _, rest = path.partition(os.sep)
-        if top.startswith("image") and rest:
-            found.setdefault(rest, found[path])
+        url = f"{start}{quote(m.filename)}?{numbers}"
+        for path in (path, os.path.normpath(_unflagged(m))):
+            found[path] = url
+            top, _, rest = path.replace("\\", os.sep).partition(os.sep)
+            if top.startswith("image") and rest:
+                found.setdefault(rest, url)
     return found
 
 # %% ../nbs/03_files.ipynb #d018
@@ -514,15 +526,21 @@ def read_bytes(path: str) -> bytes:
         return f.read()
 
 # %% ../nbs/03_files.ipynb #d029
+def _loosely(name: str) -> str:
+    "A name without what systems write in different ways: accents, letter case, separators."
+    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+
+
 @dataclass
 class ImagePaths:
     "Where image paths lead."
 
     folders: list[Path]
     archives: dict[str, dict[str, str]]  # zip → its members' URLs
+    listings: dict = field(default_factory=dict, repr=False)  # folder or zip → its loose names
 
     def find(self, name: str) -> str | None:
-        "The file or URL an image path means."
+        "The file or URL an image path means; if there is none, the only one of a like name."
         for folder in self.folders:
             path = os.path.join(folder, name)
             if os.path.isfile(path):
@@ -530,7 +548,29 @@ class ImagePaths:
         for members in self.archives.values():
             if name in members:
                 return members[name]
-        return None
+        alike = {path for folder in self.folders for path in self._alike(str(folder), name)}
+        for archive, members in self.archives.items() if not alike else ():
+            found = self._loose(archive, members).get(_loosely(name), [])
+            alike |= {members[member] for member in found}
+        return alike.pop() if len(alike) == 1 else None
+
+    def _loose(self, place: str, names: Iterable[str]) -> dict[str, list[str]]:
+        "Loose name → the names that are so in a place, read once."
+        if place not in self.listings:
+            known = self.listings[place] = {}
+            for name in names:
+                known.setdefault(_loosely(name), []).append(name)
+        return self.listings[place]
+
+    def _alike(self, folder: str, name: str) -> Iterator[str]:
+        "Files below a folder whose path is loosely a name."
+        known = self._loose(folder, os.listdir(folder) if os.path.isdir(folder) else ())
+        for entry in known.get(_loosely(name), []):
+            if os.path.isfile(os.path.join(folder, entry)):
+                yield os.path.join(folder, entry)
+        first, _, rest = name.partition(os.sep)
+        for entry in known.get(_loosely(first), []) if rest else ():
+            yield from self._alike(os.path.join(folder, entry), rest)
 
     def missing(self, name: str) -> Problem:
         "What to say where `find` finds nothing."
@@ -551,5 +591,6 @@ def find_images(
         raise DataError(f"images {given}: no such folder, zip or first part of a zip")
     within = []
     if given is None:
-        within = sorted(p for p in folder.glob("image*") if p.is_dir())
+        named = [name for name in os.listdir(folder) if name.casefold().startswith("image")]
+        within = sorted(folder / name for name in named if (folder / name).is_dir())
     return ImagePaths([folder, *within], {a: _members(a) for a in _archives(folder)})

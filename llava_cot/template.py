@@ -38,13 +38,18 @@ def _check(messages: list[dict], images: int, prompt_only: bool, name: str) -> N
 
 # %% ../nbs/13_template.ipynb #c013
 def _items(content: str | list[dict]) -> list[dict]:
-    "A message's content as a list: its texts stripped, its images as places without pixels."
+    """A message's content as a list: stripped at both ends, but not around an image inside it;
+    images as places without pixels."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    return [
-        {"type": "image"} if c["type"] == "image" else {"type": "text", "text": c["text"].strip()}
-        for c in content
+    items = [
+        {"type": c["type"]} | ({"text": c["text"]} if c["type"] == "text" else {}) for c in content
     ]
+    texts = [item for item in items if "text" in item]
+    if texts:
+        texts[0]["text"] = texts[0]["text"].lstrip()
+        texts[-1]["text"] = texts[-1]["text"].rstrip()
+    return items
 
 
 def conversation(

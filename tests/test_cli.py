@@ -99,6 +99,55 @@ def test_every_option_has_its_line_of_help():
             assert o.help and "\n" not in o.help and o.group, (word, o.name)
 
 
+def test_columns_are_named_in_every_command_that_takes_rows():
+    for typed in (
+        ["D", "--columns", "question=a", "answer=b", "--out", "G"],
+        ["--columns=question=a", "answer=b", "D"],
+        ["--columns", "question=a", "--columns", "answer=b"],
+        ["--columns", '{"question": "a", "answer": "b"}'],
+    ):
+        assert any('{"question": "a", "answer": "b"}' in word for word in tidy(["check", *typed]))
+    assert tidy(["eval", "--columns"]) == ["eval", "--columns"]
+    with tempfile.TemporaryDirectory() as tmp:
+        home = shapes.write(Path(tmp) / "d", 6)
+        lines = home / "train.jsonl"
+        for line in lines.read_text().splitlines():
+            row = json.loads(line)
+            said = {"ask": row["conversations"][0]["value"], "reply": row["conversations"][1]["value"]}
+            with open(home / "rows.jsonl", "a") as file:
+                file.write(json.dumps({"id": "same", "shot": row["image"], **said}) + "\n")
+        data, named = (
+            str(home / "rows.jsonl"),
+            ["--columns", "question=ask", "answer=reply", "image=shot"],
+        )
+        lora = ["--model", "tiny_llava", "--held-out", "0", "--schedule", "llava_cot"]
+        for typed, code, said in (
+            (["check", data], 1, "--columns question=KEY"),
+            (["check", data, *named], 0, "shared_id"),
+            (["check", data, "--columns", "question=aks"], 1, "question=aks"),
+            (["check", data, "--columns", "questoin=ask"], 2, "questoin=ask"),
+            (
+                ["preview", "--data", data, "--model", "tiny_llava", "--out", f"{tmp}/p.html", *named],
+                0,
+                "same",
+            ),
+            (
+                ["eval", "--model", "tiny_llava", "--data", data, "--n", "1", "--max-new-tokens", "2"],
+                2,
+                "--columns",
+            ),
+            (["train", "--data", data, *lora, "--dry-run", *named], 0, "6 rows to train on"),
+            (["train", "--data", data, *lora, "--dry-run"], 2, "--columns question=KEY"),
+        ):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                try:
+                    found = cli.main(typed)
+                except SystemExit as e:
+                    found = e.code
+            assert found == code and said in out.getvalue(), (typed, found, out.getvalue())
+
+
 def test_bars_draw_a_line_a_minute_where_no_terminal_looks():
     code = """
 import time

@@ -2,22 +2,30 @@
 import pytest
 from llava_cot.data import *
 
+import base64
 import io
 import json
+import math
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +33,17 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from torch.utils.data import DataLoader
 
-from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, CoT, parse, render
+from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, CoT, InputError, InputWarning, parse, render
 from llava_cot.data import _looked
 from llava_cot.doctor import check
 from llava_cot.files import DataError, _member, _opened
+from llava_cot.layouts import KEYS
 from llava_cot.rows import TableRows, open_rows
+from llava_cot.run import read_lines
+from llava_cot.schedule import Phase, Schedule
+from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tokens import encode
+from llava_cot.train import fit
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
     "Draw one shape on grey and save it; the format follows the name."
@@ -122,6 +136,235 @@ def table(home, given, images=ONE_IMAGE):
     datasets.Dataset.from_list(given).cast_column("images", images).save_to_disk(home)
     return home
 
+RED = io.BytesIO()
+PILImage.new("RGB", (9, 7), "red").save(RED, "PNG")
+RED = RED.getvalue()
+B64 = base64.b64encode(RED).decode()
+A = staged("r")
+TALK = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": A}]
+CHAT = [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": A}]
+QA = {"question": "q", "answer": A}
+
+
+def items(*given, answer=A):
+    "Messages whose question is a list of items."
+    said = [{"type": "output_text", "text": answer}]
+    return [{"role": "user", "content": list(given)}, {"role": "model", "content": said}]
+
+
+URI = f"data:image/png;base64,{B64}"
+WORDS = {"type": "input_text", "text": "q"}
+READ = {  # layout → its row, which gives the example of one red picture and the question q
+    "llava": {"image": "p/a.png", "conversations": TALK},
+    "llava list": {"image": ["p/a.png"], "conversations": TALK},
+    "messages": {"images": ["p/a.png"], "messages": CHAT},
+    "windows": {"image_path": "p\\\\a.png".replace("\\\\", "\\"), "messages": CHAT},
+    "letter case": {"Image": "P/A.PNG", "Conversations": TALK},
+    "camel case": {"imagePath": "p/a.png", **QA},
+    "file name": {"file_name": "p/a.png", **QA},
+    "numbered": {"image_1": "p/a.png", "image_2": None, "question": "[image 1]\nq", "answer": A},
+    "alpaca": {"img": "p/a.png", "instruction": "q", "input": "", "output": A},
+    "query": {"picture": "p/a.png", "query": "<img>\nq", "response": A},
+    "problem": {"images": ["p/a.png"], "problem": "<image_1>q", "solution": A},
+    "struct": {"image": {"bytes": None, "path": "p/a.png"}, **QA},
+    "base64": {"image": B64, **QA},
+    "data uri": {"images": [URI], "messages": CHAT},
+    "bytes as base64": {"image": {"bytes": B64, "path": "a.png"}, **QA},
+    "openai": {"messages": items({"type": "image_url", "image_url": {"url": URI}}, WORDS)},
+    "openai response": {"messages": items({"type": "input_image", "image_url": "p/a.png"}, WORDS)},
+    "qwen": {
+        "messages": items({"type": "image", "image": "p/a.png"}, {"type": "text", "text": "q"})
+    },
+    "index": {"images": ["p/a.png"], "messages": items({"type": "image", "index": 0}, WORDS)},
+    "anthropic": {
+        "messages": items({"type": "image", "source": {"type": "base64", "data": B64}}, WORDS)
+    },
+    "cauldron": {"images": ["p/a.png"], "texts": [{"user": "q", "assistant": A, "source": "x"}]},
+    "qwen-vl": {"conversations": [{"from": "user", "value": "<img>p/a.png</img>\nq"}, TALK[1]]},
+    "json in a text": {"image": "p/a.png", "conversations": json.dumps(TALK)},
+    "python in a text": {"image": "['p/a.png']", "conversations": str(TALK)},
+    "dictionary of lists": {
+        "image": "p/a.png",
+        "messages": {"role": ["user", "bot"], "content": ["q", A]},
+    },
+    "own picture of a turn": {"messages": [CHAT[0] | {"images": ["p/a.png"]}, CHAT[1]]},
+    "image beside its url": {"image": "p/a.png", "image_url": "http://x.y/a.png", **QA},
+    "nulls": {"image": "p/a.png", "video": None, "tools": None, "system": None, "messages": CHAT},
+    "nfd": {"image": "p/\u00e9.png", "messages": CHAT},
+    "named by the user": {"shot": "p/a.png", "ask": "q", "reply": A, "answer": "r"},
+}
+REFUSED = {  # layout → its row, and words of the one line
+    "url": ({"image": "https://x.y/a.png", **QA}, "image 'https://x.y/a.png' is a URL"),
+    "number": ({"image": 3, **QA}, "image holds 3.*--columns image=KEY"),
+    "unknown key": ({"shot": "p/a.png", **QA}, "shot 'p/a.png'.*--columns image=shot"),
+    "video": ({"video": "v.mp4", **QA}, "video holds 'v.mp4'.*leave"),
+    "tools": ({"tools": '[{"name": "f"}]', **QA}, "tools holds.*leave"),
+    "video mark": (
+        {"image": "p/a.png", "question": "<video>q", "answer": A},
+        "turn 1 holds <video>",
+    ),
+    "no answer": (
+        {"image": "p/a.png", "question": "q"},
+        "found image, question|no column 'messages'",
+    ),
+    "two answers": ({"image": "p/a.png", "solution": "s", **QA}, "'question'|answer=solution"),
+    "outside": ({"image": "..\\a.png", **QA}, "image .*outside the dataset's folder"),
+    "weight": ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "turn 2 has weight 0.*leave"),
+    "audio item": (
+        {"messages": items({"type": "input_audio", "text": None}, WORDS)},
+        "input_audio",
+    ),
+    "tool turn": (
+        {"messages": [*CHAT, {"role": "tool", "content": "x"}, CHAT[1]]},
+        "turn 3 .*'tool'",
+    ),
+}
+
+ODD = (
+    None,
+    "",
+    " ",
+    [],
+    {},
+    0,
+    7,
+    -1.5,
+    True,
+    False,
+    float("nan"),
+    2**40,
+    [None],
+    [[]],
+    {"a": None},
+    "x",
+)
+ODD += (
+    "<image>",
+    "<image_2>",
+    "<video>",
+    "p/a.png",
+    "p/none.png",
+    "../a.png",
+    "http://x.y/a.png",
+    URI,
+    B64,
+)
+ODD += (
+    URI[:60],
+    "data:image/png;base64,",
+    chr(0xD83D),
+    chr(0),
+    "<|image|>",
+    "</s>",
+    "[1, 2]",
+    "{",
+    {"url": None},
+)
+ODD += (
+    {"bytes": None, "path": None},
+    {"type": "image"},
+    {"type": "video", "video": "v"},
+    "a" * 3000,
+)
+
+
+def places_in(value, path=()):
+    "The path of each value inside a row."
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, inner in inside:
+        yield (*path, key)
+        yield from places_in(inner, (*path, key))
+
+
+def mutated(rng, row):
+    "A copy of a row with one to four values changed."
+    row = json.loads(json.dumps(row))
+    for _ in range(rng.randint(1, 4)):
+        *way, last = rng.choice([*places_in(row), ("new",)])
+        holder = row
+        for key in way:
+            holder = holder[key]
+        old = holder[last] if isinstance(holder, list) else holder.get(last)
+        name = rng.choice(
+            list(KEYS["image"].split()) + list(KEYS["noted"].split()) + ["system", "Video", "x"]
+        )
+        change = rng.randrange(7)
+        if change == 0 and len(holder) > 1 and last != "new":
+            del holder[last]
+        elif change == 1 and isinstance(holder, dict):
+            holder[name] = old
+        elif change == 2:
+            holder[last] = [old, old] if rng.random() < 0.5 else {"value": old}
+        elif change == 3 and isinstance(old, str):
+            at = rng.randint(0, len(old))
+            holder[last] = old[:at] + str(rng.choice(ODD)) + old[at:]
+        elif change == 4 and isinstance(old, list):
+            rng.shuffle(old)
+        else:
+            holder[last] = json.loads(json.dumps(rng.choice(ODD)))
+    return row
+
+
+def one_line(e):
+    assert "\n" not in str(e) and str(e), repr(e)
+    return e
+
+def stored_somehow(row, home, number):
+    "A row as JSON lines, or as a saved table where a table can hold it."
+    if number % 2:
+        try:
+            table = datasets.Dataset(pa.Table.from_pylist([row]))
+            shutil.rmtree(home / "t", ignore_errors=True)
+            table.save_to_disk(home / "t")
+            os.symlink(home / "p", home / "t/p")
+            return home / "t"
+        except (ValueError, TypeError, pa.ArrowException, OverflowError):
+            pass  # a table has one type a column
+    (home / "one.jsonl").write_text(json.dumps(row) + "\n")
+    return home / "one.jsonl"
+
+
+def survive(home, n, seed):
+    "Send `n` mutated rows through load, check and encode; counts, and what was loaded."
+    rng, counts, left, processor = random.Random(seed), Counter(), [], tiny_llava()[1]
+    originals = [row for row in [*READ.values(), *(row for row, _ in REFUSED.values())]]
+    for number in range(n):
+        path = stored_somehow(mutated(rng, rng.choice(originals)), home, number)
+        try:
+            report = check(path, progress=False)
+        except DataError as e:
+            report = one_line(e)
+        try:
+            loaded = load(path, workers=0)
+            seen_inside = {p.kind for p in report.problems}  # what only decoding shows
+            assert report.ok or seen_inside == {"unreadable_image"}, repr(report)
+        except DataError as e:
+            assert isinstance(one_line(e), type(report)) or not report.ok
+            counts[e.problems[0].kind] += 1
+            continue
+        counts["loaded", path.suffix] += 1
+        try:
+            encode(loaded[0], processor)
+            left.append(loaded)
+        except InputError as e:
+            counts[type(one_line(e)).__name__] += 1
+    return counts, left
+
+
+def first_update(left, home):
+    "Train for one update on rows that were loaded one by one."
+    joined = datasets.concatenate_datasets(left)
+    joined = mix([joined])  # ids that differ
+    schedule = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
+    run = fit(*tiny_llava(), joined, schedule, home / "run", batch_size=len(left), progress=False)
+    return read_lines(run.out / "metrics.jsonl")[-1]
+
 BITS = rb"{ } [ ] , : .. / \ \u \ud800 <image> </CAPTION> null human gpt 1e999 NaN".split() + [
     b'"',
     b"\xff",
@@ -160,7 +403,8 @@ def fuzz(home, n, seed):
     source, read, slowest = open_rows(write(home)), 0, 0
     for i, raw in enumerate(lines, 1):
         began = time.process_time()
-        [(_, _, example, problems, _)] = source.examples([(i, raw)])
+        [one] = source.examples([(i, raw)])
+        example, problems = one.example, one.problems
         slowest = max(slowest, time.process_time() - began)
         assert (example is None) == bool(problems)
         assert all("\n" not in p.message for p in problems)
@@ -241,7 +485,7 @@ def test_load_refuses_with_line_and_id():
         "placeholder": make_row("b", None, "<image>", staged("r")),
         "turns": make_row("b", None, "q", staged("r"), "q"),
         "empty_turn": make_row("b", None, " ", staged("r")),
-        "duplicate_id": make_row("a1", None, "q", staged("r")),
+        "duplicate_id": FOUR[0],
     }
     with tempfile.TemporaryDirectory() as d:
         (Path(d) / "bad.png").write_bytes(b"no image")
@@ -408,8 +652,228 @@ def test_foreign_tables_are_read():
             load(table(home, [{"messages": talk("q"), "images": {"path": None, "bytes": b"x"}}]))
         names = datasets.Dataset.from_dict({"messages": [talk("q")], "images": ["a.png"]})
         names.save_to_disk(home.with_name("s"))
-        with pytest.raises(DataError, match="expected an Image"):
+        with pytest.raises(DataError, match="image 'a.png' is missing"):
             load(home.with_name("s"))
+        drawn.save(home.with_name("s") / "a.png")
+        assert load(home.with_name("s"))[0]["images"][0].size == (20, 10)
+
+
+def test_thirty_layouts_in_three_kinds_of_files_give_the_same_example_or_one_line_that_says_why():
+    def stored_as(kind, row, home):
+        "A file of one row, beside its pictures."
+        file = Path(home) / f"rows.{kind}"
+        if kind == "jsonl":
+            file.write_text(json.dumps(row) + "\n")
+        elif kind == "json":
+            file.write_text(json.dumps([row], indent=1))
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), file)
+        return file
+
+
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "p").mkdir()
+        for name in ("p/a.png", unicodedata.normalize("NFD", "p/\u00e9.png")):
+            (Path(home) / name).write_bytes(RED)
+        datasets.config.HF_DATASETS_CACHE, cache = (
+            Path(home) / "cache",
+            datasets.config.HF_DATASETS_CACHE,
+        )
+        assert len(READ) == 30
+        for kind in ("jsonl", "json", "parquet"):
+            for layout, row in READ.items():
+                named = (
+                    {"image": "shot", "question": "ask", "answer": "reply"} if "shot" in row else None
+                )
+                [one] = load(stored_as(kind, row, home), columns=named)
+                assert one["messages"] == [says("user", None, "q"), says("assistant", A)], (
+                    kind,
+                    layout,
+                )
+                assert [i.size for i in one["images"]] == [(9, 7)], (kind, layout)
+                if kind == "jsonl":
+                    assert check(stored_as(kind, row, home), columns=named, progress=False).ok
+            for layout, (row, words) in REFUSED.items():
+                with pytest.raises(DataError, match=words) as e:
+                    load(stored_as(kind, row, home))
+                assert "\n" not in str(e.value) and str(e.value).startswith("rows."), layout
+        datasets.config.HF_DATASETS_CACHE = cache
+
+
+def test_parquet_of_other_tools_is_read_whatever_the_type_of_its_column():
+    def stored_columns():
+        "Name → a column of the red picture, of none, and of the red one again."
+        both = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+        cell, plain = {"bytes": RED, "path": "a.png"}, {"bytes": RED}
+        yield "bytes", pa.array([RED, None, RED])
+        yield "large bytes", pa.array([RED, None, RED], pa.large_binary())
+        yield "list of bytes", pa.array([[RED], [], [RED]])
+        yield "list of bytes, null", pa.array([[RED], None, [RED]], pa.list_(pa.large_binary()))
+        yield "struct", pa.array([cell, None, cell])
+        yield "struct without path", pa.array([plain, None, plain])
+        yield "list of structs", pa.array([[cell], None, [cell]])
+        yield "large list", pa.array([[cell], [], [cell]], pa.large_list(both))
+        yield "fixed", pa.array([[RED], None, [RED]], pa.list_(pa.binary(), 1))
+        yield "paths", pa.array(["p/a.png", None, "p/a.png"]).dictionary_encode()
+        yield "large paths", pa.array(["p/a.png", None, "P/A.png"], pa.large_string())
+        yield "path or bytes", pa.array([{"bytes": None, "path": "p/a.png"}, None, cell])
+
+
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "p").mkdir()
+        (Path(home) / "p/a.png").write_bytes(RED)
+        datasets.config.HF_DATASETS_CACHE, cache = (
+            Path(home) / "cache",
+            datasets.config.HF_DATASETS_CACHE,
+        )
+        for name, column in stored_columns():
+            file = Path(home) / "t.parquet"
+            pq.write_table(
+                pa.table({"image": column, "messages": [talk("q"), talk("w"), talk("e")]}), file
+            )
+            loaded = load(file)
+            assert loaded.features == FEATURES and list(loaded["id"]) == ["row-0", "row-1", "row-2"]
+            assert [[i.size for i in ex["images"]] for ex in loaded] == [[(9, 7)], [], [(9, 7)]], name
+            assert check(file, progress=False).ok
+            pickle.loads(pickle.dumps(loaded))[2]["images"][0].load()
+        empty = {"bytes": None, "path": None}
+        for cell in ([None], [empty], [{"bytes": b"", "path": None}], [{"bytes": b"x", "path": None}]):
+            pq.write_table(
+                pa.table(
+                    {"images": [[{"bytes": RED, "path": None}], cell], "messages": [talk("q")] * 2}
+                ),
+                file,
+            )
+            with pytest.raises(DataError, match=r"t.parquet\[1\]: images?"):
+                load(file)
+            assert [p.row for p in check(file, progress=False).problems] == [1]
+        bad = pa.array([b"q", b"\xff"]).cast(pa.binary()).view(pa.string())
+        pq.write_table(pa.table({"question": bad, "answer": [A, A]}), file)
+        with pytest.raises(DataError, match=r"t.parquet\[1\]: cannot be read from the table"):
+            load(file)
+        datasets.config.HF_DATASETS_CACHE = cache
+
+
+def test_csv_files_keep_their_texts_and_what_is_no_file_of_rows_is_named():
+    with tempfile.TemporaryDirectory() as home:
+        home = Path(home)
+        (home / "a.png").write_bytes(RED)
+        for suffix, comma in ((".csv", ","), (".csv", ";"), (".tsv", "\t")):
+            for image in ("a.png", "['a.png']", B64, URI if comma != ";" else "A.PNG"):
+                header, line = (
+                    comma.join(("ID", "image", "question", "answer")),
+                    ("007", f'"{image}"', "NA"),
+                )
+                file = home / f"rows{suffix}"
+                file.write_text("\ufeff" + header + "\r\n" + comma.join((*line, f'"{A}"')) + "\r\n")
+                [one] = load(file)
+                assert (one["id"], one["messages"][0]) == ("007", says("user", None, "NA")), image
+                assert one["images"][0].size == (9, 7)
+        for name, raw, why in (
+            ("a.jsonl", b"\x1f\x8b\x08", "gzip"),
+            ("a.json", "[]".encode("utf-16"), "UTF-16"),
+            ("a.json", "[{}]".encode("utf-16-le"), "UTF-16"),
+            ("a.csv", b"PK\3\4", "zip"),
+            ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+            ("a.json", b"<!DOCTYPE html>", "web page"),
+            ("a.csv", b"question,answer\na,b,c", "3 fields"),
+            ("a.csv", b"question,question\na,b", "same name"),
+            ("a.csv", b"", "no column"),
+            ("a.csv", b"question,answer\n\xff,b", "utf-8"),
+            ("a.txt", b"q", "expected a folder"),
+            ("a.parquet", b"PAR1", "cannot be read as a dataset"),
+        ):
+            (home / name).write_bytes(raw)
+            with pytest.raises(DataError, match=why) as e:
+                load(home / name)
+            assert "\n" not in str(e.value)
+        (home / "a.json").write_bytes(b"")
+        pq.write_table(pa.table({"question": ["q"], "answer": [A]}), home / "wrong.jsonl")
+        assert len(load(home / "wrong.jsonl")) == 1
+        (home / "rows.jsonl").write_text(json.dumps({"ask": "q", "tell": A}))
+        for columns, why in (
+            (None, "--columns question=KEY"),
+            ({"question": "ask"}, "found ask, tell"),
+            ({"questoin": "ask"}, "found questoin=ask"),
+            ({"answer": "tel"}, "answer=tel"),
+        ):
+            with pytest.raises(DataError, match=why):
+                load(home / "rows.jsonl", columns=columns)
+        assert len(load(home / "rows.jsonl", columns={"question": "ask", "answer": "tell"})) == 1
+
+
+def test_white_space_around_a_picture_inside_a_question_reaches_the_model():
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "a.png").write_bytes(RED)
+        for builder, mark in ((tiny_mllama, "<|image|>"), (tiny_qwen2_5_vl, "<|vision_start|>")):
+            processor = builder()[1]
+
+            def read_as(question):
+                "What the model reads of a question about one picture."
+                row = {"image": "a.png", "question": question, "answer": A}
+                (Path(home) / "train.jsonl").write_text(json.dumps(row))
+                ids = encode(load(home)[0], processor)["input_ids"]
+                text = processor.tokenizer.decode(ids)
+                return re.sub("(<.image_pad.>)+", "", text).replace("<|vision_end|>", "")
+
+            assert f"Look: \n\n{mark}\n  What?" in read_as("Look: \n\n<image>\n  What?")
+            assert f"a {mark} b" in read_as(" a [image] b\n")
+            plain = read_as("What?")  # the picture first, as the template lays it out
+            for question in ("<image>\nWhat?", "<image>\r\n\r\nWhat?\n", "<img>a.png</img>What?"):
+                assert read_as(question) == plain
+
+
+def test_a_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 100, seed=0)
+        assert counts["loaded", ".jsonl"] > 3 and counts["loaded", ""] > 3 and counts["fields"] > 10
+        assert math.isfinite(first_update(left[:16], home)["loss"])
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 20_000, seed=1)
+        print(counts.most_common())
+        assert counts["loaded", ".jsonl"] > 1000 and counts["loaded", ""] > 1000
+        for start in range(0, len(left), 256):
+            shutil.rmtree(home / "run", ignore_errors=True)
+            assert math.isfinite(first_update(left[start : start + 256], home)["loss"])
+
+
+def test_rows_that_share_an_id_are_numbered_and_a_row_that_is_there_twice_is_refused():
+    with tempfile.TemporaryDirectory() as d:
+        turns = [("q", staged("r")), ("w", staged("r")), ("q", staged("s"))]
+        shared = [make_row("x", "drawn/red.png", *t) for t in turns]
+        shared += [make_row("x", "photo/blue.jpg", *turns[0]), make_row("x#2", None, *turns[0])]
+        shared += [make_row("y", None, *turns[0]), make_row(None, None, *turns[0])]
+        ids = ["x", "x#2", "x#3", "x#4", "x#2#2", "y", "line-7"]
+        for workers in (0, 2):
+            with pytest.warns(
+                InputWarning, match=r"train.jsonl:2 \(id x\): id 'x' .* 'x#2' \(and 3 more"
+            ):
+                loaded = load(write(d, shared), workers=workers)
+            assert list(loaded["id"]) == ids
+        with warnings.catch_warnings(action="ignore"):
+            loaded.save_to_disk(Path(d) / "t")
+            for again in ({"id": "x"}, {"id": "x", "note": "another key"}):
+                with pytest.raises(DataError, match="train.jsonl:8.*that of line 1 too, and so is all"):
+                    load(write(d, [*shared, shared[0] | again]))
+                assert list(load(d, check=False)["id"]) == [*ids, "x#5"]
+            drawn = [PILImage.new("RGB", (9, 9), c) for c in ("red", "blue", "red")]
+            rows_of = [{"id": "x", "messages": talk("q"), "image": image} for image in drawn]
+            tables = [datasets.Dataset.from_list(rows_of[:n]) for n in (2, 3)]
+            for n, one in zip((2, 3), tables):
+                one.save_to_disk(Path(d) / f"t{n}")
+            assert list(load(Path(d) / "t2")["id"]) == ["x", "x#2"]
+            with pytest.raises(DataError, match=r"t3\[2\] \(id x\): id 'x' is that of row 0 too"):
+                load(Path(d) / "t3")
 
 
 def test_a_json_list_is_loaded_or_refused_by_index():
@@ -481,7 +945,11 @@ def test_any_file_gives_a_dataset_or_a_DataError():
                 assert len(load(d, check=checked)) <= len(lines)
             except DataError as e:
                 assert "\n" not in str(e)
-            check(d)
+            try:
+                check(d)
+            except DataError:  # the file as a whole is none of rows
+                with pytest.raises(DataError):
+                    load(d)
 
         is_read_or_refused()
 

@@ -2,6 +2,7 @@
 import pytest
 from llava_cot.doctor import *
 
+import base64
 import io
 import json
 import os
@@ -168,6 +169,7 @@ KINDS = (
     "json missing_image unreadable_image duplicate_id duplicate_image near_duplicate_image"
     " duplicate_question stage_missing stage_order stage_doubled stage_unclosed stage_empty"
     " stage_stray placeholder escape turns empty_turn shared_image near_shared_image"
+    " shared_id unread_key"
 ).split()
 
 
@@ -177,6 +179,13 @@ def name_of(i):
 
 def question_of(i):
     return f"What do you see in picture {i}?"
+
+
+def row_number(i):
+    "Row `i`, before anything is spoiled."
+    asks = ("<image>\n" if i % 2 else "") + question_of(i)
+    answer = talk(i, ("B", "42", "yes", "a red ball")[i % 4])
+    return row(f"id-{i}", name_of(i), asks, render(CoT(answer)))
 
 
 def spoil_text(kind, r, answer, good):
@@ -191,7 +200,11 @@ def spoil_text(kind, r, answer, good):
     elif kind == "stage_stray":
         says["value"] += " Hope this helps!"
     elif kind == "duplicate_id":
+        r |= row_number(good)
+    elif kind == "shared_id":
         r["id"] = f"id-{good}"
+    elif kind == "unread_key":
+        r["depth"] = "depth/1.png"
     elif kind == "placeholder":
         asks["value"] += " <image> <image>"
     elif kind == "escape":
@@ -204,7 +217,9 @@ def spoil_text(kind, r, answer, good):
 def spoil_images(kind, r, images, good, theirs):
     "Plant a fault in the picture of row `r`; `theirs` is the number of an evaluation picture."
     mine = r["image"]
-    if kind == "missing_image":
+    if kind == "duplicate_id":
+        images.clear()
+    elif kind == "missing_image":
         images.pop(mine)
     elif kind == "unreadable_image":
         images[mine] = images[mine][: len(images[mine]) // 2]
@@ -369,9 +384,14 @@ def test_check_counts_everything():
         assert r.conclusions == {"text": 2, "yes/no": 2}
         assert r.formats == {"PNG": 1, "JPEG": 1} and r.sizes == {(96, 64): 2}
         r = check(write(d, [*ROWS, "{", row("a1", "gone.png", "q", "text")]))
-        once = ("json", "duplicate_id", "missing_image", "stage_stray")
+        once = ("json", "missing_image", "stage_stray")
         assert r.rows == 6 and r.counts == {kind: 1 for kind in once} | {"stage_missing": 4}
         assert json.loads(json.dumps(r.to_dict()))["counts"] == r.counts
+        assert r.warned == {"shared_id": 1} and "is 'a1#2'" in r.warnings[0].message
+        r = check(write(d, [*ROWS, ROWS[1] | {"options": ["a", "b"]}, ROWS[0] | {"video": "v.mp4"}]))
+        assert r.counts == {"duplicate_id": 1, "unsupported": 1} and r.warned == {"unread_key": 1}
+        assert [p.row for p in r.problems] == [5, 6]
+        write(d, ROWS)
         assert "<table>" in r._repr_html_() and {p.row for p in r.problems} == {5, 6}
         assert check(write(d, [])).counts == {"no_rows": 1}
         with pytest.raises(DataError):
@@ -417,18 +437,42 @@ def test_every_layout_is_examined_and_cleaned():
             for path in paths:
                 r = check(path)
                 is_table = path.name in ("saved", "p.parquet")
-                warned = {"duplicate_question": 1} | ({} if is_table else {"duplicate_image": 1})
+                warned = {"duplicate_question": 1}
+                warned |= {} if is_table else {"duplicate_image": 1, "shared_id": 1}
                 formats = {"PNG": 4, "JPEG": 1} if is_table else {"PNG": 2, "JPEG": 1}
-                assert r.counts == {"stage_missing": 4, "stage_stray": 1, "duplicate_id": 1}, path.name
+                assert r.counts == {"stage_missing": 4, "stage_stray": 1}, path.name
                 assert r.warned == warned and r.formats == formats, path.name
                 assert (r.rows, r.turns) == (7, 8)
                 out = d / f"clean_{path.name}"
                 assert r.write_clean(out) == (6, 1) and same(load(out), good.select(range(6)))
-                assert check(out).ok and len(check(out).warnings) == len(r.warnings)
+                assert check(out).ok and len(check(out).warnings) == len(r.warnings) - (not is_table)
                 dropped = json.loads((out / "dropped.jsonl").read_text())
-                assert dropped["reasons"][0]["kind"] == "duplicate_id"
+                assert dropped["reasons"][0]["kind"] == "stage_stray"
         finally:
             datasets.config.HF_DATASETS_CACHE = cache
+
+
+def test_a_cleaned_table_takes_the_pictures_along_that_its_rows_only_name():
+    with tempfile.TemporaryDirectory() as d:
+        write(Path(d) / "set")
+        raw = base64.b64encode((Path(d) / "set/drawn/red.png").read_bytes()).decode()
+        texts = [
+            f'"{raw}","q","{staged("r")}"',
+            f'DRAWN\\red.png,w,"{staged("r")}"',
+            "photo/gone.jpg,e,f",
+        ]
+        (Path(d) / "set/rows.csv").write_text("image,question,answer\n" + "\n".join(texts))
+        lines = [
+            dict(zip(("image", "question", "answer"), (i, q, staged("r"))))
+            for i, q in ((raw, "q"), ("Drawn/red.png", "w"))
+        ]
+        (Path(d) / "set/rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        for name, bad in (("rows.csv", 1), ("rows.jsonl", 0)):
+            report = check(Path(d) / "set" / name, progress=False)
+            out = Path(d) / f"clean-{name}"
+            assert (report.write_clean(out) if bad else report.write_clean(out)) == (2, bad)
+            again = out if bad else out / name
+            assert [i.size for ex in load(again) for i in ex["images"]] == [(96, 64)] * 2
 
 
 def test_check_finds_all_that_was_planted_and_nothing_else():
@@ -442,14 +486,14 @@ def test_check_finds_all_that_was_planted_and_nothing_else():
 
     with tempfile.TemporaryDirectory() as d:
         planted = plant(d, 400, 3)
-        assert len(planted) == 38
+        assert len(planted) == 42
         for workers in (0, 2):
             r = check(d, against=Path(d) / "eval", workers=workers)
             assert kinds_and_rows(r) == planted
-            shown = {"blank_image", "clipped_image"}  # planted further down
+            shown = {"blank_image", "clipped_image", "unread_mark"}  # planted further down
             assert {p.kind for p in r.warnings} == set(WARNINGS) - shown
             assert r.rows == 400 and not r.ok
-        alone = {(kind, n) for kind, n in planted if "shared" not in kind}
+        alone = {(kind, n) for kind, n in planted if "shared_image" not in kind}
         assert kinds_and_rows(check(d)) == alone
         first = min(n for kind, n in alone if kind not in WARNINGS)
         with pytest.raises(DataError, match=f"train.jsonl:{first} "):

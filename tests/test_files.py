@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from llava_cot.files import _archives, _member, _members, _opened
+from llava_cot.files import DataError, _archives, _member, _members, _opened, find_images
 from llava_cot.run import list_checkpoints, newest_checkpoint, remove_leftovers
 
 def mount(size, place):
@@ -261,3 +262,36 @@ def test_missing_and_misordered_parts_are_named():
     odd = "part-ab has .* bytes where others have"
     named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes()[:-7]))
     named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes() + b"x"))
+
+
+def test_pictures_are_found_whatever_the_system_that_wrote_their_names():
+    NFC, NFD = (unicodedata.normalize(form, "images/Café/ü.png") for form in ("NFC", "NFD"))
+    with tempfile.TemporaryDirectory() as home:
+        a, b = Path(home) / "a", Path(home) / "b"
+        for on_disk, asked in (
+            (NFD, NFC),
+            (NFC, NFD),
+            ("images/A.PNG", "images/a.png"),
+            (r"x\y.png", "x/y.png"),
+        ):
+            (a / on_disk).parent.mkdir(parents=True, exist_ok=True)
+            (a / on_disk).write_bytes(b"1")
+            b.mkdir(exist_ok=True)
+            with zipfile.ZipFile(b / "image.zip", "w") as z:
+                z.writestr(on_disk, "1")
+            for place in (a, b):
+                assert find_images(place).find(asked), (on_disk, place)
+                assert find_images(place).find("images/other.png") is None
+        (a / "images/a.PNG").write_bytes(b"2")
+        assert find_images(a).find("images/a.png") is None  # which of the two?
+        assert find_images(a).find("images/A.PNG") == str(a / "images/A.PNG")
+        with zipfile.ZipFile(b / "image.zip", "w") as z:
+            z.writestr("images/café.png", "1")
+        flagged = (b / "image.zip").read_bytes()
+        (b / "image.zip").write_bytes(flagged.replace(b"\x00\x08", b"\x00\x00"))  # no word of UTF-8
+        assert zipfile.ZipFile(b / "image.zip").namelist() != ["images/café.png"]
+        assert find_images(b).find("images/café.png") and find_images(b).find("café.png")
+        with zipfile.ZipFile(b / "image.zip", "w") as z:
+            z.writestr("..\\..\\x.png", "1")
+        with pytest.raises(DataError, match="outside the folder"):
+            find_images(b)

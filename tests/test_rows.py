@@ -5,13 +5,12 @@ import json
 import tempfile
 from pathlib import Path
 
-import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cot.files import DataError, find_images
-from llava_cot.rows import _example, _list_rows, _row, _table_messages
+from llava_cot.rows import JsonRows, _list_rows, _row
 
 def square(plus, number):
     "A worker's function, which refuses one number."
@@ -30,28 +29,6 @@ def test_a_line_that_is_cut_anywhere_is_refused():
     for bad in (b"1e999", b"NaN", b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"):
         with pytest.raises(DataError):
             _row(bad)
-
-
-def test_one_image_stands_where_the_row_says():
-    def talk(images, *texts):
-        "The messages of a conversation about some images."
-        who = ("human", "gpt")
-        said = [{"from": who[i % 2], "value": text} for i, text in enumerate(texts)]
-        return _example({"image": images, "conversations": said}, "line-1")["messages"]
-
-
-    def kinds(*given):
-        return [[item["type"] for item in m["content"]] for m in talk(*given)]
-
-
-    one = "drawn/red.png"
-    assert kinds(one, "q", "r") == [["image", "text"], ["text"]]
-    assert kinds(one, "q\n<image>\n", "r") == [["text", "image"], ["text"]]
-    apart = kinds(one, "q <image> w", "r", "w", "s")
-    assert apart == [["text", "image", "text"], ["text"], ["text"], ["text"]]
-    second_marked = kinds([one, "photo/blue.jpg"], "q", "r", "<image>\nand now?", "s")
-    assert second_marked == [["image", "text"], ["text"], ["image", "text"], ["text"]]
-    assert talk(one, "<image>\n a\n\nb", "r")[0]["content"][1]["text"] == " a\n\nb"
 
 
 def test_a_json_list_is_cut_into_rows():
@@ -123,25 +100,32 @@ def test_lines_and_lists_give_the_same_examples():
     assert [r.example is None for r in by_kind[".json"]] == [i == 3 for i in range(7)]
 
 
-def test_what_a_table_says_passes_the_checks_of_rows():
-    image_item, text_item = {"type": "image"}, {"type": "text", "text": "q"}
-    reply = {"role": "assistant", "content": "r"}
-    expected = [{"type": "image", "text": None}, {"type": "text", "text": "q"}]
-    for content in ("q", "<image>q", [text_item], [image_item, text_item]):
-        messages = _table_messages([{"role": "user", "content": content}, reply], 1)
-        assert messages[0]["content"] == expected, content
-    for content, kind in (
-        ([image_item, image_item, text_item], "placeholder"),
-        ([image_item, {"type": "text", "text": "<image>"}], "placeholder"),
-        ([image_item], "empty_turn"),
-        (None, "empty_turn"),
+def test_the_beginning_of_a_file_says_its_layout():
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
+    three = [{"id": str(i), "conversations": said} for i in range(3)]
+    as_lines = "\n".join(map(json.dumps, three))
+    for text in (
+        as_lines,
+        as_lines + "\n\n",
+        "\ufeff" + as_lines,
+        json.dumps(three),
+        json.dumps(three, indent=1),
+        json.dumps({"data": three}),
+        json.dumps({"version": 1, "rows": three}, indent=2),
+        "\n" + as_lines,
+        json.dumps({"test": three[:1], "train": three}),
+        "\n".join(json.dumps(r, indent=1) for r in three),
     ):
-        with pytest.raises(DataError) as e:
-            _table_messages([{"role": "user", "content": content}, reply], 1)
-        assert e.value.problems[0].kind == kind
-    for turns in (None, [], [reply], [{"role": "tool", "content": "q"}, reply]):
-        with pytest.raises(DataError):
-            _table_messages(turns, 0)
+        for suffix in (".json", ".jsonl"):
+            if suffix == ".jsonl" and text[:1] == "{" and "\n" not in text:
+                continue  # one line, and its row is an object
+            with tempfile.TemporaryDirectory() as home:
+                file = Path(home) / f"train{suffix}"
+                file.write_text(text, encoding="utf-8")
+                source = JsonRows(file, find_images(Path(home)))
+                read = [r for portion in source.portions(2) for r in source.examples(portion)]
+                assert [r.id for r in read] == ["0", "1", "2"], (suffix, text[:40])
+                assert all(r.example for r in read)
 
 
 def test_workers_give_results_in_order_and_pass_errors_on():
