@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rgb', 'PictureError', 'Limits', 'limits', 'place_of', 'check_pixels', 'opened', 'read_picture', 'upright_size',
-           'picture_size', 'why_unreadable', 'Picture', 'pictures_of', 'id_at', 'example_at', 'why_overgrown',
-           'why_unfit', 'is_deep', 'flaws']
+           'picture_size', 'whole_size', 'why_unreadable', 'Picture', 'pictures_of', 'id_at', 'example_at',
+           'why_overgrown', 'why_unfit', 'is_deep', 'flaws']
 
 # %% ../nbs/04_pictures.ipynb #pictures-imports
 import contextlib
@@ -349,16 +349,30 @@ def _ends_well(file) -> bool:
     return any(start.startswith(head) and tail in end for head, tail in marks)
 
 
+def whole_size(
+    picture: dict | bytes | str | os.PathLike,  # {bytes, path}, its bytes, its path or URL
+) -> tuple[int, int]:  # width and height in pixels, upright
+    "The size of a picture that was decoded to its end. Raises `PictureError`."
+    with opened(picture) as image:
+        size = upright_size(image)
+        if image.mode == "F":  # perhaps no value is a number
+            rgb(image)
+        image.draft(image.mode, (1, 1))
+        image.load()
+    return size
+
+
 def why_unreadable(
     picture: dict | bytes | str | os.PathLike,  # {bytes, path}, its bytes, its path or URL
-    thorough: bool = False,  # look inside, too
+    thorough: bool = False,  # decode it, too
 ) -> str | None:
     "What keeps a picture from being read, or None; all that its header and its end tell."
     try:
-        with opened(picture, whole=thorough) as image:
-            if thorough and image.format == "PNG":
-                return None  # every checksum was compared
-            if thorough or not _ends_well(image.fp):
+        if thorough:
+            whole_size(picture)
+            return None
+        with opened(picture, whole=False) as image:
+            if not _ends_well(image.fp):
                 image.draft(image.mode, (1, 1))
                 image.load()
     except PictureError as e:

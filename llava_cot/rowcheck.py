@@ -22,11 +22,9 @@ from .cot import LLAVA_COT, CoTFormat, InputError
 from llava_cot.pictures import (
     PictureError,
     example_at,
-    opened,
     pictures_of,
     place_of,
-    rgb,
-    upright_size,
+    whole_size,
     why_unfit,
 )
 from .rows import in_workers
@@ -50,17 +48,6 @@ class BadRow:
 class BadRows(InputError):
     "Rows that cannot be trained on: how many, the first few by name, and what to do."
 
-# %% ../nbs/19_rowcheck.ipynb #br2
-def _whole_size(stored: dict | str) -> tuple[int, int]:
-    "(width, height), upright, of a stored picture that was read to its end."
-    with opened(stored) as image:
-        size = upright_size(image)
-        if image.mode == "F":  # perhaps no value is a number
-            rgb(image)
-        image.draft(image.mode, (1, 1))
-        image.load()
-    return size
-
 # %% ../nbs/19_rowcheck.ipynb #br3
 def _short(path: str) -> str:
     "A path as seen from here, where it is below."
@@ -72,7 +59,7 @@ def _look(stored, k: int) -> tuple[str, str, tuple | None]:
     try:
         if isinstance(stored, Image.Image):
             return "", "", pictures_of({"images": [stored]})[0].size
-        return "", _file(stored), _whole_size(stored)
+        return "", _file(stored), whole_size(stored)
     except PictureError as e:
         return _unusable(e.reason, e.file, k), e.file, None
     except TypeError:

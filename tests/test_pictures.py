@@ -428,6 +428,8 @@ def test_damage_is_found_and_a_whole_picture_is_not_refused():
             read_picture(hurt)
     missing = noisy[:5000] + noisy[9000:]
     assert why_unreadable(missing) is None and why_unreadable(missing, thorough=True)
+    nowhere = saved(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF")
+    assert "number" in why_unreadable(nowhere, thorough=True)
 
 
 def test_a_row_is_read_alike_from_every_kind_of_rows():

@@ -150,7 +150,7 @@ def test_a_picture_that_many_rows_show_is_looked_at_once():
         [dict(id=str(i), images=stored, messages=turns, source="") for i in range(400)],
         features=data.FEATURES,
     )
-    with mock.patch.object(rowcheck, "_whole_size", wraps=rowcheck._whole_size) as looked:
+    with mock.patch.object(rowcheck, "whole_size", wraps=rowcheck.whole_size) as looked:
         assert not rowcheck.check_rows(many, tiny_llava()[1], workers=0).bad
     assert looked.call_count == 1
     (folder_ / "a.png").write_bytes(b"gone")
