@@ -616,6 +616,9 @@ def _overhead(processor: ProcessorMixin, images: int) -> tuple[int, int]:
     return first, _template_tokens(processor, 2, images) - first
 
 # %% ../nbs/14_tokens.ipynb #c093d
+_SHAPES = ((64, 64), (640, 480), (300, 900), (900, 30))  # the thin one is many tokens in any case
+
+
 def _spoken(message: dict) -> str:
     "The texts of a message as one."
     content = message["content"]
@@ -629,7 +632,7 @@ def lengths(
     "About how many tokens each row has; off by a few where a text melts into the template."
     read = processor.tokenizer.backend_tokenizer.encode_batch_fast
     overhead = [_overhead(processor, images) for images in (0, 1)]
-    varies = len({image_tokens(processor, size) for size in ((64, 64), (640, 480), (300, 900))}) > 1
+    varies = len({image_tokens(processor, size) for size in _SHAPES}) > 1
     known, found = {}, []
     for messages, images in _columns(rows):
         texts = [[_spoken(message) for message in row] for row in messages]
