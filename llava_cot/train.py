@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
 from . import data as datasource
-from . import distributed, memory, models
+from . import distributed, memory, models, pixels
 from . import run as runs
 from . import schedule as schedules
 from llava_cot.batches import (
@@ -31,16 +31,16 @@ from llava_cot.batches import (
     Reader,
     length_options,
     loader,
+    phase_reader,
     phase_settings,
     reader_of,
-    rows_that_fit,
+    rows_that_always_fit,
     select_rows,
     stable_seed,
 )
 from .cot import STAGES
 from .distributed import engine_of
 from .files import sealed, writing
-from .gate import PICTURES
 from .loss import by_stage, one_update, row_losses, stage_means, token_losses
 from .models import model_digest
 from .run import Clock, Log, ProgressDisplay, Run, find_event, save_checkpoint
@@ -105,7 +105,7 @@ class PhaseRows:
         own = phase_settings(settings, phase)
         mixed = phase_rows(rows, phase, settings.seed)
         updates, per_epoch = phase_length(own, phase, len(mixed), processes)
-        return cls(reader_of(own, mixed, processor), updates, per_epoch)
+        return cls(phase_reader(own, mixed, processor), updates, per_epoch)
 
 # %% ../nbs/28_train.ipynb #c044
 def prepare_phase(
@@ -171,19 +171,13 @@ def _print_precision_warnings(phase: Phase, optimizer, accelerator: Accelerator)
             print(f"warning: {line}", file=sys.stderr, flush=True)
 
 # %% ../nbs/28_train.ipynb #c044l
-def _features_are_fixed(settings: Settings, phase: Phase) -> bool:
-    "Whether a picture gives the same features all through a phase; `settings` are its own."
-    trains_vision = any(part.split(".")[0] == "vision" for part in phase.train)
-    policy = settings.augment
-    changes_pixels = policy and any(getattr(policy, change) for change in PICTURES)
-    return not trains_vision and not changes_pixels
-
-
 def check_cache(settings: Settings) -> None:
     "Raises `RunError` where features would be kept that no phase could use."
     if not settings.cache_vision:
         return
-    if not any(_features_are_fixed(phase_settings(settings, p), p) for p in settings.schedule):
+    if not any(
+        memory.features_are_fixed(phase_settings(settings, p), p) for p in settings.schedule
+    ):
         raise RunError(
             f"cache_vision: found {settings.cache_vision} and no phase that could use it: each"
             " trains vision or augments pictures; leave it out, or give a phase augment: none"
@@ -198,7 +192,7 @@ def _memory_savers(run: Run, phase: Phase, processes: int = 1):
     folder = Path(s.cache_folder) if s.cache_folder else run.out / "vision"
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.gradient_checkpointing(model, s.checkpointing))
-        if s.cache_vision and _features_are_fixed(s, phase):
+        if s.cache_vision and memory.features_are_fixed(s, phase):
             stack.enter_context(
                 memory.cached_vision(model, folder, s.cache_vision * 1e9 / processes)
             )
@@ -482,6 +476,7 @@ def one_phase(
     clock, phase = Clock(), run.settings.schedule[run.phase]
     s, total = phase_settings(run.settings, phase), reads.updates
     carried, run.carried = run.carried, None
+    run.processor = pixels.adopt(run.model, reads.reader.processor)
     prepared = prepare_phase(run.model, phase, total, accelerator, state, carried, s)
     if s.weights != "float32":
         _print_precision_warnings(phase, prepared[1], accelerator)
@@ -571,7 +566,7 @@ def _check_request(s: Settings, exam: Validation, rows, out) -> None:
 
 def _plan_reading(s: Settings, rows, processor, accelerator: Accelerator) -> tuple[list, list]:
     "What each phase reads of the rows that fit, and the ids of those dropped."
-    keep, dropped = rows_that_fit(reader_of(s, rows, processor))
+    keep, dropped = rows_that_always_fit(s, rows, processor)
     rows, processes = select_rows(rows, keep), accelerator.num_processes
     return [PhaseRows.of(s, phase, rows, processor, processes) for phase in s.schedule], dropped
 
@@ -604,6 +599,7 @@ def fit(
         models.add_separators(model, processor)
     check_schedule(model, schedule)
     reads, dropped = _plan_reading(s, data, processor, accelerator)
+    processor = pixels.begin(model, processor, s)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     if s.find_batch_size:
         s = _fit_batch_sizes(s, model, reads, accelerator, progress)
@@ -624,6 +620,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
     model, processor = open_model(name)
     if s.separator_tokens:
         models.add_separators(model, processor)
+    processor = pixels.begin(model, processor, s)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     if model_digest(model) != recipe["start"]:
         raise RunError(
@@ -694,5 +691,6 @@ def resume(
     else:
         model, processor = _reopen_model(out, recipe, s)
         run, state = Run(Path(out), s, model=model, processor=processor), None
-    reads, _ = _plan_reading(s, rows, run.processor, accelerator)
+    as_begun = pixels.with_fields(run.processor, recipe["fingerprint"])
+    reads, _ = _plan_reading(s, rows, as_begun, accelerator)
     return _run_phases(run, reads, exam, accelerator, progress, state)
