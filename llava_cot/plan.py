@@ -10,7 +10,7 @@ import contextlib
 import gc
 import html
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,9 +27,10 @@ from . import models, train
 from .batches import phase_settings
 from .cot import InputError
 from .distributed import fake_mesh, fsdp_policy, shard
-from .families import example_batch, parts
+from .families import config_with_budget, example_batch, family_of, parts
 from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
+from .pixels import budget_of, check_fixed, sized_batch, with_budget
 from .schedule import Phase, Schedule
 from .settings import Settings
 from .show import table_html, table_text
@@ -193,6 +194,8 @@ class PhasePlan:
     at_peak: dict  # kind → bytes at that moment
     flops: int  # of one update
     again: int  # of these, for activations that were not kept
+    image_tokens: int = 0  # of a row
+    budget: dict = field(default_factory=dict)  # of pixels or tiles, where one is asked for
     updates: int | None = None  # None where the number of rows is not known
     hours: float | None = None  # None where the GPU is not known, either
 
@@ -311,6 +314,50 @@ def _of(model_or_config, dtype: str | None, weights: str) -> tuple:
         return model_or_config, dtype or "float32"
     return model_or_config.config, dtype or str(model_or_config.dtype).removeprefix("torch.")
 
+# %% ../nbs/29_plan.ipynb #pb-code
+@dataclass(frozen=True)
+class _Pictures:
+    "What the pictures of a plan are."
+
+    config: PreTrainedConfig
+    processor: object  # or None
+    size: tuple | None  # (width, height)
+    tiles: int | None
+    supervised: float
+
+    def __post_init__(self):
+        if (self.size is None) != (self.processor is None):
+            raise PlanError("image_size: needs the model's processor, and that a size; give both")
+
+    def fields(self, own: Settings) -> dict:
+        "The fields of an image processor under a phase's budget, those that the model follows."
+        return config_with_budget(self.config, **budget_of(own))[1]
+
+    def batch(self, own: Settings, length: int) -> dict:
+        "The batch of a phase, in rows of so many tokens."
+        n, asked = own.batch_size, budget_of(own)
+        if self.size is None:
+            more = dict(supervised=self.supervised, **asked)
+            return example_batch(self.config, n, length, self.tiles, **more)
+        made = with_budget(self.processor, **asked)
+        return sized_batch(made, self.size, n, length, self.supervised)
+
+    def tokens(self, batch: dict) -> int:
+        "Image tokens of a row."
+        return int((batch["input_ids"][0] == self.config.image_token_id).sum())
+
+
+def _batches(pictures: _Pictures, s: Settings, length: int) -> list[dict]:
+    "One for each phase, of rows with the same text."
+    settings = [phase_settings(s, phase) for phase in s.schedule]
+    found = [pictures.batch(own, length) for own in settings]
+    images = [pictures.tokens(batch) for batch in found]
+    shorter = [max(images) - image for image in images]
+    return [
+        pictures.batch(own, length - less) if less else batch
+        for own, less, batch in zip(settings, shorter, found)
+    ]
+
 # %% ../nbs/29_plan.ipynb #c016
 def plan(
     model_or_config,  # a model, or a config alone; not changed
@@ -318,6 +365,8 @@ def plan(
     *,
     length: int | None = None,  # tokens of a row, its picture's included; None: max_length, or 1024
     tiles: int | None = None,  # of a picture, see `families.example_batch`
+    image_size: tuple[int, int] | None = None,  # (width, height) of the pictures; needs `processor`
+    processor=None,  # the model's: makes the pictures, its own pixel budget included
     supervised: float = 0.75,  # share of a row's text that is answer
     batch: dict | None = None,  # in place of these and `batch_size`: a real one, by `Collator`
     rows: int | None = None,  # of the data: how many updates an epoch has
@@ -333,9 +382,10 @@ def plan(
     config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
 
-    def rows_of(own: Settings) -> dict:
-        return batch or example_batch(config, own.batch_size, length, tiles, supervised)
-
+    check_fixed(family_of(config), s)
+    pictures = _Pictures(config, processor, image_size, tiles, supervised)
+    batches = [batch] * len(s.schedule) if batch else _batches(pictures, s, length)
+    config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))
     with _one_process(s.precision, s.engine, gpus) as accelerator, _mesh(s.engine, gpus) as mesh:
         model, mode = pretend(config, dtype)
         numbers = _numbers(model)
@@ -343,9 +393,10 @@ def plan(
         if mesh is not None:
             _shard(model, s.precision, mesh, ledger)
         phases = []
-        for phase in s.schedule:
+        for phase, its in zip(s.schedule, batches):
             own = phase_settings(s, phase)
-            made = _planned(model, mode, phase, own, rows_of(own), accelerator, ledger)
+            family_of(config).budget.follow(model, **pictures.fields(own))
+            made = _planned(model, mode, phase, own, its, accelerator, ledger)
             phases.append(_timed(made, phase, s, rows, gpus, card, mfu))
     setting = {k: getattr(s, k) for k in ("precision", "checkpointing", "engine")}
     length = batch["input_ids"].shape[1] if batch else length
@@ -370,6 +421,7 @@ def _planned(model, mode, phase, s, batch, accelerator, ledger) -> PhasePlan:
     at["activations"] += r["rest"]
     trainable = _numbers(model, trained=True)
     models.merge_adapters(model)
+    image = (batch["input_ids"][0] == model.config.image_token_id).sum()
     return PhasePlan(
         phase.name,
         len(batch["input_ids"]),
@@ -383,6 +435,8 @@ def _planned(model, mode, phase, s, batch, accelerator, ledger) -> PhasePlan:
         at_peak=at,
         flops=r["flops"],
         again=r["again"],
+        image_tokens=int(image),
+        budget={name: found for name, found in budget_of(s).items() if found is not None},
     )
 
 
@@ -413,6 +467,14 @@ def _count(n: int) -> str:
     return str(n)
 
 
+def _picture(p: PhasePlan) -> str:
+    "What a picture takes under a pixel budget."
+    if not p.budget:
+        return ""
+    tiles = p.budget.get("max_tiles")
+    return f"{p.image_tokens:,} tokens" if p.image_tokens > 1 else f"at most {tiles} tiles"
+
+
 def _columns(p: PhasePlan) -> dict[str, str]:
     "What a phase says in each column."
     trains = [f"{part} {_count(n)}" for part, n in p.trainable.items() if n]
@@ -421,6 +483,7 @@ def _columns(p: PhasePlan) -> dict[str, str]:
         "phase": p.name,
         "trains": ", ".join(trains),
         "batch": f"{p.batch_size} × {p.accumulate}",
+        "a picture": _picture(p),
         **sizes,
         "peak": _size(p.peak),
         "FLOPs": f"{p.flops:.2e}",
