@@ -30,10 +30,10 @@ from .distributed import fake_mesh, fsdp_policy, shard
 from .families import config_with_budget, example_batch, family_of, parts
 from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
-from .pixels import budget_of, check_fixed, sized_batch, with_budget
+from .pixels import Pictures, budget_of, check_fixed
 from .schedule import Phase, Schedule
 from .settings import Settings
-from .show import table_html, table_text
+from .show import count_text, size_text, size_unit, table_html, table_text
 
 # %% ../nbs/29_plan.ipynb #plan-error
 class PlanError(InputError):
@@ -315,47 +315,14 @@ def _of(model_or_config, dtype: str | None, weights: str) -> tuple:
     return model_or_config.config, dtype or str(model_or_config.dtype).removeprefix("torch.")
 
 # %% ../nbs/29_plan.ipynb #pb-code
-@dataclass(frozen=True)
-class _Pictures:
-    "What the pictures of a plan are."
-
-    config: PreTrainedConfig
-    processor: object  # or None
-    size: tuple | None  # (width, height)
-    tiles: int | None
-    supervised: float
-
-    def __post_init__(self):
-        if (self.size is None) != (self.processor is None):
-            raise PlanError("image_size: needs the model's processor, and that a size; give both")
-
-    def fields(self, own: Settings) -> dict:
-        "The fields of an image processor under a phase's budget, those that the model follows."
-        return config_with_budget(self.config, **budget_of(own))[1]
-
-    def batch(self, own: Settings, length: int) -> dict:
-        "The batch of a phase, in rows of so many tokens."
-        n, asked = own.batch_size, budget_of(own)
-        if self.size is None:
-            more = dict(supervised=self.supervised, **asked)
-            return example_batch(self.config, n, length, self.tiles, **more)
-        made = with_budget(self.processor, **asked)
-        return sized_batch(made, self.size, n, length, self.supervised)
-
-    def tokens(self, batch: dict) -> int:
-        "Image tokens of a row."
-        return int((batch["input_ids"][0] == self.config.image_token_id).sum())
-
-
-def _batches(pictures: _Pictures, s: Settings, length: int) -> list[dict]:
+def _batches(pictures: Pictures, s: Settings, length: int) -> list[dict]:
     "One for each phase, of rows with the same text."
     settings = [phase_settings(s, phase) for phase in s.schedule]
-    found = [pictures.batch(own, length) for own in settings]
-    images = [pictures.tokens(batch) for batch in found]
-    shorter = [max(images) - image for image in images]
+    images = [pictures.tokens(**budget_of(own)) for own in settings]
+    text = length - max(images)
     return [
-        pictures.batch(own, length - less) if less else batch
-        for own, less, batch in zip(settings, shorter, found)
+        pictures.batch(own.batch_size, text + image, **budget_of(own))
+        for own, image in zip(settings, images)
     ]
 
 # %% ../nbs/29_plan.ipynb #c016
@@ -381,11 +348,11 @@ def plan(
     gpu, card = _gpu(gpu)
     config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
-
     check_fixed(family_of(config), s)
-    pictures = _Pictures(config, processor, image_size, tiles, supervised)
+    if family_of(config).budget.fixed:
+        config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))
+    pictures = Pictures(config, processor, image_size, tiles, supervised)
     batches = [batch] * len(s.schedule) if batch else _batches(pictures, s, length)
-    config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))
     with _one_process(s.precision, s.engine, gpus) as accelerator, _mesh(s.engine, gpus) as mesh:
         model, mode = pretend(config, dtype)
         numbers = _numbers(model)
@@ -395,7 +362,7 @@ def plan(
         phases = []
         for phase, its in zip(s.schedule, batches):
             own = phase_settings(s, phase)
-            family_of(config).budget.follow(model, **pictures.fields(own))
+            pictures.follow(model, **budget_of(own))
             made = _planned(model, mode, phase, own, its, accelerator, ledger)
             phases.append(_timed(made, phase, s, rows, gpus, card, mfu))
     setting = {k: getattr(s, k) for k in ("precision", "checkpointing", "engine")}
@@ -450,23 +417,6 @@ def _timed(planned: PhasePlan, phase, s, rows, gpus, card, mfu) -> PhasePlan:
     return replace(planned, updates=updates or None, hours=hours)
 
 # %% ../nbs/29_plan.ipynb #c018
-def _size(n: float) -> str:
-    "Bytes for a person: `19.9 GiB`."
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:,.1f} GiB"
-
-
-def _count(n: int) -> str:
-    "A count for a person: `9.78 B`, `18.6 k`."
-    for unit, div in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= div:
-            return f"{n / div:.3g} {unit}"
-    return str(n)
-
-
 def _picture(p: PhasePlan) -> str:
     "What a picture takes under a pixel budget."
     if not p.budget:
@@ -477,15 +427,15 @@ def _picture(p: PhasePlan) -> str:
 
 def _columns(p: PhasePlan) -> dict[str, str]:
     "What a phase says in each column."
-    trains = [f"{part} {_count(n)}" for part, n in p.trainable.items() if n]
-    sizes = {kind: _size(getattr(p, kind)) for kind in KINDS}
+    trains = [f"{part} {count_text(n)}" for part, n in p.trainable.items() if n]
+    sizes = {kind: size_text(getattr(p, kind)) for kind in KINDS}
     return {
         "phase": p.name,
         "trains": ", ".join(trains),
         "batch": f"{p.batch_size} × {p.accumulate}",
         "a picture": _picture(p),
         **sizes,
-        "peak": _size(p.peak),
+        "peak": size_text(p.peak),
         "FLOPs": f"{p.flops:.2e}",
         "updates": f"{p.updates:,}" if p.updates else "",
         "hours": "" if p.hours is None else f"{p.hours:,.1f}",
@@ -501,7 +451,7 @@ def _rows(plan: Plan) -> list[list[str]]:
 # %% ../nbs/29_plan.ipynb #c019
 def _head(plan: Plan) -> str:
     "What the plan is for."
-    s, numbers = plan.setting, _count(sum(plan.parameters.values()))
+    s, numbers = plan.setting, count_text(sum(plan.parameters.values()))
     again = gpu = ""
     if s["checkpointing"] != "none":
         again = f", activations of {s['checkpointing']} layers computed again"
@@ -547,14 +497,6 @@ _LOOKS = dict(
     exchange=dict(color="0.8", hatch="----"),
 )
 
-
-def _unit(n: float) -> tuple[str, int]:
-    "The largest unit that so many bytes fill."
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return unit, size
-    return "B", 1
-
 # %% ../nbs/29_plan.ipynb #c031
 @patch
 def plot(
@@ -568,7 +510,7 @@ def plot(
     if limit is None and self.setting["gpu"]:
         limit = GPUS[self.setting["gpu"]].memory * 2**30
     top = max(self.peak, limit or 0)
-    unit, div = _unit(top)
+    unit, div = size_unit(top)
     fig, ax = plt.subplots(figsize=figsize, layout="constrained")
     left, places = [0] * len(self), range(len(self))
     for kind, look in _LOOKS.items():
@@ -577,9 +519,9 @@ def plot(
             ax.barh(places, sizes, 0.6, left, label=kind, edgecolor="white", lw=0.5, **look)
             left = [a + b for a, b in zip(left, sizes)]
     for place, p in zip(places, self):
-        ax.text(left[place], place, f"  {_size(p.peak)}", va="center")
+        ax.text(left[place], place, f"  {size_text(p.peak)}", va="center")
     if limit:
-        ax.axvline(limit / div, color="black", ls="--", lw=1, label=f"limit, {_size(limit)}")
+        ax.axvline(limit / div, color="black", ls="--", lw=1, label=f"limit, {size_text(limit)}")
     ax.set_yticks(places, [p.name for p in self])
     ax.invert_yaxis()
     ax.set(xlabel=f"memory, {unit}", xlim=(0, 1.18 * top / div))
@@ -620,8 +562,8 @@ def _way(config, schedule: Schedule, room: float, update: tuple, setting: dict, 
         each = (phase.batch_size or update[0]) * (phase.accumulate or update[1])
         n, made = _largest(config, phase, room, each, **setting, **how)
         if not n:
-            took = f"{phase.name}: one row takes {_size(made.peak)}"
-            return Way(setting, f"{took}, and {_size(room)} may be filled", None)
+            took = f"{phase.name}: one row takes {size_text(made.peak)}"
+            return Way(setting, f"{took}, and {size_text(room)} may be filled", None)
         batches[phase.name] = n, each // n
         plans.append(made)
     return Way(setting, batches, replace(made, phases=tuple(made[0] for made in plans)))
@@ -674,7 +616,7 @@ def advise(
 # %% ../nbs/29_plan.ipynb #v004
 @patch
 def __str__(self: Advice) -> str:
-    room = _size(USABLE * GPUS[self.gpu].memory * 2**30)
+    room = size_text(USABLE * GPUS[self.gpu].memory * 2**30)
     lines = [
         f"{self.gpu}, of which {room} may be filled; batch × accumulate for the same update, the"
         " way with the fewest FLOPs first (a batch of one comes last)"
@@ -691,7 +633,7 @@ def _told(way: Way) -> str:
         return f"does not fit: {way.batches}"
     told = []
     for (name, (n, accumulate)), p in zip(way.batches.items(), way.plan):
-        told.append(f"{name} {n} × {accumulate} ({_size(p.peak)})")
+        told.append(f"{name} {n} × {accumulate} ({size_text(p.peak)})")
     hours = [p.hours for p in way.plan]
     if None not in hours and sum(hours):
         told.append(f"{sum(hours):,.1f} hours")
