@@ -27,7 +27,7 @@ from . import models, train
 from .batches import phase_settings
 from .cot import InputError
 from .distributed import fake_mesh, fsdp_policy, shard
-from .families import config_with_budget, example_batch, family_of, parts
+from .families import BUDGET, ModelError, config_with_budget, family_of, parts
 from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
 from .pixels import Pictures, budget_of, check_fixed
@@ -419,10 +419,9 @@ def _timed(planned: PhasePlan, phase, s, rows, gpus, card, mfu) -> PhasePlan:
 # %% ../nbs/29_plan.ipynb #c018
 def _picture(p: PhasePlan) -> str:
     "What a picture takes under a pixel budget."
-    if not p.budget:
-        return ""
-    tiles = p.budget.get("max_tiles")
-    return f"{p.image_tokens:,} tokens" if p.image_tokens > 1 else f"at most {tiles} tiles"
+    tiles = p.budget.get("max_tiles", 0)
+    at_most = f"at most {tiles} tile{'s' * (tiles > 1)}" if tiles else ""
+    return f"{p.image_tokens:,} tokens" if p.image_tokens > 1 else at_most
 
 
 def _columns(p: PhasePlan) -> dict[str, str]:
@@ -445,6 +444,8 @@ def _columns(p: PhasePlan) -> dict[str, str]:
 def _rows(plan: Plan) -> list[list[str]]:
     "The header and one row of text a phase, without columns that are empty or 0 throughout."
     phases = [_columns(p) for p in plan]
+    if not any(p.budget for p in plan):
+        phases = [columns | {"a picture": ""} for columns in phases]
     told = [k for k in phases[0] if any(columns[k] not in ("", "0 B") for columns in phases)]
     return [told, *([columns[k] for k in told] for columns in phases)]
 
@@ -534,7 +535,7 @@ def plot(
 class Way(NamedTuple):
     "One way to make an update on a GPU."
 
-    setting: dict  # engine and checkpointing
+    setting: dict  # engine and checkpointing; a pixel budget, where it needs one
     batches: dict | str  # phase → (batch_size, accumulate); or why it does not fit
     plan: Plan | None  # None where it does not fit
 
@@ -560,13 +561,45 @@ def _way(config, schedule: Schedule, room: float, update: tuple, setting: dict, 
     batches, plans = {}, []
     for phase in schedule:
         each = (phase.batch_size or update[0]) * (phase.accumulate or update[1])
-        n, made = _largest(config, phase, room, each, **setting, **how)
+        n, made = _largest(config, phase, room, each, **(how | setting))
         if not n:
             took = f"{phase.name}: one row takes {size_text(made.peak)}"
             return Way(setting, f"{took}, and {size_text(room)} may be filled", None)
         batches[phase.name] = n, each // n
         plans.append(made)
     return Way(setting, batches, replace(made, phases=tuple(made[0] for made in plans)))
+
+# %% ../nbs/29_plan.ipynb #pb-fewer
+def _smaller(config: PreTrainedConfig, asked: dict) -> list[dict]:
+    "Budgets below what is asked for, the largest first."
+    options = family_of(config).budget.options
+    if "max_pixels" in options:
+        most = asked["max_pixels"] or 4 * 448**2
+        return [asked | dict(max_pixels=most // part) for part in (2, 4, 8)]
+    top = asked["max_tiles"] or 4
+    return [asked | dict(max_tiles=n) for n in reversed(range(1, top))] if options else []
+
+
+def _fewer_pixels(config, schedule: Schedule, room: float, update, setting, **how) -> list[Way]:
+    "The first way with fewer pixels that fits, if there is one, and the schedule says nothing."
+    config, _ = _of(config, None, "float32")
+    s = Settings(schedule, **{k: v for k, v in how.items() if k in BUDGET})
+    if any(found is not None for phase in schedule for found in budget_of(phase).values()):
+        return []
+    sizes = {k: how[k] for k in ("processor", "tiles") if k in how}
+    pictures = Pictures(config, size=how.get("image_size"), **sizes)
+    length = how.get("length") or how.get("max_length") or 1024
+    text = length - pictures.tokens(**budget_of(s))
+    for asked in _smaller(config, budget_of(s)):
+        try:
+            fewer = dict(length=text + pictures.tokens(**asked))
+        except ModelError:  # beyond what the family has
+            continue
+        said = setting | {k: v for k, v in asked.items() if v is not None}
+        way = _way(config, schedule, room, update, said, **(how | fewer))
+        if way.plan:
+            return [way]
+    return []
 
 # %% ../nbs/29_plan.ipynb #v003
 @dataclass(frozen=True)
@@ -599,7 +632,7 @@ def advise(
     accumulate: int = 1,  # their product is what each GPU does for an update, and stays
     **how,  # of `plan`: length, precision, rows, mfu, dtype, …; not engine or checkpointing
 ) -> Advice:
-    "What of batch, accumulation, checkpointing and sharding fits a GPU."
+    "What of batch, accumulation, checkpointing, sharding, and fewer pixels, fits a GPU."
     schedule, (name, card) = Schedule.load(schedule), _gpu(gpu)
     room, update = USABLE * card.memory * 2**30, (batch_size, accumulate)
     engines = ["single"] if gpus == 1 else ["ddp"]
@@ -611,6 +644,8 @@ def advise(
             setting = dict(engine=engine, checkpointing=checkpointing)
             options = dict(gpu=name, gpus=gpus) | how
             ways.append(_way(model_or_config, schedule, room, update, setting, **options))
+            if ways[-1].plan is None:
+                ways += _fewer_pixels(model_or_config, schedule, room, update, setting, **options)
     return Advice(name, tuple(sorted(ways, key=_cost)))
 
 # %% ../nbs/29_plan.ipynb #v004
@@ -622,8 +657,9 @@ def __str__(self: Advice) -> str:
         " way with the fewest FLOPs first (a batch of one comes last)"
     ]
     for way in self.ways:
-        engine, checkpointing = way.setting["engine"], way.setting["checkpointing"]
-        lines.append(f"engine {engine:6}  checkpointing {checkpointing:4}  {_told(way)}")
+        engine, checkpointing, *fewer = way.setting.items()
+        said = f"engine {engine[1]:6}  checkpointing {checkpointing[1]:4}"
+        lines.append("  ".join([said, *(f"{k} {v:,}" for k, v in fewer), _told(way)]))
     return "\n".join(lines)
 
 

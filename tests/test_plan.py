@@ -398,6 +398,16 @@ def test_advice_fits_and_the_next_batch_does_not():
         GPUS["test-card"] = Gpu(memory=0.05, flops=1e14)
         nothing = advise(llava, "two_phase", "test-card", batch_size=2, **tight)
         assert nothing.best is None and "does not fit: align: one row takes" in str(nothing)
+        seeing = tiny_qwen2_5_vl()[0]
+        large, less = (
+            plan(seeing, every, batch_size=1, length=64 + n, max_pixels=576 * n)[0] for n in (1024, 256)
+        )
+        assert (large.image_tokens, less.image_tokens) == (1024, 256)
+        GPUS["test-card"] = Gpu(memory=1.2 * less.peak / 2**30 / USABLE, flops=1e14)
+        fewer = advise(seeing, every, "test-card", length=64 + 1024, max_pixels=576 * 1024)
+        assert fewer.best.setting["max_pixels"] in (576 * 512, 576 * 256, 576 * 128)
+        assert fewer.best.plan.peak <= 1.2 * less.peak < large.peak
+        assert f"max_pixels {fewer.best.setting['max_pixels']:,}" in str(fewer)
     finally:
         del GPUS["test-card"]
 
