@@ -220,8 +220,8 @@ def budgeted(first, second):
     everything = dict(vision=1e-3, projector=1e-3, language=1e-3)
     return Schedule(
         [
-            Phase("small", train={"projector": 2e-3}, updates=4, **first),
-            Phase("large", train=everything, updates=4, **second),
+            Phase("small", train={"projector": 2e-3}, updates=3, **first),
+            Phase("large", train=everything, updates=3, **second),
         ]
     )
 
@@ -234,7 +234,7 @@ def run_in_budgets(toy, schedule, out, stop=99, reopen=False, **asked):
     "A run over `wide_rows`, interrupted before an update and resumed."
     model, its = toy()
     before, held = models.fingerprint(its), wide_rows(4)
-    more = dict(eval_every=3, batch_size=2, accumulate=2, save_every=3, keep=9, progress=False)
+    more = dict(eval_every=3, batch_size=2, accumulate=2, save_every=2, keep=9, progress=False)
     if reopen:  # a run that was stopped before its first checkpoint opens the model again
         models.save(model, its, out.parent / f"base-{out.name}")
         more["source"] = dict(model=str(out.parent / f"base-{out.name}"))
@@ -613,7 +613,7 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
         (two_tiles, ({}, {}), dict(max_tiles=2)),
     ):
         schedule, ends = budgeted(*budgets), []
-        stops = (99, 1, 3, 5) if toy is tiny_llava_next else (99, 7)
+        stops = (99, 1, 4) if toy is tiny_llava_next else (99, 6)
         with tempfile.TemporaryDirectory() as tmp:
             for stop in stops:
                 reopen = stop == 1 or toy is two_tiles
@@ -630,7 +630,7 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
                 assert all(getattr(pictures, name) == value for name, value in promised.items())
                 [best] = (out / "best").iterdir()
                 models.load(best)
-                checkpoint = models.load_processor(out / "checkpoints" / "0-0000004")
+                checkpoint = models.load_processor(out / "checkpoints" / "0-0000003")
                 first = budget_of(schedule[0], Settings(schedule, **asked))
                 assert fields_of(checkpoint, model) == fields_of(with_budget(toy()[1], **first), model)
         for w, metrics, evals in ends[1:]:
@@ -643,13 +643,13 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
 
 
 def test_a_budget_of_pixels_goes_with_features_from_disk_and_a_batch_that_is_found():
-    for asked in (dict(cache_vision=1.0), dict(find_batch_size=True)):
-        schedule, found = budgeted(dict(max_tiles=2), {}), []
-        with tempfile.TemporaryDirectory() as tmp:
-            for name, more in (("with", asked), ("without", {})):
-                ended = run_in_budgets(tiny_llava_next, schedule, Path(tmp) / name, **more)
-                found.append([line["loss"] for line in ended.metrics()])
-        assert found[0] == pytest.approx(found[1], rel=1e-4)
+    found = []
+    with tempfile.TemporaryDirectory() as tmp:
+        for i, asked in enumerate(({}, dict(cache_vision=1.0), dict(find_batch_size=True))):
+            schedule = budgeted(dict(max_tiles=2), {})
+            ended = run_in_budgets(tiny_llava_next, schedule, Path(tmp) / str(i), **asked)
+            found.append([line["loss"] for line in ended.metrics()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) == found[2]
     with tempfile.TemporaryDirectory() as tmp:
         for toy, phases, match in (
             (tiny_llava, budgeted({}, dict(max_pixels=2304)), "phase 'large': max_pixels: .* leave it"),
