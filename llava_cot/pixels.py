@@ -142,6 +142,20 @@ _SAID = [
     {"role": "user", "content": _ASKED},
     {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
 ]
+_LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # Pillow opens no larger one, either
+
+
+def _blank_row(processor: ProcessorMixin, size: tuple[int, int]) -> dict:
+    "A picture of this size and two words, encoded. Raises `ModelError`."
+    width, height = size
+    if min(size) < 1 or width * height > _LARGEST:
+        least = f"expected at least 1 × 1 and at most {_LARGEST:,} pixels"
+        raise ModelError(f"image_size: found {width} × {height}, {least}")
+    blank = {"id": "size", "images": [Image.new("RGB", size)], "source": "", "messages": _SAID}
+    try:
+        return encode(blank, processor)
+    except ValueError as e:  # the processor's own words
+        raise ModelError(f"image_size: found {width} × {height}, which cannot be used: {e}") from e
 
 
 def sized_batch(
@@ -153,8 +167,7 @@ def sized_batch(
     supervised: float = 0.75,  # share of the text that is answer
 ) -> dict:  # as `tokens.Collator` gives it
     "A batch in the shapes of a real one. Raises `ModelError` where the picture does not fit."
-    blank = {"id": "size", "images": [Image.new("RGB", size)], "source": "", "messages": _SAID}
-    row, token = encode(blank, processor), processor.image_token_id
+    row, token = _blank_row(processor, size), processor.image_token_id
     image = int((row["input_ids"] == token).sum())
     length = length or image + 8
     if length < image + 8:

@@ -55,6 +55,13 @@ def by_processor(processor, size):
     return sum(i == processor.image_token_id for i in out["input_ids"][0])
 
 
+def runs_on(model, batch):
+    "Whether a model has as many features of pictures as there are tokens for them."
+    batch.pop("stage_ids")
+    with torch.no_grad():
+        return model(**batch).loss.isfinite()
+
+
 def all_agree(n, largest=9.0):
     "Checks every family, every budget, `n` sizes; returns how many counts were compared."
     compared = 0
@@ -64,7 +71,7 @@ def all_agree(n, largest=9.0):
             made = adopt(model, with_budget(own, **asked))
             with tempfile.TemporaryDirectory() as d:
                 save(model, made, f"{d}/m")
-                _, again = load(f"{d}/m")
+                net, again = load(f"{d}/m")
                 plain = AutoImageProcessor.from_pretrained(f"{d}/m")
             for name in family_of(model).budget.fields:
                 assert getattr(plain, name) == getattr(made.image_processor, name)
@@ -81,6 +88,7 @@ def all_agree(n, largest=9.0):
                 direct = by_processor(made, picture.size)
                 assert count == direct == image_tokens(made, picture.size) == planned, picture.size
                 assert estimate == len(encoded["input_ids"]), picture.size
+                assert runs_on(net, Collator(again)([reopened])), picture.size
                 compared += 1
     return compared
 
@@ -144,6 +152,17 @@ def test_a_batch_of_a_size_has_the_shapes_of_a_real_one():
         }
         made.pop("stage_ids")
         assert model(**made).loss.isfinite()
+
+
+def test_a_size_that_no_processor_can_use_is_refused():
+    _, its = tiny_qwen2_5_vl()
+    for size, why in (
+        ((2000, 5), "image_size: found 2000 × 5, which cannot be used: .* aspect ratio"),
+        ((100_000, 100_000), "image_size: found 100000 × 100000, expected at least 1 × 1 and at most"),
+        ((0, 5), "image_size: found 0 × 5, expected at least"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            sized_batch(its, size)
 
 
 def test_forty_sizes_are_counted_alike_under_every_budget():
