@@ -142,7 +142,7 @@ def test_a_budget_is_refused_with_its_phase():
 
 def test_a_batch_of_a_size_has_the_shapes_of_a_real_one():
     for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
-        model, its = tiny()
+        net, its = tiny()
         text = "a" if tiny is tiny_mllama else "aa bb cc dd ee ff gg hh"
         real = [row_of((300, 200), text)] * 2
         real = Collator(its)([encode(row, its) for row in real])
@@ -151,7 +151,7 @@ def test_a_batch_of_a_size_has_the_shapes_of_a_real_one():
             k: (x.shape, x.dtype) for k, x in real.items()
         }
         made.pop("stage_ids")
-        assert model(**made).loss.isfinite()
+        assert net(**made).loss.isfinite()
 
 
 def test_a_size_that_no_processor_can_use_is_refused():

@@ -612,18 +612,18 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
         (tiny_llava_next, (dict(max_tiles=2), {}), {}),
         (two_tiles, ({}, {}), dict(max_tiles=2)),
     ):
-        schedule, ends = budgeted(*budgets), []
+        phases, ends = budgeted(*budgets), []
         stops = (99, 1, 4) if toy is tiny_llava_next else (99, 6)
         with tempfile.TemporaryDirectory() as tmp:
             for stop in stops:
                 reopen = stop == 1 or toy is two_tiles
                 out = Path(tmp) / str(stop)
-                ended = run_in_budgets(toy, schedule, out, stop, reopen, **asked)
+                ended = run_in_budgets(toy, phases, out, stop, reopen, **asked)
                 ends.append((weights(ended.model), ended.metrics(), read_lines(out / "evals.jsonl")))
                 model, its = models.load(out / "model")
                 plain = AutoModelForImageTextToText.from_pretrained(out / "model")
                 assert all(torch.equal(p, ends[0][0][n]) for n, p in plain.named_parameters())
-                wanted = budget_of(schedule[1], Settings(schedule, **asked))
+                wanted = budget_of(phases[1], Settings(phases, **asked))
                 promised = fields_of(with_budget(toy()[1], **wanted), model)
                 assert fields_of(its, model) == fields_of(ended.processor, model) == promised
                 pictures = AutoImageProcessor.from_pretrained(out / "model")
@@ -631,7 +631,7 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
                 [best] = (out / "best").iterdir()
                 models.load(best)
                 checkpoint = models.load_processor(out / "checkpoints" / "0-0000003")
-                first = budget_of(schedule[0], Settings(schedule, **asked))
+                first = budget_of(phases[0], Settings(phases, **asked))
                 assert fields_of(checkpoint, model) == fields_of(with_budget(toy()[1], **first), model)
         for w, metrics, evals in ends[1:]:
             assert metrics == ends[0][1] and evals == ends[0][2]
@@ -646,8 +646,8 @@ def test_a_budget_of_pixels_goes_with_features_from_disk_and_a_batch_that_is_fou
     found = []
     with tempfile.TemporaryDirectory() as tmp:
         for i, asked in enumerate(({}, dict(cache_vision=1.0), dict(find_batch_size=True))):
-            schedule = budgeted(dict(max_tiles=2), {})
-            ended = run_in_budgets(tiny_llava_next, schedule, Path(tmp) / str(i), **asked)
+            phases = budgeted(dict(max_tiles=2), {})
+            ended = run_in_budgets(tiny_llava_next, phases, Path(tmp) / str(i), **asked)
             found.append([line["loss"] for line in ended.metrics()])
     assert found[1] == pytest.approx(found[0], rel=1e-4) == found[2]
     with tempfile.TemporaryDirectory() as tmp:
