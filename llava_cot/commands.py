@@ -304,7 +304,7 @@ def _dry_data(source, s, ok: list, unchecked: list, check: bool | str = True) ->
 # %% ../nbs/40_commands.ipynb #c013c
 def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     "What fits together of schedule, model, processor and rows."
-    from llava_cot import models, trainable
+    from llava_cot import models, pixels, trainable
     from llava_cot.tiny import open_skeleton
 
     if not name:
@@ -321,6 +321,7 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     kind = net.config.model_type
     ok.append(f"model: {name} is a {kind} with {size:,} parameters; its processor fits")
     trainable.check_schedule(net, s.schedule)
+    pixels.begin(net, processor, s)
     for phase in s.schedule:
         trainable.add_phase_adapters(net, phase)
         counts = trainable.freeze(net, phase)
@@ -333,17 +334,20 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
 # %% ../nbs/40_commands.ipynb #c013r
 def _dry_rows(s, rows: dict, net, processor) -> str:
     "How many rows fit, and how many updates they make. Raises what the run would raise."
-    from llava_cot.batches import PhaseRows, context_of, find_all, reader_of, select_rows
+    from llava_cot import batches
 
-    plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
-    readers = {name: reader_of(plain, some, processor) for name, some in rows.items()}
-    readers["data"] = reader_of(s, rows["data"], processor, context_of(net))
-    found = find_all(readers, s.bad_rows)
-    its, skipped = found["data"], sum(len(f.skipped) for f in found.values())
-    left = select_rows(rows["data"], its.keep)
-    for i in range(min(4, len(left))):
-        reader_of(s, left, processor)[0, i]
-    updates = [PhaseRows.of(s, phase, left, processor).updates for phase in s.schedule]
+    context, first = batches.context_of(net), s.schedule[0]
+    made = batches.phase_processor(s, first, processor)
+    readers = {name: batches.reader_of(s, some, made, context) for name, some in rows.items()}
+    found = batches.find_all(readers, s.bad_rows)
+    its, _ = batches.find_in_phases(s, rows["data"], processor, found["data"], context)
+    skipped = sum(len(f.skipped) for f in (found | dict(data=its)).values())
+    left = batches.select_rows(rows["data"], its.keep)
+    reads = [batches.PhaseRows.of(s, phase, left, processor) for phase in s.schedule]
+    for read in reads:
+        for i in range(min(4, len(read.reader))):
+            read.reader[0, i]
+    updates = [read.updates for read in reads]
     bad = f"{skipped:,} are skipped, for they cannot be read; " if skipped else ""
     return (
         f"rows: {len(its.keep):,} can be trained on, {len(its.dropped):,} are dropped as too long;"
@@ -363,6 +367,7 @@ def plan(
     mfu: float = 0.4,  # share of the GPU's rate that the run will get
     length: int | None = None,  # tokens of a row, its picture's included; else max_length or 1024
     tiles: int | None = None,  # of a picture, where the model cuts it into a varying number
+    image_size: str | None = None,  # of the pictures, such as 1024x768, as its processor makes them
     rows: int | None = None,  # to train on, where the data is not on this machine
     advise: bool = False,  # also try what fits the GPU; takes minutes for a large model
     json: bool = False,  # print the plan as JSON, all else to stderr
@@ -370,6 +375,7 @@ def plan(
 ) -> dict:
     "Say what each phase of a run holds and how long it takes, without reading weights."
     from llava_cot import plan as planning
+    from llava_cot.tiny import open_processor
 
     if not options.get("model"):
         raise CliError("plan: --model is missing; give a folder, a hub name, or tiny_base, …")
@@ -380,6 +386,8 @@ def plan(
     settings = {name: v for name, v in options.items() if name in known}
     config = _config(options["model"])
     how = dict(length=length, tiles=tiles, gpus=gpus, gpu=gpu, mfu=mfu, rows=rows or _rows(options))
+    if image_size:
+        how |= dict(image_size=_image_size(image_size), processor=open_processor(options["model"]))
     made = planning.plan(config, schedule, **how, **settings)
     say(made, json=json)
     if gpu:
@@ -413,6 +421,14 @@ def _rows(options: dict) -> int | None:
     schedule, fmt = Schedule.load(options["schedule"]), _format(options["fmt"])
     with _limits(options):
         return len(examination(options, fmt, schedule, options["seed"], False)[0])
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    "Width and height, in pixels, of `1024x768`."
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise CliError(f"image_size: found {text!r}, expected width and height such as 1024x768")
+    return int(width), int(height)
 
 
 def _verdict(made, planning) -> str:
@@ -539,6 +555,9 @@ def check(
     images: str | None = None,  # folder or zip of the images, if not beside the rows
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers; none: any text
+    max_pixels: int | None = None,  # of a picture: count tiles as under this budget
+    min_pixels: int | None = None,  # of a picture
+    max_tiles: int | None = None,  # of a picture
     workers: int | None = None,  # processes; one per core
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
@@ -546,13 +565,13 @@ def check(
 ) -> dict:  # the report
     "Examine a dataset: every row, answer and picture; exits with 1 where it finds errors."
     from llava_cot.doctor import check as examine
-    from llava_cot.tiny import open_processor
 
     clean = Path(write_clean) if write_clean else None
     if clean and clean.exists() and (not clean.is_dir() or any(clean.iterdir())):
         raise CliError(f"write_clean {clean}: not empty, expected a new folder for the cleaned set")
     fmt = None if fmt == "none" else _format(fmt)
-    processor = open_processor(model) if model else None
+    budget = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_tiles=max_tiles)
+    processor = _processor(model, budget)
     report = examine(path, fmt, images, processor, against, workers, not json, columns)
     say(report, json=json)
     if out:
@@ -568,6 +587,19 @@ def check(
         raise SystemExit(1)
     return report.to_dict()
 
+# %% ../nbs/40_commands.ipynb #px-processor
+def _processor(model: str | None, budget: dict):
+    "The processor of a model under a pixel budget; None without a model."
+    from llava_cot.pixels import with_budget
+    from llava_cot.tiny import open_processor
+
+    asked = next((name for name, found in budget.items() if found is not None), None)
+    if model:
+        return with_budget(open_processor(model), **budget)
+    if asked:
+        raise CliError(f"{asked}: found no model whose pictures it could be for; give --model, too")
+    return None
+
 # %% ../nbs/40_commands.ipynb #c018b
 @_limited
 def preview(
@@ -580,6 +612,9 @@ def preview(
     max_length: int | None = None,  # longest sequence in tokens
     too_long: str = "refuse",  # a longer row: refuse, drop, or shorten its REASONING
     control_tokens: str = "refuse",  # a text that spells a control token: refuse it, or escape
+    max_pixels: int | None = None,  # of a picture, like the two below: see them under this budget
+    min_pixels: int | None = None,  # of a picture
+    max_tiles: int | None = None,  # of a picture
     augment: str = "none",  # also before and after: light, strong, or a YAML file of strengths
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
@@ -589,17 +624,17 @@ def preview(
     from llava_cot import data as source
     from llava_cot.files import write_file
     from llava_cot.preview import image_viewer, show_draw, show_page
-    from llava_cot.tiny import open_processor
 
     fmt, out = _format(fmt), Path(out)
     if out.is_dir():
         example = out / "preview.html"
         raise CliError(f"out {out}: found a folder, expected the name of a page such as {example}")
     options = dict(max_length=max_length, too_long=too_long, control_tokens=control_tokens)
-    Settings(**options)  # refuses what cannot be
+    budget = dict(max_pixels=max_pixels, min_pixels=min_pixels, max_tiles=max_tiles)
+    Settings(**options, **budget)  # refuses what cannot be
     found = source.load(data, fmt, columns=columns)
     chosen = found.select(_chosen(rows, len(found)))
-    policy, processor = _policy(augment), open_processor(model)
+    policy, processor = _policy(augment), _processor(model, budget)
     see = image_viewer(processor, fmt, **options)
 
     def draws(row) -> str:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Ledger', 'pretend', 'pretended_batch', 'transformer_layers', 'gradient_checkpointing', 'VisionCache',
-           'cached_vision', 'unmoved_share', 'vanishing_updates', 'precision_warnings', 'stochastic_rounding',
-           'compile_layers', 'fuse_kernels', 'check_extras', 'weights_dtype', 'prepare_weights', 'largest_batch',
-           'try_batch']
+           'cached_vision', 'features_are_fixed', 'unmoved_share', 'vanishing_updates', 'precision_warnings',
+           'stochastic_rounding', 'compile_layers', 'fuse_kernels', 'check_extras', 'weights_dtype', 'prepare_weights',
+           'largest_batch', 'try_batch']
 
 # %% ../nbs/25_memory.ipynb #memory-imports
 import contextlib
@@ -36,11 +36,13 @@ from . import models
 from .batches import Reader
 from .families import family_of, layers
 from .files import write_file
+from .gate import PICTURES
 from .loss import replaced_forward, token_losses
 from .models import DTYPES, model_digest
 from .opening import in_type
+from .pixels import adopted
 from .schedule import Phase
-from .settings import RunError
+from .settings import RunError, Settings
 from .tokens import Collator
 from .trainable import add_phase_adapters, freeze
 
@@ -352,6 +354,17 @@ def cached_vision(
     with replaced_forward(cache.module, cache):
         yield cache
 
+# %% ../nbs/25_memory.ipynb #e049
+def features_are_fixed(
+    settings: Settings,  # with what the phase has of its own
+    phase: Phase,
+) -> bool:
+    "Whether a picture gives the same features all through a phase."
+    trains_vision = any(part.split(".")[0] == "vision" for part in phase.train)
+    policy = settings.augment
+    changes_pixels = policy and any(getattr(policy, change) for change in PICTURES)
+    return not trains_vision and not changes_pixels
+
 # %% ../nbs/25_memory.ipynb #m011
 def unmoved_share(
     weights: torch.Tensor,
@@ -527,8 +540,8 @@ def largest_batch(
             raise
         raise RunError(
             "find_batch_size: the memory does not hold forward and backward of a single row; see"
-            " llava-cot plan for what would: sharding, checkpointing, 16-bit weights, or a smaller"
-            " max_length"
+            " llava-cot plan for what would: fewer pixels (max_pixels, max_tiles), checkpointing,"
+            " 16-bit weights, sharding, or a smaller max_length"
         ) from e
     return size, accumulate * (batch_size // size)
 
@@ -550,7 +563,8 @@ def try_batch(
     batch = _longest_rows(reader, size)
     batch = {k: v.to(accelerator.device) for k, v in batch.items()}
     try:
-        with accelerator.autocast(), gradient_checkpointing(model, checkpointing):
+        computing = gradient_checkpointing(model, checkpointing)
+        with accelerator.autocast(), computing, adopted(model, reader.processor):
             losses, _ = token_losses(model, batch)
         losses.sum().backward()
     finally:

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import html
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -27,12 +27,13 @@ from . import models, train
 from .batches import phase_length, phase_settings
 from .cot import InputError
 from .distributed import fake_mesh, fsdp_policy, shard
-from .families import example_batch, parts
+from .families import BUDGET, ModelError, config_with_budget, family_of, parts
 from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
+from .pixels import Pictures, budget_of, check_fixed
 from .schedule import Phase, Schedule
 from .settings import Settings
-from .show import table_html, table_text
+from .show import count_text, size_text, size_unit, table_html, table_text
 
 # %% ../nbs/29_plan.ipynb #plan-error
 class PlanError(InputError):
@@ -193,6 +194,8 @@ class PhasePlan:
     at_peak: dict  # kind → bytes at that moment
     flops: int  # of one update
     again: int  # of these, for activations that were not kept
+    image_tokens: int = 0  # of a row
+    budget: dict = field(default_factory=dict)  # of pixels or tiles, where one is asked for
     updates: int | None = None  # None where the number of rows is not known
     hours: float | None = None  # None where the GPU is not known, either
 
@@ -311,6 +314,17 @@ def _of(model_or_config, dtype: str | None, weights: str) -> tuple:
         return model_or_config, dtype or "float32"
     return model_or_config.config, dtype or str(model_or_config.dtype).removeprefix("torch.")
 
+# %% ../nbs/29_plan.ipynb #pb-code
+def _batches(pictures: Pictures, s: Settings, length: int) -> list[dict]:
+    "One for each phase, of rows with the same text."
+    settings = [phase_settings(s, phase) for phase in s.schedule]
+    images = [pictures.tokens(**budget_of(own)) for own in settings]
+    text = length - max(images)
+    return [
+        pictures.batch(own.batch_size, text + image, **budget_of(own))
+        for own, image in zip(settings, images)
+    ]
+
 # %% ../nbs/29_plan.ipynb #c016
 def plan(
     model_or_config,  # a model, or a config alone; not changed
@@ -318,6 +332,8 @@ def plan(
     *,
     length: int | None = None,  # tokens of a row, its picture's included; None: max_length, or 1024
     tiles: int | None = None,  # of a picture, see `families.example_batch`
+    image_size: tuple[int, int] | None = None,  # (width, height) of the pictures; needs `processor`
+    processor=None,  # the model's: makes the pictures, its own pixel budget included
     supervised: float = 0.75,  # share of a row's text that is answer
     batch: dict | None = None,  # in place of these and `batch_size`: a real one, by `Collator`
     rows: int | None = None,  # of the data: how many updates an epoch has
@@ -332,10 +348,11 @@ def plan(
     gpu, card = _gpu(gpu)
     config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
-
-    def rows_of(own: Settings) -> dict:
-        return batch or example_batch(config, own.batch_size, length, tiles, supervised)
-
+    check_fixed(family_of(config), s)
+    if family_of(config).budget.fixed:
+        config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))
+    pictures = Pictures(config, processor, image_size, tiles, supervised)
+    batches = [batch] * len(s.schedule) if batch else _batches(pictures, s, length)
     with _one_process(s.precision, s.engine, gpus) as accelerator, _mesh(s.engine, gpus) as mesh:
         model, mode = pretend(config, dtype)
         numbers = _numbers(model)
@@ -343,9 +360,10 @@ def plan(
         if mesh is not None:
             _shard(model, s.precision, mesh, ledger)
         phases = []
-        for phase in s.schedule:
+        for phase, its in zip(s.schedule, batches):
             own = phase_settings(s, phase)
-            made = _planned(model, mode, phase, own, rows_of(own), accelerator, ledger)
+            pictures.follow(model, **budget_of(own))
+            made = _planned(model, mode, phase, own, its, accelerator, ledger)
             phases.append(_timed(made, phase, s, rows, gpus, card, mfu))
     setting = {k: getattr(s, k) for k in ("precision", "checkpointing", "engine")}
     length = batch["input_ids"].shape[1] if batch else length
@@ -370,6 +388,7 @@ def _planned(model, mode, phase, s, batch, accelerator, ledger) -> PhasePlan:
     at["activations"] += r["rest"]
     trainable = _numbers(model, trained=True)
     models.merge_adapters(model)
+    image = (batch["input_ids"][0] == model.config.image_token_id).sum()
     return PhasePlan(
         phase.name,
         len(batch["input_ids"]),
@@ -383,6 +402,8 @@ def _planned(model, mode, phase, s, batch, accelerator, ledger) -> PhasePlan:
         at_peak=at,
         flops=r["flops"],
         again=r["again"],
+        image_tokens=int(image),
+        budget={name: found for name, found in budget_of(s).items() if found is not None},
     )
 
 
@@ -396,33 +417,24 @@ def _timed(planned: PhasePlan, phase, s, rows, gpus, card, mfu) -> PhasePlan:
     return replace(planned, updates=updates or None, hours=hours)
 
 # %% ../nbs/29_plan.ipynb #c018
-def _size(n: float) -> str:
-    "Bytes for a person: `19.9 GiB`."
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:,.1f} GiB"
-
-
-def _count(n: int) -> str:
-    "A count for a person: `9.78 B`, `18.6 k`."
-    for unit, div in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= div:
-            return f"{n / div:.3g} {unit}"
-    return str(n)
+def _picture(p: PhasePlan) -> str:
+    "What a picture takes under a pixel budget."
+    tiles = p.budget.get("max_tiles", 0)
+    at_most = f"at most {tiles} tile{'s' * (tiles > 1)}" if tiles else ""
+    return f"{p.image_tokens:,} tokens" if p.image_tokens > 1 else at_most
 
 
 def _columns(p: PhasePlan) -> dict[str, str]:
     "What a phase says in each column."
-    trains = [f"{part} {_count(n)}" for part, n in p.trainable.items() if n]
-    sizes = {kind: _size(getattr(p, kind)) for kind in KINDS}
+    trains = [f"{part} {count_text(n)}" for part, n in p.trainable.items() if n]
+    sizes = {kind: size_text(getattr(p, kind)) for kind in KINDS}
     return {
         "phase": p.name,
         "trains": ", ".join(trains),
         "batch": f"{p.batch_size} × {p.accumulate}",
+        "a picture": _picture(p),
         **sizes,
-        "peak": _size(p.peak),
+        "peak": size_text(p.peak),
         "FLOPs": f"{p.flops:.2e}",
         "updates": f"{p.updates:,}" if p.updates else "",
         "hours": "" if p.hours is None else f"{p.hours:,.1f}",
@@ -432,13 +444,15 @@ def _columns(p: PhasePlan) -> dict[str, str]:
 def _rows(plan: Plan) -> list[list[str]]:
     "The header and one row of text a phase, without columns that are empty or 0 throughout."
     phases = [_columns(p) for p in plan]
+    if not any(p.budget for p in plan):
+        phases = [columns | {"a picture": ""} for columns in phases]
     told = [k for k in phases[0] if any(columns[k] not in ("", "0 B") for columns in phases)]
     return [told, *([columns[k] for k in told] for columns in phases)]
 
 # %% ../nbs/29_plan.ipynb #c019
 def _head(plan: Plan) -> str:
     "What the plan is for."
-    s, numbers = plan.setting, _count(sum(plan.parameters.values()))
+    s, numbers = plan.setting, count_text(sum(plan.parameters.values()))
     again = gpu = ""
     if s["checkpointing"] != "none":
         again = f", activations of {s['checkpointing']} layers computed again"
@@ -484,14 +498,6 @@ _LOOKS = dict(
     exchange=dict(color="0.8", hatch="----"),
 )
 
-
-def _unit(n: float) -> tuple[str, int]:
-    "The largest unit that so many bytes fill."
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return unit, size
-    return "B", 1
-
 # %% ../nbs/29_plan.ipynb #c031
 @patch
 def plot(
@@ -505,7 +511,7 @@ def plot(
     if limit is None and self.setting["gpu"]:
         limit = GPUS[self.setting["gpu"]].memory * 2**30
     top = max(self.peak, limit or 0)
-    unit, div = _unit(top)
+    unit, div = size_unit(top)
     fig, ax = plt.subplots(figsize=figsize, layout="constrained")
     left, places = [0] * len(self), range(len(self))
     for kind, look in _LOOKS.items():
@@ -514,9 +520,9 @@ def plot(
             ax.barh(places, sizes, 0.6, left, label=kind, edgecolor="white", lw=0.5, **look)
             left = [a + b for a, b in zip(left, sizes)]
     for place, p in zip(places, self):
-        ax.text(left[place], place, f"  {_size(p.peak)}", va="center")
+        ax.text(left[place], place, f"  {size_text(p.peak)}", va="center")
     if limit:
-        ax.axvline(limit / div, color="black", ls="--", lw=1, label=f"limit, {_size(limit)}")
+        ax.axvline(limit / div, color="black", ls="--", lw=1, label=f"limit, {size_text(limit)}")
     ax.set_yticks(places, [p.name for p in self])
     ax.invert_yaxis()
     ax.set(xlabel=f"memory, {unit}", xlim=(0, 1.18 * top / div))
@@ -529,7 +535,7 @@ def plot(
 class Way(NamedTuple):
     "One way to make an update on a GPU."
 
-    setting: dict  # engine and checkpointing
+    setting: dict  # engine and checkpointing; a pixel budget, where it needs one
     batches: dict | str  # phase → (batch_size, accumulate); or why it does not fit
     plan: Plan | None  # None where it does not fit
 
@@ -555,13 +561,45 @@ def _way(config, schedule: Schedule, room: float, update: tuple, setting: dict, 
     batches, plans = {}, []
     for phase in schedule:
         each = (phase.batch_size or update[0]) * (phase.accumulate or update[1])
-        n, made = _largest(config, phase, room, each, **setting, **how)
+        n, made = _largest(config, phase, room, each, **(how | setting))
         if not n:
-            took = f"{phase.name}: one row takes {_size(made.peak)}"
-            return Way(setting, f"{took}, and {_size(room)} may be filled", None)
+            took = f"{phase.name}: one row takes {size_text(made.peak)}"
+            return Way(setting, f"{took}, and {size_text(room)} may be filled", None)
         batches[phase.name] = n, each // n
         plans.append(made)
     return Way(setting, batches, replace(made, phases=tuple(made[0] for made in plans)))
+
+# %% ../nbs/29_plan.ipynb #pb-fewer
+def _smaller(config: PreTrainedConfig, asked: dict) -> list[dict]:
+    "Budgets below what is asked for, the largest first."
+    options = family_of(config).budget.options
+    if "max_pixels" in options:
+        most = asked["max_pixels"] or 4 * 448**2
+        return [asked | dict(max_pixels=most // part) for part in (2, 4, 8)]
+    top = asked["max_tiles"] or 4
+    return [asked | dict(max_tiles=n) for n in reversed(range(1, top))] if options else []
+
+
+def _fewer_pixels(config, schedule: Schedule, room: float, update, setting, **how) -> list[Way]:
+    "The first way with fewer pixels that fits, if there is one, and the schedule says nothing."
+    config, _ = _of(config, None, "float32")
+    s = Settings(schedule, **{k: v for k, v in how.items() if k in BUDGET})
+    if any(found is not None for phase in schedule for found in budget_of(phase).values()):
+        return []
+    sizes = {k: how[k] for k in ("processor", "tiles") if k in how}
+    pictures = Pictures(config, size=how.get("image_size"), **sizes)
+    length = how.get("length") or how.get("max_length") or 1024
+    text = length - pictures.tokens(**budget_of(s))
+    for asked in _smaller(config, budget_of(s)):
+        try:
+            fewer = dict(length=text + pictures.tokens(**asked))
+        except ModelError:  # beyond what the family has
+            continue
+        said = setting | {k: v for k, v in asked.items() if v is not None}
+        way = _way(config, schedule, room, update, said, **(how | fewer))
+        if way.plan:
+            return [way]
+    return []
 
 # %% ../nbs/29_plan.ipynb #v003
 @dataclass(frozen=True)
@@ -594,7 +632,7 @@ def advise(
     accumulate: int = 1,  # their product is what each GPU does for an update, and stays
     **how,  # of `plan`: length, precision, rows, mfu, dtype, …; not engine or checkpointing
 ) -> Advice:
-    "What of batch, accumulation, checkpointing and sharding fits a GPU."
+    "What of batch, accumulation, checkpointing, sharding, and fewer pixels, fits a GPU."
     schedule, (name, card) = Schedule.load(schedule), _gpu(gpu)
     room, update = USABLE * card.memory * 2**30, (batch_size, accumulate)
     engines = ["single"] if gpus == 1 else ["ddp"]
@@ -606,19 +644,22 @@ def advise(
             setting = dict(engine=engine, checkpointing=checkpointing)
             options = dict(gpu=name, gpus=gpus) | how
             ways.append(_way(model_or_config, schedule, room, update, setting, **options))
+            if ways[-1].plan is None:
+                ways += _fewer_pixels(model_or_config, schedule, room, update, setting, **options)
     return Advice(name, tuple(sorted(ways, key=_cost)))
 
 # %% ../nbs/29_plan.ipynb #v004
 @patch
 def __str__(self: Advice) -> str:
-    room = _size(USABLE * GPUS[self.gpu].memory * 2**30)
+    room = size_text(USABLE * GPUS[self.gpu].memory * 2**30)
     lines = [
         f"{self.gpu}, of which {room} may be filled; batch × accumulate for the same update, the"
         " way with the fewest FLOPs first (a batch of one comes last)"
     ]
     for way in self.ways:
-        engine, checkpointing = way.setting["engine"], way.setting["checkpointing"]
-        lines.append(f"engine {engine:6}  checkpointing {checkpointing:4}  {_told(way)}")
+        engine, checkpointing, *fewer = way.setting.items()
+        said = f"engine {engine[1]:6}  checkpointing {checkpointing[1]:4}"
+        lines.append("  ".join([said, *(f"{k} {v:,}" for k, v in fewer), _told(way)]))
     return "\n".join(lines)
 
 
@@ -628,7 +669,7 @@ def _told(way: Way) -> str:
         return f"does not fit: {way.batches}"
     told = []
     for (name, (n, accumulate)), p in zip(way.batches.items(), way.plan):
-        told.append(f"{name} {n} × {accumulate} ({_size(p.peak)})")
+        told.append(f"{name} {n} × {accumulate} ({size_text(p.peak)})")
     hours = [p.hours for p in way.plan]
     if None not in hours and sum(hours):
         told.append(f"{sum(hours):,.1f} hours")

@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from .cot import InputError
-from .families import NAMED, PARTS, ModelError, part_of
+from .families import BUDGET, NAMED, PARTS, ModelError, part_of
 from .files import UniqueKeys, write_file
+from .settings import is_above_0, is_at_least_0, is_number, is_share, is_whole
 from .show import View, table_html, table_text
 
 # %% ../nbs/21_schedule.ipynb #c009
@@ -69,6 +70,9 @@ class Phase:
     max_grad_norm: float | None = 1.0  # gradients are clipped to this norm; None: no clipping
     batch_size: int | None = None  # rows a forward sees in this phase; None: the run's
     accumulate: int | None = None  # forwards per update in this phase; None: the run's
+    max_pixels: int | None = None  # most of a picture; None: the run's, like the two below
+    min_pixels: int | None = None
+    max_tiles: int | None = None
     augment: str | dict | None = None  # a policy's name or its strengths; None: the run's
     data: dict | None = None  # source → how often each of its rows is taken; None: all once
     lora: dict | None = None  # `r`, `alpha`, `dropout`, `on`, `modules`: adapters, not weights
@@ -109,30 +113,10 @@ def _canonical(phase: Phase) -> dict:
         found["epochs"] = 1.0 if phase.epochs is None else float(phase.epochs)
     return found
 
-# %% ../nbs/21_schedule.ipynb #c015
+# %% ../nbs/21_schedule.ipynb #c015b
 _DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def _number(v):
-    return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-
-
-def _above_0(v):
-    return _number(v) and v > 0
-
-
-def _at_least_0(v):
-    return _number(v) and v >= 0
-
-
-def _whole(v):
-    return isinstance(v, int) and _above_0(v)
-
-
-def _share(v):
-    return _number(v) and 0 <= v < 1
-
-# %% ../nbs/21_schedule.ipynb #c015b
 def _word(v):
     return isinstance(v, str) and re.fullmatch(r"[\w.-]+", v)
 
@@ -142,19 +126,19 @@ def _words(v):
 
 
 def _decay_rule(v):
-    return v in _DECAYS if isinstance(v, str) else _number(v) and 0 < v <= 1
+    return v in _DECAYS if isinstance(v, str) else is_number(v) and 0 < v <= 1
 
 
 def _weight_decay_rule(v):
-    return all(map(_at_least_0, v.values())) if isinstance(v, dict) else _at_least_0(v)
+    return all(map(is_at_least_0, v.values())) if isinstance(v, dict) else is_at_least_0(v)
 
 
 def _betas_rule(v):
-    return isinstance(v, (list, tuple)) and len(v) == 2 and all(map(_share, v))
+    return isinstance(v, (list, tuple)) and len(v) == 2 and all(map(is_share, v))
 
 
 def _data_rule(v):
-    return isinstance(v, dict) and all(map(_at_least_0, v.values())) and any(v.values())
+    return isinstance(v, dict) and all(map(is_at_least_0, v.values())) and any(v.values())
 
 # %% ../nbs/21_schedule.ipynb #c015t
 _RULES = {
@@ -163,9 +147,9 @@ _RULES = {
         lambda v: isinstance(v, dict) and v,
         "at least one part with its learning rate, such as {'projector': 1e-3}",
     ),
-    "epochs": (_above_0, "a number above 0"),
-    "updates": (_whole, "a whole number above 0"),
-    "warmup_ratio": (_share, "a share of the phase, at least 0 and below 1"),
+    "epochs": (is_above_0, "a number above 0"),
+    "updates": (is_whole, "a whole number above 0"),
+    "warmup_ratio": (is_share, "a share of the phase, at least 0 and below 1"),
     "decay": (
         _decay_rule,
         f"one of {', '.join(_DECAYS)}, or a factor in (0, 1] applied after each epoch",
@@ -175,9 +159,10 @@ _RULES = {
         "a number, 0 or above, or one for each of some keys of train",
     ),
     "betas": (_betas_rule, "two numbers, each at least 0 and below 1"),
-    "max_grad_norm": (_above_0, "a number above 0, or none for no clipping"),
-    "batch_size": (_whole, "a whole number above 0, or none for the run's"),
-    "accumulate": (_whole, "a whole number above 0, or none for the run's"),
+    "max_grad_norm": (is_above_0, "a number above 0, or none for no clipping"),
+    "batch_size": (is_whole, "a whole number above 0, or none for the run's"),
+    "accumulate": (is_whole, "a whole number above 0, or none for the run's"),
+    **dict.fromkeys(BUDGET, (is_whole, "a whole number above 0, or none for the run's")),
     "augment": (
         lambda v: isinstance(v, (str, dict)),
         "a policy's name, or strengths such as {'crop': 0.1}",
@@ -193,6 +178,7 @@ _RULES = {
     "optimizer": (lambda v: v in ("new", "carry"), "new or carry"),
 }
 _MAY_BE_NONE = "epochs updates max_grad_norm batch_size accumulate augment data lora".split()
+_MAY_BE_NONE += BUDGET
 
 # %% ../nbs/21_schedule.ipynb #c016
 def _check_rates(phase: Phase, where: str) -> None:
@@ -201,7 +187,7 @@ def _check_rates(phase: Phase, where: str) -> None:
             part_of(key)
         except ModelError as e:
             raise ScheduleError(f"{where}: train: {e}{_nearest(key, (*PARTS, *NAMED))}") from None
-        if not _above_0(lr):
+        if not is_above_0(lr):
             expected = "expected a learning rate above 0 (leave a part out to freeze it)"
             raise ScheduleError(f"{where}: train.{key} is {lr!r}; {expected}")
 
@@ -234,6 +220,9 @@ def _check_phase(phase: Phase) -> None:
             raise ScheduleError(f"{where}: {field} is {found!r}{hint}; expected {expected}")
     _check_rates(phase, where)
     _check_length(phase, where)
+    if phase.min_pixels and phase.max_pixels and phase.min_pixels > phase.max_pixels:
+        above = f"above max_pixels {phase.max_pixels}"
+        raise ScheduleError(f"{where}: min_pixels is {phase.min_pixels}, {above}")
     if isinstance(phase.weight_decay, dict):
         _check_keys(phase, where, "weight_decay", phase.weight_decay)
     if phase.lora is not None:
@@ -241,9 +230,9 @@ def _check_phase(phase: Phase) -> None:
 
 # %% ../nbs/21_schedule.ipynb #c016a
 _LORA_RULES = {
-    "r": (_whole, "a whole number above 0, the rank"),
-    "alpha": (_above_0, "a number above 0; the adapters count alpha/r times"),
-    "dropout": (_share, "a share, at least 0 and below 1"),
+    "r": (is_whole, "a whole number above 0, the rank"),
+    "alpha": (is_above_0, "a number above 0; the adapters count alpha/r times"),
+    "dropout": (is_share, "a share, at least 0 and below 1"),
     "on": (_words, "a list of keys of train"),
     "modules": (_words, "a list of last names of linear layers, such as [q_proj, v_proj]"),
 }
@@ -430,6 +419,7 @@ def learning_rates(
 
 # %% ../nbs/21_schedule.ipynb #c062
 _UNSAID = ("epochs", "updates", "batch_size", "accumulate", "augment", "data", "lora", "optimizer")
+_UNSAID += BUDGET
 
 
 def _plain(value):

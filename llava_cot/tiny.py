@@ -281,9 +281,10 @@ def _mllama_config(tokenizer, image_size: int, tiles: int) -> MllamaConfig:
 # %% ../nbs/12_tiny.ipynb #c057
 def tiny_mllama(
     seed: int = 0,  # of the weights
+    tiles: int = 2,  # most tiles an image is cut into
 ) -> tuple[PreTrainedModel, MllamaProcessor]:
     "A random Mllama of 0.2 M parameters, built offline, its gates at 0.5 so that images count."
-    processor = _mllama_processor()
+    processor = _mllama_processor(tiles=tiles)
     pixels = processor.image_processor
     config = _mllama_config(processor.tokenizer, pixels.size["height"], pixels.max_image_tiles)
     model = _build(config, processor.tokenizer, seed)

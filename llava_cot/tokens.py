@@ -650,6 +650,9 @@ def _overhead(processor: ProcessorMixin, images: int) -> tuple[int, int]:
     return first, _template_tokens(processor, 2, images) - first
 
 # %% ../nbs/14_tokens.ipynb #c093d
+_SHAPES = ((64, 64), (640, 480), (300, 900), (900, 30))  # the thin one is many tokens in any case
+
+
 def _spoken(message: dict) -> str:
     "The texts of a message as one."
     content = message["content"]
@@ -663,7 +666,7 @@ def lengths(
     "About how many tokens each row has; off by a few where a text melts into the template."
     read = processor.tokenizer.backend_tokenizer.encode_batch_fast
     overhead = [_overhead(processor, images) for images in (0, 1)]
-    same, *others = (image_tokens(processor, s) for s in ((640, 480), (64, 64), (300, 900)))
+    same, *others = (image_tokens(processor, size) for size in _SHAPES)
     varies = set(others) != {same}
     known, found = {}, []
     for messages, images in _columns(rows):

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
 from . import data as datasource
-from . import distributed, memory, models
+from . import distributed, memory, models, pixels
 from . import run as runs
 from . import schedule as schedules
 from llava_cot.batches import (
@@ -32,8 +32,10 @@ from llava_cot.batches import (
     Reader,
     context_of,
     find_all,
+    find_in_phases,
     length_options,
     loader,
+    phase_processor,
     phase_settings,
     reader_of,
     select_rows,
@@ -42,7 +44,6 @@ from llava_cot.batches import (
 from .cot import STAGES
 from .distributed import engine_of
 from .files import sealed, writing
-from .gate import PICTURES
 from .loss import by_stage, one_update, row_losses, stage_means, token_losses
 from .models import model_digest
 from .pictures import PictureError
@@ -124,19 +125,13 @@ def _print_precision_warnings(phase: Phase, optimizer, accelerator: Accelerator)
             print(f"warning: {line}", file=sys.stderr, flush=True)
 
 # %% ../nbs/28_train.ipynb #c044l
-def _features_are_fixed(settings: Settings, phase: Phase) -> bool:
-    "Whether a picture gives the same features all through a phase; `settings` are its own."
-    trains_vision = any(part.split(".")[0] == "vision" for part in phase.train)
-    policy = settings.augment
-    changes_pixels = policy and any(getattr(policy, change) for change in PICTURES)
-    return not trains_vision and not changes_pixels
-
-
 def check_cache(settings: Settings) -> None:
     "Raises `RunError` where features would be kept that no phase could use."
     if not settings.cache_vision:
         return
-    if not any(_features_are_fixed(phase_settings(settings, p), p) for p in settings.schedule):
+    if not any(
+        memory.features_are_fixed(phase_settings(settings, p), p) for p in settings.schedule
+    ):
         raise RunError(
             f"cache_vision: found {settings.cache_vision} and no phase that could use it: each"
             " trains vision or augments pictures; leave it out, or give a phase augment: none"
@@ -151,7 +146,7 @@ def _memory_savers(run: Run, phase: Phase, processes: int = 1):
     folder = Path(s.cache_folder) if s.cache_folder else run.out / "vision"
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.gradient_checkpointing(model, s.checkpointing))
-        if s.cache_vision and _features_are_fixed(s, phase):
+        if s.cache_vision and memory.features_are_fixed(s, phase):
             stack.enter_context(
                 memory.cached_vision(model, folder, s.cache_vision * 1e9 / processes)
             )
@@ -446,6 +441,7 @@ def one_phase(
     clock, phase = Clock(), run.settings.schedule[run.phase]
     s, total = phase_settings(run.settings, phase), reads.updates
     carried, run.carried = run.carried, None
+    run.processor = pixels.adopt(run.model, reads.reader.processor)
     prepared = prepare_phase(run.model, phase, total, accelerator, state, carried, s)
     if s.weights != "float32":
         _print_precision_warnings(phase, prepared[1], accelerator)
@@ -544,6 +540,7 @@ def _check_request(s: Settings, exam: Validation, rows, out) -> None:
 # %% ../nbs/28_train.ipynb #c048r
 def _plan_reading(
     run: Run,
+    processor,  # that the run began with
     rows,
     exam: Validation,
     accelerator: Accelerator,
@@ -552,19 +549,21 @@ def _plan_reading(
 ) -> tuple[list[PhaseRows], Validation, dict[str, FoundRows]]:
     "What each phase reads, and what the run is measured by, of sound rows. Raises `BadRows`."
     s, context, how = run.settings, context_of(run.model), dict(progress=progress)
-    given = exam.rows
-    readers = dict(data=reader_of(s, rows, run.processor, context))
-    readers |= {name: _plain_reader(run, some) for name, some in given.items()}
+    given, first = dict(data=rows) | exam.rows, phase_processor(s, s.schedule[0], processor)
+    readers = {name: reader_of(s, some, first, context) for name, some in given.items()}
     if known is not None:
         how["advice"] = f"Put them back, then go on with: llava-cot train --resume {run.out}"
 
-    found = distributed.on_main(accelerator, lambda: find_all(readers, s.bad_rows, known, **how))
-    sound = {name: select_rows(some, found[name].keep) for name, some in given.items()}
-    its = found["data"]
-    more = (run.processor, accelerator.num_processes, its.lengths, context)
-    left = select_rows(rows, its.keep)
-    phases = [PhaseRows.of(s, phase, left, *more) for phase in s.schedule]
-    return phases, replace(exam, **sound), found
+    def look() -> tuple:
+        found, again = find_all(readers, s.bad_rows, known, **how), known is not None
+        its, tokens = find_in_phases(s, rows, processor, found["data"], context, again, **how)
+        return found | dict(data=its), tokens
+
+    found, tokens = distributed.on_main(accelerator, look)
+    left = {name: select_rows(some, found[name].keep) for name, some in given.items()}
+    more = (left.pop("data"), processor, accelerator.num_processes)
+    phases = [PhaseRows.of(s, p, *more, its, context) for p, its in zip(s.schedule, tokens)]
+    return phases, replace(exam, **left), found
 
 # %% ../nbs/28_train.ipynb #c048e
 def fit(
@@ -595,8 +594,9 @@ def fit(
     if s.separator_tokens:
         models.add_separators(model, processor)
     check_schedule(model, schedule)
+    processor = pixels.begin(model, processor, s)
     run = Run(Path(out), s, model=model, processor=processor)
-    reads, sound, found = _plan_reading(run, data, exam, accelerator, progress)
+    reads, sound, found = _plan_reading(run, processor, data, exam, accelerator, progress)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     if s.find_batch_size:
         run.settings = _fit_batch_sizes(s, model, reads, accelerator, progress)
@@ -617,6 +617,7 @@ def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
     model, processor = open_model(name, memory.weights_dtype(s.weights))
     if s.separator_tokens:
         models.add_separators(model, processor)
+    processor = pixels.begin(model, processor, s)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     if model_digest(model) != recipe["start"]:
         raise RunError(
@@ -690,5 +691,6 @@ def resume(
         model, processor = _reopen_model(out, recipe, s)
         run, state = Run(Path(out), s, model=model, processor=processor), None
     known = runs.read_skipped(out, recipe)
-    reads, sound, _ = _plan_reading(run, rows, exam, accelerator, progress, known)
+    as_begun = pixels.with_fields(run.processor, recipe["fingerprint"])
+    reads, sound, _ = _plan_reading(run, as_begun, rows, exam, accelerator, progress, known)
     return _run_phases(run, reads, sound, accelerator, progress, state)

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from llava_cot import batches, data, shapes
 from llava_cot.gate import Policy
 from llava_cot.loss import backward
-from llava_cot.settings import RunError
+from llava_cot.pixels import with_budget
+from llava_cot.schedule import Phase, Schedule
+from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, TooLong, encode, lengths
 
@@ -210,3 +212,45 @@ def test_fitting_keeps_exactly_the_rows_that_fit():
             batches.rows_that_fit(batches.Reader(forty, its, max_length=20, too_long="drop"))
         assert all(abs(a - b) < 6 for a, b in zip(lengths(forty, its), exact))
         assert batches.Reader(forty, its).check().lengths == exact
+
+
+def test_a_row_is_kept_that_fits_under_the_budget_of_every_phase():
+    _, its = tiny_qwen2_5_vl()
+    shorter, longer = (
+        Phase(name, {"projector": 1e-3}, max_pixels=n) for name, n in (("s", 1152), ("l", 4608))
+    )
+    its_rows = some_rows(12)
+    counted = {
+        phase.name: [
+            len(encode(row, with_budget(its, max_pixels=phase.max_pixels))["input_ids"])
+            for row in its_rows
+        ]
+        for phase in (shorter, longer)
+    }
+
+
+    def found_in_phases(s):
+        first_ = batches.phase_processor(s, s.schedule[0], its)
+        found_ = batches.find_rows(batches.reader_of(s, its_rows, first_))
+        return batches.find_in_phases(s, its_rows, its, found_)
+
+
+    limit_ = sorted(counted["l"])[6]
+    assert max(counted["s"]) < max(counted["l"])
+    for several in ([shorter, longer], [longer, shorter], [longer]):
+        s = Settings(Schedule(several), max_length=limit_, too_long="drop")
+        its_found, its_lengths = found_in_phases(s)
+        assert its_found.keep == [i for i, n in enumerate(counted["l"]) if n <= limit_]
+        others = set(range(12)) - set(its_found.keep)
+        assert sorted(its_found.dropped) == sorted(its_rows[i]["id"] for i in others)
+        of_phases = [[counted[phase.name][i] for i in its_found.keep] for phase in several]
+        assert its_lengths == of_phases and its_found.lengths == of_phases[0]
+    with pytest.raises(TooLong):
+        refusing = Settings(Schedule([shorter, longer]), max_length=limit_)
+        found_in_phases(refusing)
+    own = batches.phase_settings(Settings(Schedule([shorter]), max_pixels=9216), shorter)
+    assert own.max_pixels == 1152
+    read = PhaseRows.of(Settings(Schedule([shorter])), shorter, its_rows, its).reader
+    assert read.processor.image_processor.size["longest_edge"] == 1152
+    assert its.image_processor.size["longest_edge"] == 9216
+    assert read.lengths == [len(read[0, i]["input_ids"]) for i in range(12)]

@@ -384,6 +384,60 @@ def test_preview_shows_rows_of_ones_own_data():
         ), error
 
 
+def test_a_pixel_budget_reaches_every_command():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        rows_, schedule = write_rows(tmp / "rows", 24), tmp / "schedule.yaml"
+        phases = SCHEDULE.replace("updates: 3}", "updates: 2, max_pixels: 600}")
+        schedule.write_text(phases.replace("updates: 4}", "updates: 2}"))
+        with_model = ["--data", rows_, "--model", "tiny_qwen2_5_vl"]
+        small = ["--max_pixels", 1152]
+        seen = {}
+        for name, budget in (("own", []), ("small", small)):
+            page = tmp / f"{name}.html"
+            code, _, error = here("preview", *with_model, "--rows", "0:2", "--out", page, *budget)
+            assert code == 0, error
+            seen[name] = page.read_text().count("as seen, 1 tile of 48 × 48")
+            code, out, error = here("check", rows_, "--model", "tiny_qwen2_5_vl", "--json", *budget)
+            assert code == 0, error
+            seen[f"{name} tiles"] = json.loads(out)["tiles"]
+            how = ["--length", 400, "--image_size", "960x480", "--json", *budget]
+            code, out, error = here("plan", *with_model[2:], "--schedule", schedule, *how)
+            assert code == 0, error
+            seen[f"{name} plan"] = [phase["image_tokens"] for phase in json.loads(out)["phases"]]
+        assert (seen["own"], seen["small"]) == (2, 0) and seen["own tiles"] != seen["small tiles"]
+        assert seen["own plan"] == [1, 10] and seen["small plan"] == [1, 2]
+        out_ = tmp / "run"
+        how = ["--schedule", schedule, "--held_out", 0.2, "--max_new_tokens", 4, *small]
+        code, out, error = here("train", *with_model, "--out", out_, *how, "--dry-run")
+        assert code == 0 and not out_.exists(), error
+        code, out, error = here("train", *with_model, "--out", out_, *how)
+        assert code == 0, error
+        its = models.load_processor(out_ / "model")
+        assert its.image_processor.size["longest_edge"] == 1152
+        code, out, error = here(
+            "eval", "--model", out_ / "model", "--data", rows_, "--n", 2, "--max_new_tokens", 4
+        )
+        assert code == 0, error
+        for command, words, why in (
+            ("train", ["--model", "tiny_llava", *small], "max_pixels: found 1152, but a llava makes"),
+            ("train", ["--max_tiles", 2], "max_tiles: found 2, but a qwen2_5_vl"),
+            ("train", ["--max_pixels", 100], "max_pixels: found 100, expected at least 576"),
+            ("train", ["--min_pixels", 2000, *small], "min_pixels: found 2000, above max_pixels 1152"),
+            ("train", ["--max_pixels", "1e5"], "max_pixels"),
+            ("plan", ["--model", "tiny_llava", *small], "max_pixels: found 1152, but a llava makes"),
+            ("plan", ["--image_size", "640"], "image_size: found '640', expected width and height"),
+            ("preview", ["--max_tiles", 0], "max_tiles: found 0"),
+            ("preview", ["--model", "tiny_mllama", "--max_tiles", 3], "max_tiles: found 3, and this"),
+        ):
+            place = [] if command == "plan" else ["--out", tmp / "wrong"]
+            code, out, error = here(command, *with_model, *place, *words)
+            assert code == 2 and why in error and error.count("\n") == 1, (command, words, error)
+            assert not (tmp / "wrong").exists()
+        code, out, error = here("check", rows_, *small)
+        assert code == 2 and "max_pixels: found no model" in error
+
+
 def test_train_takes_every_option_of_the_loss_and_the_batches():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)

@@ -53,6 +53,36 @@ def test_family_of_config_and_unknown():
         family_of(LlamaConfig())
 
 
+def test_what_a_budget_cannot_be_is_refused_by_name():
+    qwen_family = FAMILIES["qwen2_5_vl"]
+    its_pixels = qwen_family.budget.assumed(Qwen2_5_VLConfig())
+    for match, wrong in (
+        ("max_pixels: found 783, expected at least 784", dict(max_pixels=783)),
+        ("min_pixels: found 1, expected at least 784", dict(min_pixels=1)),
+        ("min_pixels: found 2000, above max_pixels 1000$", dict(min_pixels=2000, max_pixels=1000)),
+        ("above max_pixels 802816; one of them is the processor's", dict(min_pixels=10**6)),
+        ("max_pixels: found 1000.0, expected a whole number", dict(max_pixels=1000.0)),
+        ("max_pixels: found True", dict(max_pixels=True)),
+        ("max_pixels: found 0", dict(max_pixels=0)),
+        ("max_pixels: found -784", dict(max_pixels=-784)),
+        ("max_pixels: found '1000'", dict(max_pixels="1000")),
+        ("max_tiles: found 4, but a qwen2_5_vl keeps .* shape .*; give max_pixels", dict(max_tiles=4)),
+    ):
+        with pytest.raises(ModelError, match=match):
+            budget_fields(qwen_family, its_pixels, **wrong)
+    for config in (LlavaConfig(), LlavaNextConfig(), MllamaConfig()):
+        other = family_of(config)
+        seen_by = other.budget.assumed(config) if other.budget.options else None
+        todo = "give max_tiles" if other.budget.options else "leave it out"
+        with pytest.raises(ModelError, match=f"^phase 'a': max_pixels: found 9999, .*; {todo}$"):
+            budget_fields(other, seen_by, "phase 'a'", max_pixels=9999)
+        if other.budget.options:
+            for tiles in (5, 1) if other.model_type == "llava_next" else (5,):
+                with pytest.raises(ModelError, match=f"max_tiles: found {tiles}, and this processor"):
+                    budget_fields(other, seen_by, max_tiles=tiles)
+        assert budget_fields(other, seen_by) == {}
+
+
 def test_a_picture_alone_is_seen_as_in_a_batch():
     for tiny in TINY:
         model, processor = tiny()

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, MllamaConfig
 from llava_cot import families, memory, models, shapes
 from llava_cot.families import ModelError, family_of, part_modules, parts, without_gradient
 from llava_cot.loss import replaced_forward, token_losses
+from llava_cot.pixels import adopt, with_budget
 from llava_cot.schedule import Phase
 from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
@@ -319,6 +320,24 @@ def test_what_is_kept_is_bounded_and_never_another_models():
             f.write_bytes(f.read_bytes()[: size // 2])  # cut short: looked at again, and mended
         mended, seen = look()
         assert torch.equal(mended, first) and seen.looked == 4 and look()[1].looked == 0
+
+
+def test_budgets_share_a_folder_and_no_features():
+    for tiny, budgets in (
+        (tiny_qwen2_5_vl, [dict(max_pixels=n) for n in (1152, 4608)]),
+        (tiny_llava_next, [dict(max_tiles=n) for n in (2, 4)]),
+    ):
+        model, toy = tiny(seed=0)
+        model.requires_grad_(False)
+        with tempfile.TemporaryDirectory() as tmp:
+            for asked in budgets:
+                made = adopt(model, with_budget(toy, **asked))
+                rows = Collator(made)(pictured(made, ((96, 96), (70, 40), (40, 100))))
+                plain, _ = token_losses(model, rows)
+                for turn in range(2):
+                    with memory.cached_vision(model, tmp, 1e9) as seen:
+                        assert torch.allclose(token_losses(model, rows)[0], plain, atol=1e-5)
+                    assert (seen.looked == 0) == (turn == 1)
 
 
 def test_what_is_said_to_stand_still_does_and_the_rest_moves():

@@ -30,10 +30,12 @@ from llava_cot import train
 from llava_cot.families import example_batch, family_of
 from llava_cot.loss import one_update
 from llava_cot.memory import KINDS, gradient_checkpointing
+from llava_cot.pixels import adopt, with_budget
 from llava_cot.plan import PlanError
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tokens import image_tokens
 
 def small_llava(vocabulary=4096):
     vision = CLIPVisionConfig(
@@ -370,12 +372,46 @@ def test_plan_plots_prints_and_serialises():
     saved = json.loads(json.dumps(small.to_dict()))
     assert saved["phases"][1]["optimizer"] == small[1].optimizer and saved["peak"] == small.peak
     assert saved["engine"] == "single" and saved["length"] == 64
+    assert "a picture" not in str(small)
     assert "align" in str(small) and "hours" not in str(small) and "<table>" in small._repr_html_()
     timed = plan(tiny_llava()[0], PRESETS["demo"], gpu="h100", mfu=0.5, **short)
     assert timed[0].updates == 200 and "hours" in str(timed)
     assert timed[0].hours == 200 * timed[0].flops / (0.5 * 989e12) / 3600
     by_rows = plan(tiny_llava()[0], "two_phase", accumulate=2, gpus=2, engine="ddp", rows=100, **short)
     assert by_rows[1].updates == 13  # 100 / (2 · 2 · 2), rounded up
+
+
+def test_the_plan_counts_a_picture_as_the_processor_does():
+    for toy, asked, size in (
+        (tiny_qwen2_5_vl, dict(max_pixels=9999, min_pixels=4000), (31, 60)),
+        (tiny_llava_next, dict(max_tiles=2), (90, 90)),
+        (lambda: tiny_mllama(tiles=4), dict(max_tiles=2), (90, 200)),
+    ):
+        model, its = toy()
+        made = with_budget(its, **asked)
+        how = dict(image_size=size, length=300, batch_size=1)
+        [planned] = plan(model, Schedule([ALIGN]), processor=its, **how, **asked)
+        assert planned.image_tokens == image_tokens(made, size) and planned.budget == asked
+        adopt(model, made)  # as a model that was trained so
+        [again] = plan(model, Schedule([ALIGN]), processor=made, **how)
+        assert again.image_tokens == planned.image_tokens and again.peak == planned.peak
+    large, small = (Phase(n, {"language": 1e-3}, max_pixels=m) for n, m in (("l", 92160), ("s", 23040)))
+    net = tiny_qwen2_5_vl()[0]
+    both = plan(net, Schedule([small, large]), length=300, batch_size=2)
+    [alone] = plan(net, Schedule([small]), length=300 - 160 + 40, batch_size=2)
+    assert [p.image_tokens for p in both] == [40, 160] and both[0].peak < both[1].peak
+    assert (
+        both[0] == alone and json.loads(json.dumps(both.to_dict()))["phases"][0]["image_tokens"] == 40
+    )
+    assert "40 tokens" in str(both)
+    for match, wrong in (
+        ("max_tiles: found 2, but a qwen2_5_vl", dict(max_tiles=2)),
+        ("max_pixels: found 100, expected at least 576", dict(max_pixels=100)),
+        ("image_size: goes with the model's processor", dict(image_size=(10, 10))),
+        ("length: found 300 tokens, but a picture .* takes 1024", dict(max_pixels=576 * 1024)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            plan(net, "two_phase", **(dict(length=300) | wrong))
 
 
 def test_advice_fits_and_the_next_batch_does_not():
@@ -398,6 +434,17 @@ def test_advice_fits_and_the_next_batch_does_not():
         GPUS["test-card"] = Gpu(memory=0.05, flops=1e14)
         nothing = advise(llava, "two_phase", "test-card", batch_size=2, **tight)
         assert nothing.best is None and "does not fit: align: one row takes" in str(nothing)
+        seeing = tiny_qwen2_5_vl()[0]
+        large, less = (
+            plan(seeing, every, batch_size=1, length=64 + n, max_pixels=576 * n)[0] for n in (1024, 256)
+        )
+        assert (large.image_tokens, less.image_tokens) == (1024, 256)
+        GPUS["test-card"] = Gpu(memory=1.2 * less.peak / 2**30 / USABLE, flops=1e14)
+        asked = dict(length=64 + 1024, max_pixels=576 * 1024, batch_size=1)
+        fewer = advise(seeing, every, "test-card", **asked)
+        assert fewer.best.setting["max_pixels"] in (576 * 512, 576 * 256, 576 * 128)
+        assert fewer.best.plan.peak <= 1.2 * less.peak < large.peak
+        assert f"max_pixels {fewer.best.setting['max_pixels']:,}" in str(fewer)
     finally:
         del GPUS["test-card"]
 

@@ -58,12 +58,18 @@ def test_wrong_phases_are_refused_by_name():
         ("betas", (0.9, 1.0)),
         ("weight_decay", -1),
         ("max_grad_norm", 0),
+        ("max_pixels", 0),
+        ("max_pixels", 200704.0),
+        ("min_pixels", True),
+        ("max_tiles", "two"),
         ("name", "a/b"),
         ("name", ""),
     ]:
         with pytest.raises(ScheduleError, match=field) as e:
             Phase(**{**good, field: value})
         assert "phase " in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ScheduleError, match="'align': min_pixels is 3000, above max_pixels 2000"):
+        Phase(**good, min_pixels=3000, max_pixels=2000)
     with pytest.raises(ScheduleError, match="both epochs .* and updates"):
         Phase(**good, epochs=1, updates=10)
     with pytest.raises(ScheduleError, match="did you mean 'vision'"):
@@ -177,6 +183,9 @@ def test_yaml_round_trip():
         weight_decay=st.floats(0, 1),
         betas=st.tuples(st.floats(0, 0.9999), st.floats(0, 0.9999)),
         max_grad_norm=st.none() | st.floats(0.01, 10),
+        max_pixels=st.none() | st.integers(10**4, 10**7),
+        min_pixels=st.none() | st.integers(1, 10**4),
+        max_tiles=st.none() | st.integers(1, 9),
     )
 
 

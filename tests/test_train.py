@@ -25,7 +25,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from llava_cot import data, families, loss, memory, models, shapes, train
 from llava_cot import run as runs
@@ -36,10 +36,11 @@ from llava_cot.files import FileError, why_broken
 from llava_cot.gate import Policy
 from llava_cot.loss import one_update, token_losses
 from llava_cot.memory import transformer_layers
+from llava_cot.pixels import budget_of, with_budget
 from llava_cot.rowcheck import BadRows
 from llava_cot.run import list_checkpoints, newest_checkpoint, read_lines
 from llava_cot.schedule import Phase, Schedule
-from llava_cot.settings import RunError
+from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, TooLong, encode
 
@@ -261,6 +262,52 @@ def killed_and_resumed_skips_the_same(folder, n, bad, updates, stops):
 
 
 FULL = dict(vision=1e-3, projector=1e-3, language=1e-3)
+
+def wide_rows(n=12):
+    "Rows whose pictures are larger than a tile, of several shapes."
+    sides, found = ((96, 96), (120, 60), (60, 100)), []
+    for i, row in enumerate(some_rows(n)):
+        found.append(row | {"images": [im.resize(sides[i % 3]) for im in row["images"]]})
+    return found
+
+
+def budgeted(first, second):
+    "Two phases with these budgets."
+    everything = dict(vision=1e-3, projector=1e-3, language=1e-3)
+    return Schedule(
+        [
+            Phase("small", train={"projector": 2e-3}, updates=3, **first),
+            Phase("large", train=everything, updates=3, **second),
+        ]
+    )
+
+
+def two_tiles():
+    return tiny_mllama(seed=0, tiles=4)
+
+
+def run_in_budgets(toy, schedule, out, stop=99, reopen=False, **asked):
+    "A run over `wide_rows`, interrupted before an update and resumed."
+    model, its = toy()
+    before, held = models.fingerprint(its), wide_rows(4)
+    more = dict(eval_every=3, batch_size=2, accumulate=2, save_every=2, keep=9, progress=False)
+    if reopen:  # a run that was stopped before its first checkpoint opens the model again
+        models.save(model, its, out.parent / f"base-{out.name}")
+        more["source"] = dict(model=str(out.parent / f"base-{out.name}"))
+    try:
+        with interrupted(stop):
+            ended = train.fit(
+                model, its, wide_rows(), schedule, out, held_out=held, **more, **asked
+            )
+    except KeyboardInterrupt:
+        ended = train.resume(out, wide_rows(), held_out=held, progress=False)
+    assert models.fingerprint(its) == before  # the caller's
+    return ended
+
+
+def fields_of(processor, model):
+    names = families.family_of(model).budget.fields
+    return {name: value for name, value in models.fingerprint(processor).items() if name in names}
 
 ADAPTING = Schedule(
     [
@@ -739,6 +786,61 @@ def test_what_a_phase_has_of_its_own_survives_an_interruption():
             with pytest.raises(ValueError, match=what):
                 go("wrong", schedule=Schedule([own_[0], Phase("b", **every_part(**wrong))]))
         assert not (Path(tmp) / "wrong").exists()
+
+
+def test_phases_with_pixel_budgets_survive_an_interruption():
+    for toy, budgets, asked in (
+        (tiny_qwen2_5_vl, (dict(max_pixels=2304), dict(min_pixels=2304)), dict(max_pixels=4608)),
+        (tiny_llava_next, (dict(max_tiles=2), {}), {}),
+        (two_tiles, ({}, {}), dict(max_tiles=2)),
+    ):
+        phases, ends = budgeted(*budgets), []
+        stops = (99, 1, 4) if toy is tiny_llava_next else (99, 6)
+        with tempfile.TemporaryDirectory() as tmp:
+            for stop in stops:
+                reopen = stop == 1 or toy is two_tiles
+                out = Path(tmp) / str(stop)
+                ended = run_in_budgets(toy, phases, out, stop, reopen, **asked)
+                ends.append((weights(ended.model), ended.metrics(), read_lines(out / "evals.jsonl")))
+                model, its = models.load(out / "model")
+                plain = AutoModelForImageTextToText.from_pretrained(out / "model")
+                assert all(torch.equal(p, ends[0][0][n]) for n, p in plain.named_parameters())
+                wanted = budget_of(phases[1], Settings(phases, **asked))
+                promised = fields_of(with_budget(toy()[1], **wanted), model)
+                assert fields_of(its, model) == fields_of(ended.processor, model) == promised
+                pictures = AutoImageProcessor.from_pretrained(out / "model")
+                assert all(getattr(pictures, name) == value for name, value in promised.items())
+                [best] = (out / "best").iterdir()
+                models.load(best)
+                checkpoint = models.load_processor(out / "checkpoints" / "0-0000003")
+                first = budget_of(phases[0], Settings(phases, **asked))
+                assert fields_of(checkpoint, model) == fields_of(with_budget(toy()[1], **first), model)
+        for w, metrics, evals in ends[1:]:
+            assert metrics == ends[0][1] and evals == ends[0][2]
+            assert all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
+        each = {"small": 0, "large": 0}
+        for line in ends[0][1]:
+            each[line["phase"]] += line["tokens"]
+        assert toy is two_tiles or each["small"] < each["large"]
+
+
+def test_a_budget_of_pixels_goes_with_features_from_disk_and_a_batch_that_is_found():
+    found = []
+    with tempfile.TemporaryDirectory() as tmp:
+        for i, asked in enumerate(({}, dict(cache_vision=1.0), dict(find_batch_size=True))):
+            phases = budgeted(dict(max_tiles=2), {})
+            ended = run_in_budgets(tiny_llava_next, phases, Path(tmp) / str(i), **asked)
+            found.append([line["loss"] for line in ended.metrics()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) == found[2]
+    with tempfile.TemporaryDirectory() as tmp:
+        for toy, phases, match in (
+            (tiny_llava, budgeted({}, dict(max_pixels=2304)), "phase 'large': max_pixels: .* leave it"),
+            (tiny_mllama, budgeted(dict(max_tiles=1), {}), "phase 'large': max_tiles is None"),
+            (tiny_qwen2_5_vl, budgeted(dict(max_pixels=9), {}), "phase 'small': max_pixels: found 9,"),
+        ):
+            with pytest.raises(ModelError, match=match):
+                run_in_budgets(toy, phases, Path(tmp) / "refused")
+        assert not any(Path(tmp).iterdir())
 
 
 def test_evaluations_are_those_of_the_weights_that_were_kept():
