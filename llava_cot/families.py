@@ -44,19 +44,11 @@ def _none_unused(config: PreTrainedConfig) -> str:
     return "(?!)"  # matches nothing
 
 
-def _as_it_is(*_) -> None:
-    "Needs no mend."
+def _as_it_is(*_, **__) -> None:
+    "Nothing to mend, or to know."
 
 # %% ../nbs/10_families.ipynb #px-budget
 BUDGET = ("max_pixels", "min_pixels", "max_tiles")  # what may be asked of pictures
-
-
-def _follows(model: PreTrainedModel | PreTrainedConfig, **fields) -> None:
-    "Its config says nothing of pictures' sizes."
-
-
-def _none_assumed(config: PreTrainedConfig) -> None:
-    "Nothing to know."
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,9 @@ class Budget:
     options: tuple  # of `BUDGET`: those that it has
     looks: str  # what it does with a picture: why it has no others
     fields: tuple = ()  # of its image processor: they hold the budget
-    assumed: Callable = _none_assumed  # config -> an image processor's, where there is none
+    assumed: Callable = _as_it_is  # config -> an image processor's, where there is none
     limit: Callable = dict  # image processor, what is asked -> those fields
-    follow: Callable = _follows  # model or config, those fields: changed in place to go with them
+    follow: Callable = _as_it_is  # model or config, those fields: changed in place to go with them
     fixed: bool = False  # weights go with it: one for a whole run
 
 # %% ../nbs/10_families.ipynb #fa-named
@@ -148,10 +140,8 @@ def _qwen_limit(pixels, max_pixels=None, min_pixels=None):
         if found and found < one:
             expected = f"expected at least {one}, the pixels of one token"
             raise ModelError(f"{name}: found {found}, {expected}")
-    least, most = (
-        min_pixels or pixels.size["shortest_edge"],
-        max_pixels or pixels.size["longest_edge"],
-    )
+    least = min_pixels or pixels.size["shortest_edge"]
+    most = max_pixels or pixels.size["longest_edge"]
     if least > most:
         own = "" if max_pixels and min_pixels else "; one of them is the processor's own: give both"
         raise ModelError(f"min_pixels: found {least}, above max_pixels {most}{own}")
