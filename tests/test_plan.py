@@ -404,6 +404,8 @@ def test_the_plan_counts_a_picture_as_the_processor_does():
         both[0] == alone and json.loads(json.dumps(both.to_dict()))["phases"][0]["image_tokens"] == 40
     )
     assert "40 tokens" in str(both)
+    [last] = plan(net, Schedule([large]), length=300, batch_size=2)
+    assert both[1] == last  # no batch of another phase is kept
     for match, wrong in (
         ("max_tiles: found 2, but a qwen2_5_vl", dict(max_tiles=2)),
         ("max_pixels: found 100, expected at least 576", dict(max_pixels=100)),
