@@ -155,13 +155,8 @@ def _qwen_assumed(config):
     return SimpleNamespace(**_qwen_sees(config), size=size)
 
 
-_BY_PIXELS = Budget(
-    ("max_pixels", "min_pixels"),
-    "keeps a picture's shape and counts its pixels",
-    fields=("size",),
-    assumed=_qwen_assumed,
-    limit=_qwen_limit,
-)
+_KEEPS_SHAPE = "keeps a picture's shape and counts its pixels"
+_BY_PIXELS = Budget(BUDGET[:2], _KEEPS_SHAPE, ("size",), _qwen_assumed, _qwen_limit)
 
 # %% ../nbs/10_families.ipynb #px-next
 def _llava_next_limit(pixels, max_tiles):

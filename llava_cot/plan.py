@@ -315,15 +315,13 @@ def _of(model_or_config, dtype: str | None, weights: str) -> tuple:
     return model_or_config.config, dtype or str(model_or_config.dtype).removeprefix("torch.")
 
 # %% ../nbs/29_plan.ipynb #pb-code
-def _batches(pictures: Pictures, s: Settings, length: int) -> list[dict]:
-    "One for each phase, of rows with the same text."
+def _batches(pictures: Pictures, s: Settings, length: int) -> Iterator[dict]:
+    "One for each phase, of rows with the same text; none is kept beside the next."
     settings = [phase_settings(s, phase) for phase in s.schedule]
     images = [pictures.tokens(**budget_of(own)) for own in settings]
     text = length - max(images)
-    return [
-        pictures.batch(own.batch_size, text + image, **budget_of(own))
-        for own, image in zip(settings, images)
-    ]
+    for own, image in zip(settings, images):
+        yield pictures.batch(own.batch_size, text + image, **budget_of(own))
 
 # %% ../nbs/29_plan.ipynb #c016
 def plan(
