@@ -48,7 +48,13 @@ class Found(Problem):
     row: int | None = None  # its line in the file, or its index in a list or table
 
 
-WARNINGS = ("duplicate_image", "near_duplicate_image", "duplicate_question")  # drop no row
+WARNINGS = (  # drop no row
+    "duplicate_image",
+    "near_duplicate_image",
+    "maybe_duplicate_image",
+    "maybe_shared_image",
+    "duplicate_question",
+)
 
 # %% ../nbs/09_doctor.ipynb #d060
 @dataclass
@@ -107,7 +113,8 @@ def check(
         seen.other = open_gallery(evaluation, rows, workers, progress, "evaluation images")
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = _survey_all(source, fmt, tokenizer, workers, progress, "reading rows")
-    seen.look_at(open_gallery(source, rows, workers, progress, "looking at images"))
+    gallery = open_gallery(source, rows, workers, progress, "looking at images")
+    seen.look_at(gallery, workers, progress)
 
     report = DataReport(source=source, against=against and str(against))
     for row in rows:
@@ -246,10 +253,10 @@ class _Seen:
     duplicates: dict = field(default_factory=dict)  # image → (how, earlier image)
     shared: dict = field(default_factory=dict)  # image → (how, the evaluation set's image)
 
-    def look_at(self, gallery: Gallery):
-        self.gallery, self.duplicates = gallery, find_duplicates(gallery)
+    def look_at(self, gallery: Gallery, workers: int | None = None, progress: bool = False):
+        self.gallery, self.duplicates = gallery, find_duplicates(gallery, workers, progress)
         if self.other:
-            self.shared = find_shared(gallery, self.other)
+            self.shared = find_shared(gallery, self.other, workers, progress)
 
 
 def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
@@ -267,6 +274,18 @@ def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, s
         yield "duplicate_question", f"asks what {where} asks too, about the same image"
 
 # %% ../nbs/09_doctor.ipynb #d078
+_SHARED = {
+    "exact": ("shared_image", "is"),
+    "near": ("near_shared_image", "is nearly"),
+    "maybe": ("maybe_shared_image", "may be"),
+}
+_REPEATED = {
+    "exact": ("duplicate_image", "holds the same bytes as"),
+    "near": ("near_duplicate_image", "looks like"),
+    "maybe": ("maybe_duplicate_image", "may be"),
+}
+
+
 def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
     "`(kind, message)` for the images of a row."
     place = source.where(row.number, row.known)
@@ -281,18 +300,13 @@ def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str,
         if image in seen.shared:
             how, theirs = seen.shared[image]
             theirs = f"one of the evaluation set ({seen.other.where[theirs]})"
-            if how == "near":
-                yield "near_shared_image", f"image {shown} is nearly {theirs}"
-            else:
-                yield "shared_image", f"image {shown} is {theirs}"
+            kind, verb = _SHARED[how]
+            yield kind, f"image {shown} {verb} {theirs}"
         is_first = seen.gallery.where[image] == place
         if image in seen.duplicates and isinstance(image, str) and is_first:
             how, earlier = seen.duplicates[image]
-            where = seen.gallery.where[earlier]
-            if how == "near":
-                yield "near_duplicate_image", f"image {shown} looks like that of {where}"
-            else:
-                yield "duplicate_image", f"image {shown} holds the same bytes as that of {where}"
+            kind, verb = _REPEATED[how]
+            yield kind, f"image {shown} {verb} that of {seen.gallery.where[earlier]}"
 
 # %% ../nbs/09_doctor.ipynb #d079
 @patch

@@ -446,7 +446,8 @@ def test_check_finds_all_that_was_planted_and_nothing_else():
         for workers in (0, 2):
             r = check(d, against=Path(d) / "eval", workers=workers)
             assert kinds_and_rows(r) == planted
-            assert {p.kind for p in r.warnings} == set(WARNINGS) and r.rows == 400 and not r.ok
+            sure = {kind for kind in WARNINGS if not kind.startswith("maybe")}
+            assert {p.kind for p in r.warnings} == sure and r.rows == 400 and not r.ok
         alone = {(kind, n) for kind, n in planted if "shared" not in kind}
         assert kinds_and_rows(check(d)) == alone
         first = min(n for kind, n in alone if kind not in WARNINGS)
