@@ -30,6 +30,7 @@ from llava_cot.gate import (
     objections,
 )
 from .paraphrase import draw_words, edit_texts, reword, texts_of
+from .pictures import pictures_of, read_picture, rgb
 
 _all_ = ["Policy", "LIGHT", "STRONG", "allowed"]  # at hand here, too
 
@@ -221,9 +222,7 @@ def _blur(image, sigma):
 def _jpeg(image, quality):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    saved = Image.open(file)
-    saved.load()
-    return saved
+    return read_picture(file.getvalue())
 
 # %% ../nbs/17_augment.ipynb #c037i
 def transform(
@@ -233,7 +232,7 @@ def transform(
     "A picture transformed, in RGB and of the same size; as it was where there are no parameters."
     if not parameters:
         return image
-    image = image.convert("RGB")
+    image = rgb(image)
     if parameters.keys() & {"crop", "rotation", "perspective", "flip"}:
         image = _warp(image, parameters)
     if parameters.keys() & {"brightness", "contrast", "saturation", "hue", "grayscale"}:
@@ -267,7 +266,7 @@ def _draw_picture(image, strength, draws, flipped, held):
         if t in found and t in held and not _keeps_inside(found, image.size):
             del found[t]
     if "saturation" in held and "brightness" in found:
-        peak = max(1, *(high for _, high in image.convert("RGB").getextrema()))
+        peak = max(1, *(high for _, high in image.getextrema()))
         factor = found["brightness"]["factor"]
         found["brightness"]["factor"] = min(factor, max(1.0, 255 / peak))
     return found
@@ -306,7 +305,7 @@ def draw_changes(
     flipped = draws("flip").random() < strength["flip"]
     images = []
     if any(strength[t] for t in PICTURES):
-        for i, image in enumerate(example["images"]):
+        for i, image in enumerate(pictures_of(example)):
             own = _numbered(draws, i)
             images.append(_draw_picture(image, strength, own, flipped, held))
     words = draw_words(example, strength, draws, protect=gate)
@@ -333,11 +332,12 @@ def augment(
     """A varied copy of an example whose answer and stages stay true.
 
     Pure in (seed, epoch, id). Raises `AugmentError` without an id."""
+    example = {**example, "images": pictures_of(example)}
     changes = draw_changes(example, policy, seed, epoch, gate)
     new = reword(example, changes, protect=gate)
     if changes["flipped"] and gate:
         new = _mirrored(new)
-    images = list(example["images"])
+    images = example["images"]
     if changes["images"]:
         images = [transform(image, p) for image, p in zip(images, changes["images"])]
     return {**new, "images": images}
@@ -366,7 +366,7 @@ def preview(
             ax.axis("off")
             ax.set_title("original" if epoch < 0 else f"epoch {epoch}", fontsize=8)
             if new["images"]:
-                ax.imshow(new["images"][0].convert("RGB"))
+                ax.imshow(rgb(new["images"][0]))
             asked = textwrap.fill(_question(new)[:90], 22)
             ax.text(0.5, -0.05, asked, transform=ax.transAxes, **below)
     margins = dict(left=0.01, right=0.99, top=0.92, bottom=0.16 / len(examples))

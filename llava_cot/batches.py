@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import augment as augmentation
-from .cot import LLAVA_COT, CoTFormat
+from .cot import LLAVA_COT, CoTFormat, InputError
 from .gate import Policy
+from .pictures import example_at, id_at, limits
 from .schedule import Phase
 from .settings import RunError, Settings
 from .tokens import Collator, TooLong, encode, lengths
@@ -122,10 +123,13 @@ class Reader(torch.utils.data.Dataset):
         max_length: int | None = None,  # tokens
         policy: Policy | None = None,  # how rows are augmented
         seed: int = 0,
+        picture_pixels: int | None = None,  # of `pictures.limits`
+        picture_text: int | None = None,  # of `pictures.limits`
         **options,  # of `tokens.encode`
     ):
         self.rows, self.processor, self.fmt, self.max_length = rows, processor, fmt, max_length
         self.policy, self.seed, self.options = policy, seed, options
+        self.limits = dict(pixels=picture_pixels, text=picture_text)
 
     def __len__(self):
         return len(self.rows)
@@ -137,7 +141,13 @@ class Reader(torch.utils.data.Dataset):
     @cached_property
     def lengths(self) -> list[int]:
         "About how many tokens each row has, as `tokens.lengths` counts them; counted once."
-        return lengths(self.rows, self.processor)
+        with limits(**self.limits):
+            return lengths(self.rows, self.processor)
+
+    def example(self, row: int) -> dict:
+        "A row, its pictures in RGB. Raises `PictureError`."
+        with limits(**self.limits):
+            return example_at(self.rows, row)
 
     def encode(self, example: dict):
         "An example as it is. Raises `TooLong`."
@@ -150,7 +160,7 @@ class Reader(torch.utils.data.Dataset):
 
     def __getitem__(self, address):
         epoch, row, *share = address
-        example, encoded = self.rows[row], None
+        example, encoded = self.example(row), None
         if self.policy is not None:
             with contextlib.suppress(TooLong):
                 encoded = self.encode(self.augmented(example, epoch, *share))
@@ -166,6 +176,8 @@ def reader_of(settings: Settings, rows, processor) -> Reader:
         settings.max_length,
         settings.augment,
         settings.seed,
+        settings.picture_pixels,
+        settings.picture_text,
         too_long=settings.too_long,
         control_tokens=settings.control_tokens,
     )
@@ -215,17 +227,45 @@ def _leave_signals(worker) -> None:
         signal.signal(s, signal.SIG_IGN)
 
 
+class _Telling(torch.utils.data.Dataset):
+    "The rows of a reader, collated; what is wrong with one comes whole from a worker's process."
+
+    def __init__(self, reader: Reader):
+        self.reader, self.collate = reader, Collator(reader.processor)
+
+    def __getitem__(self, address):
+        try:
+            return self.reader[address]
+        except InputError as e:
+            return e
+
+    def batch(self, rows: list):
+        "The batch of these rows, or what is wrong with the first that cannot be had."
+        wrong = [row for row in rows if isinstance(row, InputError)]
+        return wrong[0] if wrong else self.collate(rows)
+
+
+class _Loader(DataLoader):
+    "Raises what is wrong with a row as it was raised, whichever process met it."
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
 def loader(
     reader: Reader,
     order: Order,
     workers: int = 0,  # processes that read ahead
 ) -> DataLoader:
     "Batches in `order`, collated: `input_ids`, `labels`, `stage_ids` `(B, T)` and image inputs."
-    grows = reader.policy is not None and reader.policy.ramp
-    return DataLoader(
-        reader,
+    grows, rows = reader.policy is not None and reader.policy.ramp, _Telling(reader)
+    return _Loader(
+        rows,
         batch_sampler=Ramped(order) if grows else order,
-        collate_fn=Collator(reader.processor),
+        collate_fn=rows.batch,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals,
@@ -241,8 +281,8 @@ def rows_that_fit(
     near = 0.9 * reader.max_length - 32  # `lengths` may be off by that much
     keep, dropped = [], []
     for i, n in enumerate(reader.lengths):
-        if n > near and reader.encode(reader.rows[i]) is None:
-            dropped.append(reader.rows[i]["id"])
+        if n > near and reader.encode(reader.example(i)) is None:
+            dropped.append(id_at(reader.rows, i))
         else:
             keep.append(i)
     if not keep:

@@ -7,12 +7,14 @@ __all__ = ['CliError', 'Interrupted', 'say', 'setting_fields', 'train', 'summary
            'check', 'preview', 'env']
 
 # %% ../nbs/40_commands.ipynb #commands-imports
+import inspect
 import json as json_module
 import os
 import platform
 import sys
 import time
 from dataclasses import fields
+from functools import wraps
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -62,6 +64,24 @@ def setting_fields() -> list:
     "The fields of `Settings` that are options as they stand."
     return [f for f in fields(Settings) if f.name not in _APART]
 
+# %% ../nbs/40_commands.ipynb #commands-limits
+def _limits(options: dict):
+    "`pictures.limits` as options say them."
+    from llava_cot.pictures import limits
+
+    return limits(options.get("picture_pixels"), options.get("picture_text"))
+
+
+def _limited(command):
+    "A command that reads pictures within its options `picture_pixels` and `picture_text`."
+
+    @wraps(command)
+    def limited(*args, **options):
+        with _limits(inspect.signature(command).bind(*args, **options).arguments):
+            return command(*args, **options)
+
+    return limited
+
 # %% ../nbs/40_commands.ipynb #c011
 def train(
     data: str | None = None,  # folder in LLaVA-CoT-100k's layout: train.jsonl and images
@@ -95,9 +115,10 @@ def train(
     source |= dict(held_out=held_out, eval_n=eval_n, eval_answers=eval_answers)
     source |= dict(max_new_tokens=max_new_tokens)
     given = dict(fmt=_format(fmt), augment=_policy(augment)) | settings
-    if dry_run:
-        return _dry_run(source, model, out, schedule, given, json)
-    return _train(source, model, out, schedule, given, start, json)
+    with _limits(settings):
+        if dry_run:
+            return _dry_run(source, model, out, schedule, given, json)
+        return _train(source, model, out, schedule, given, start, json)
 
 # %% ../nbs/40_commands.ipynb #c012a
 def _train(source, model, out, schedule, settings, start, json) -> dict:
@@ -154,14 +175,15 @@ def _resume(out, start, json) -> dict:
             " train.resume(out, rows)"
         )
     s = settings_from(recipe["settings"])
-    rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
-    say(f"going on with the run in {out}", json=json)
-    more = measured(recipe["source"], examiner, s.eval_every)
-    try:
-        run = resume(out, rows, progress=not json and "bar", **more)
-    except KeyboardInterrupt:
-        raise Interrupted(out) from None
-    return _finish(run, examiner, start, json)
+    with _limits(vars(s)):
+        rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
+        say(f"going on with the run in {out}", json=json)
+        more = measured(recipe["source"], examiner, s.eval_every)
+        try:
+            run = resume(out, rows, progress=not json and "bar", **more)
+        except KeyboardInterrupt:
+            raise Interrupted(out) from None
+        return _finish(run, examiner, start, json)
 
 # %% ../nbs/40_commands.ipynb #c013f
 def _finish(run, examiner, start, json) -> dict:
@@ -381,7 +403,8 @@ def _rows(options: dict) -> int | None:
     if not options.get("data") or not Path(options["data"]).exists():
         return None
     schedule, fmt = Schedule.load(options["schedule"]), _format(options["fmt"])
-    return len(examination(options, fmt, schedule, options["seed"], False)[0])
+    with _limits(options):
+        return len(examination(options, fmt, schedule, options["seed"], False)[0])
 
 
 def _verdict(made, planning) -> str:
@@ -417,6 +440,7 @@ def demo(
     return _train(source, "tiny_base", out, "demo", settings, start, json)
 
 # %% ../nbs/40_commands.ipynb #c017
+@_limited
 def evaluate(
     model: str,  # folder or hub name, or tiny_base, …
     data: str,  # folder in LLaVA-CoT-100k's layout
@@ -426,6 +450,8 @@ def evaluate(
     max_new_tokens: int = 1024,  # longest answer
     blind: bool = True,  # also with the picture zeroed
     seed: int = 0,  # of the intervals
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # what `report.json` holds
     "Score a model's answers and reasoning on a folder of questions."
@@ -455,19 +481,23 @@ def evaluate(
     return result
 
 # %% ../nbs/40_commands.ipynb #c018
+@_limited
 def ask(
     model: str,  # folder or hub name, or tiny_base, …
     image: str,  # a picture
     question: str,  # what to ask about it
     fmt: str = "llava_cot",  # format of the answer
     max_new_tokens: int = 1024,  # longest answer
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print stages and problems as JSON
 ) -> dict:
     "Ask a model one question about one picture; prints its stages."
     from llava_cot import cot, search
+    from llava_cot.pictures import read_picture
     from llava_cot.tiny import open_model
 
-    fmt, picture = _format(fmt), _picture(image)
+    fmt, picture = _format(fmt), read_picture(image)
     net, processor = open_model(model)
     content = [{"type": "image", "text": None}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
@@ -485,19 +515,8 @@ def ask(
         print("\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
 
-
-def _picture(image: str):
-    "A picture from a file, in RGB."
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(image).convert("RGB")
-    except FileNotFoundError:
-        raise CliError(f"image {image}: no such file") from None
-    except (UnidentifiedImageError, OSError) as e:
-        raise CliError(f"image {image}: cannot be read as a picture ({e})") from None
-
 # %% ../nbs/40_commands.ipynb #k002
+@_limited
 def check(
     path: str,  # folder or file of a dataset, in any layout, or a name on the hub
     model: str | None = None,  # count tokens of each stage, and tiles, as this model would
@@ -507,6 +526,8 @@ def check(
     images: str | None = None,  # folder or zip of the images, if not beside the rows
     fmt: str = "llava_cot",  # format of the answers; none: any text
     workers: int | None = None,  # processes; one per core
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # the report
     "Examine a dataset: every row, answer and picture; exits with 1 where it finds errors."
@@ -534,6 +555,7 @@ def check(
     return report.to_dict()
 
 # %% ../nbs/40_commands.ipynb #c018b
+@_limited
 def preview(
     data: str,  # folder in LLaVA-CoT-100k's layout
     model: str,  # folder or hub name, or tiny_base, …; only its processor is read
@@ -544,6 +566,8 @@ def preview(
     too_long: str = "refuse",  # a longer row: refuse, drop, or shorten its REASONING
     control_tokens: str = "refuse",  # a text that spells a control token: refuse it, or escape
     augment: str = "none",  # also before and after: light, strong, or a YAML file of strengths
+    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
+    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     json: bool = False,  # print what was written as JSON
 ) -> dict:
     "Write a page of rows as the model gets them: pictures, what is seen of them, the mask."

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .files import DataError, first_line
+from .pictures import PictureError, flaws, is_deep, opened, rgb, upright_size
 from .rows import in_workers
 
 # %% ../nbs/08_copies.ipynb #copies-phash
@@ -53,8 +54,10 @@ class PictureHash:
     digest: bytes = field(repr=False)  # of the file, 16 bytes
     grey: bytes = field(repr=False)  # 32 × 32
     colour: tuple[int, int, int]  # red, green, blue on average
-    size: tuple[int, int]  # width, height as stored
+    size: tuple[int, int]  # width, height, upright
     format: str  # JPEG, PNG, …
+    deep: bool = field(default=False, repr=False)  # over 8 bits a value
+    flaws: tuple = field(default=(), repr=False)  # (kind, message), from `pictures.flaws`
 
 
 def _decoded(
@@ -63,13 +66,10 @@ def _decoded(
 ) -> tuple[PILImage.Image, tuple[float, float]]:  # smaller; how much of its width, height it fills
     "A picture in RGB, its sides reduced to `least` up to twice that."
     drafted = image.draft("RGB", (least, least))
-    image.load()
-    if image.mode[0] in "IF":  # grey of 16 or 32 bits
-        image = image.convert("L")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    small = image.convert("RGB")
+    turned = upright_size(image) != image.size
+    small = rgb(image)
     filled = drafted[1][2:] if drafted else small.size
+    filled = filled[::-1] if drafted and turned else filled
     factors = tuple(max(1, side // least) for side in small.size)
     if max(factors) > 1:
         small = small.reduce(factors)  # its last row and column may be filled in part
@@ -79,8 +79,8 @@ def _decoded(
 def hash_picture(raw: bytes) -> PictureHash | str:
     "Decode a picture's file; gives what is kept of it, or what is wrong with it."
     try:
-        with PILImage.open(io.BytesIO(raw)) as image:
-            size, kind = image.size, image.format  # as stored: decoding may change the size
+        with opened(raw) as image:
+            size, kind, deep = upright_size(image), image.format, is_deep(image)  # not decoded yet
             small, filled = _decoded(image, 64)
             return PictureHash(
                 digest=hashlib.blake2b(raw, digest_size=16).digest(),
@@ -88,11 +88,11 @@ def hash_picture(raw: bytes) -> PictureHash | str:
                 colour=small.resize((1, 1), PILImage.Resampling.BOX).getpixel((0, 0)),
                 size=size,
                 format=kind,
+                deep=deep,
+                flaws=tuple(flaws(small, deep)),
             )
-    except PILImage.UnidentifiedImageError:
-        return "not an image"
-    except Exception as e:  # Pillow raises what its plugins raise
-        return first_line(e)
+    except PictureError as e:
+        return e.reason
 
 # %% ../nbs/08_copies.ipynb #copies-windows
 WHOLE = (0, 0, 1, 1)  # left, top, right, bottom as fractions of width and height
@@ -358,6 +358,12 @@ class Likeness:
 _SIDE = 320  # pixels, at which pictures are compared
 
 
+def _small(raw: bytes) -> tuple[PILImage.Image, tuple[float, float]]:
+    "A picture's file, decoded to be compared."
+    with opened(raw, whole=False) as image:
+        return _decoded(image, _SIDE)
+
+
 def _colour_apart(a, b, boxes: tuple, contrast: float) -> float:
     "The largest difference of colour (Cb, Cr) in 32 × 32 places; 0 where one is all grey."
     small = [x.resize((32, 32), BILINEAR, box=tuple(box)) for x, box in zip((a, b), boxes)]
@@ -373,7 +379,7 @@ def compare(
     window: tuple = WHOLE,  # where in `a` to look first
 ) -> Likeness:
     "Lay two pictures over each other and compare them in every place."
-    (a, room), (b, whole) = (_decoded(PILImage.open(io.BytesIO(raw)), _SIDE) for raw in (a, b))
+    (a, room), (b, whole) = (_small(raw) for raw in (a, b))
     greys, whole = (a.convert("L"), b.convert("L")), (0, 0, *whole)
     box = _align(*greys, np.array(window) * (room * 2), room, whole)
     sides = zip(whole[2:], box[2:] - box[:2])

@@ -21,7 +21,8 @@ from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concate
 
 from . import cot
 from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, Problem
-from .files import DataError, read_bytes, why_unreadable, without_gc
+from .files import DataError, read_bytes, without_gc
+from .pictures import Picture, why_unreadable
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows
 
 # %% ../nbs/06_data.ipynb #d042
@@ -29,7 +30,7 @@ _ITEM = {"type": Value("string"), "text": Value("string")}
 FEATURES = Features(
     {
         "id": Value("string"),
-        "images": List(Image()),
+        "images": List(Picture()),
         "messages": List({"role": Value("string"), "content": List(_ITEM)}),
         "source": Value("string"),
     }
@@ -153,7 +154,9 @@ def _with_texts(source: TableRows, texts: pa.Table) -> Dataset:
         images = _listed(images)
     elif images.features["images"] != FEATURES["images"]:
         images = images.cast_column("images", FEATURES["images"])
-    return concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
+    found = concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
+    found.info.features = FEATURES.copy()  # its pictures are decoded as ours
+    return found
 
 # %% ../nbs/06_data.ipynb #c059
 def _image_key(image: dict) -> str:

@@ -37,6 +37,7 @@ from llava_cot.copies import (
 from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
 from .data import answer_text, repeated_id
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
+from .pictures import why_unfit
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows
 from .show import figure_png, page_html, png_html, table_html
 
@@ -54,6 +55,8 @@ WARNINGS = (  # drop no row
     "maybe_duplicate_image",
     "maybe_shared_image",
     "duplicate_question",
+    "blank_image",
+    "clipped_image",
 )
 
 # %% ../nbs/09_doctor.ipynb #d060
@@ -116,6 +119,8 @@ def check(
     gallery = open_gallery(source, rows, workers, progress, "looking at images")
     seen.look_at(gallery, workers, progress)
 
+    if hasattr(processor, "image_processor"):
+        seen.tiles = _tiles_of(processor, seen.gallery)
     report = DataReport(source=source, against=against and str(against))
     for row in rows:
         found = []
@@ -126,7 +131,7 @@ def check(
     if not rows:
         what = f"{Path(path).name} holds no rows, expected one JSON object a line"
         report.problems.append(Found("no_rows", None, what))
-    report._measure(rows, seen.gallery, processor)
+    report._measure(rows, seen)
     report.seconds = time.time() - started
     return report
 
@@ -252,6 +257,7 @@ class _Seen:
     other: Gallery | None = None  # the evaluation set's
     duplicates: dict = field(default_factory=dict)  # image → (how, earlier image)
     shared: dict = field(default_factory=dict)  # image → (how, the evaluation set's image)
+    tiles: dict = field(default_factory=dict)  # size → tiles, or why it does not fit the model
 
     def look_at(self, gallery: Gallery, workers: int | None = None, progress: bool = False):
         self.gallery, self.duplicates = gallery, find_duplicates(gallery, workers, progress)
@@ -286,6 +292,17 @@ _REPEATED = {
 }
 
 
+def _picture_findings(
+    kept: PictureHash, shown: str, seen: _Seen, is_first: bool
+) -> Iterator[tuple[str, str]]:
+    "`(kind, message)` for what one picture shows; is this the first row that has it?"
+    tiles = seen.tiles.get(kept.size)
+    if isinstance(tiles, str):
+        yield "unfit_image", f"image {shown} does not fit the model: {tiles}"
+    for kind, message in kept.flaws if is_first else ():
+        yield kind, f"image {shown} {message}"
+
+
 def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
     "`(kind, message)` for the images of a row."
     place = source.where(row.number, row.known)
@@ -297,6 +314,8 @@ def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str,
         why = seen.gallery.seen[image]
         if isinstance(why, str):
             yield "unreadable_image", f"image {shown} cannot be read: {why}"
+        else:
+            yield from _picture_findings(why, shown, seen, seen.gallery.where[image] == place)
         if image in seen.shared:
             how, theirs = seen.shared[image]
             theirs = f"one of the evaluation set ({seen.other.where[theirs]})"
@@ -329,24 +348,38 @@ def _add(self: DataReport, row: _RowSurvey, found: Iterable[tuple[str, str]]):
 
 # %% ../nbs/09_doctor.ipynb #d082
 @patch
-def _measure(self: DataReport, rows: list[_RowSurvey], gallery: Gallery, processor):
+def _measure(self: DataReport, rows: list[_RowSurvey], seen: _Seen):
     "Count formats, sizes, tiles and lengths."
     named = [pair for row in rows for pair in zip(row.names, row.found)]
     self.images = len({name if image is None else image for name, image in named})
-    good = [gallery.seen[image] for image in gallery.good()]
-    self.formats, self.sizes = Counter(p.format for p in good), Counter(p.size for p in good)
+    good = [seen.gallery.seen[image] for image in seen.gallery.good()]
+    deep = {True: ", over 8 bits", False: ""}
+    self.formats = Counter(p.format + deep[p.deep] for p in good)
+    self.sizes = Counter(p.size for p in good)
     counts = np.array([row.lengths for row in rows if row.lengths])
     if len(counts):
         columns = zip(("question", *STAGES, "answer"), counts.T)
         self.lengths = {name: tokens[tokens >= 0] for name, tokens in columns}
-    if hasattr(processor, "image_processor"):
-        for size, n in self.sizes.most_common(500):
-            self.tiles[_tiles(processor, size)] += n
+    for size, n in self.sizes.items():
+        if isinstance(seen.tiles.get(size), int):
+            self.tiles[seen.tiles[size]] += n
 
 
-def _tiles(processor, size: tuple[int, int]) -> int:
-    "Tiles, or patches where the model has no tiles, that a picture of a size becomes."
-    out = processor.image_processor(images=[PILImage.new("RGB", size)], return_tensors="pt")
+def _tiles_of(processor, gallery: Gallery) -> dict[tuple, int | str]:
+    "Tiles by size, or why there are none; of the 500 most frequent sizes and the thinnest."
+    sizes = Counter(gallery.seen[image].size for image in gallery.good())
+    thin = sorted(sizes, key=lambda size: max(size) / min(size))[-50:]
+    often = [size for size, _ in sizes.most_common(500)]
+    return {size: _tiles(processor, size) for size in dict.fromkeys(often + thin)}
+
+
+def _tiles(processor, size: tuple[int, int]) -> int | str:
+    "Tiles, or patches where the model has no tiles, that a picture of a size becomes; or why none."
+    image = PILImage.new("RGB", size)
+    why = why_unfit(image, processor.image_processor)
+    if why:
+        return why
+    out = processor.image_processor(images=[image], return_tensors="pt")
     if "num_tiles" in out:
         return int(np.sum(out["num_tiles"]))
     if "image_grid_thw" in out:

@@ -17,6 +17,7 @@ import torch
 from .cot import LLAVA_COT, CoTFormat, check
 from .data import load, question, split
 from .metrics import EvaluateError, is_right, normalise, reference
+from .pictures import example_at
 from .reasoning import answer_key_judge
 from .search import Answer, Greedy, answer
 
@@ -165,7 +166,7 @@ def score(
     rows = []
     for i, given in enumerate(answers):
         control = blind[i] if blind else None
-        rows.append(_mark(i, examples[i], given, fmt, judge, kind, control))
+        rows.append(_mark(i, example_at(examples, i), given, fmt, judge, kind, control))
     kinds = sorted({r.kind for r in rows})
     per_kind = {k: scores([r for r in rows if r.kind == k], seed) for k in kinds}
     found = scores(rows, seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZIP_LIMITS', 'flush', 'write_file', 'whole_folder', 'sealed', 'why_broken', 'FileError', 'writing', 'UniqueKeys',
            'parse_yaml', 'read_yaml', 'DataError', 'row_error', 'first_line', 'Parts', 'parts_of', 'without_gc',
-           'ZipImages', 'read_bytes', 'why_unreadable', 'ImagePaths', 'find_images']
+           'ZipImages', 'read_bytes', 'ImagePaths', 'find_images']
 
 # %% ../nbs/03_files.ipynb #files-imports
 import contextlib
@@ -32,7 +32,6 @@ import fsspec
 import yaml
 from fastcore.basics import patch
 from fsspec.spec import AbstractFileSystem
-from PIL import Image as PILImage
 from safetensors import SafetensorError
 
 from .cot import InputError, Problem
@@ -513,38 +512,6 @@ def read_bytes(path: str) -> bytes:
         return _member(path)
     with fsspec.open(path) if "://" in path else open(path, "rb") as f:
         return f.read()
-
-# %% ../nbs/03_files.ipynb #d027
-# How a whole image begins → what stands near its end.
-_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
-
-
-def _ends_well(f) -> bool:
-    "Does an open file begin and end as a whole PNG or JPEG does?"
-    start = f.read(8)
-    size = f.seek(0, os.SEEK_END)
-    f.seek(max(0, size - 1024))
-    end = f.read()
-    return any(start.startswith(head) and tail in end for head, tail in _MARKS.items())
-
-
-def why_unreadable(
-    image: str | os.PathLike | bytes,  # a file, a URL, or what is in it
-) -> str | None:
-    "What keeps Pillow from reading an image, or None."
-    if isinstance(image, str) and "://" in image:
-        image = read_bytes(image)
-    try:
-        with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as f:
-            if not _ends_well(f):
-                f.seek(0)
-                with PILImage.open(f) as picture:
-                    picture.load()
-    except PILImage.UnidentifiedImageError:
-        return "not an image"
-    except Exception as e:  # Pillow raises what its plugins raise
-        return first_line(e)
-    return None
 
 # %% ../nbs/03_files.ipynb #d029
 @dataclass

@@ -560,4 +560,4 @@ def _longest_rows(reader: Reader, size: int) -> dict:
     "The batch of the longest rows."
     n = reader.lengths
     longest = sorted(range(len(n)), key=lambda i: -n[i])[:size]
-    return Collator(reader.processor)([reader.encode(reader.rows[i]) for i in longest])
+    return Collator(reader.processor)([reader.encode(reader.example(i)) for i in longest])

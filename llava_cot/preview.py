@@ -19,6 +19,7 @@ from .augment import augment, draw_changes
 from .cot import LLAVA_COT, CoTFormat
 from .gate import LIMITS, STRONG, TRANSFORMS, AugmentError, Policy, allowed
 from .paraphrase import texts_of
+from .pictures import PictureError, example_at, pictures_of
 from .show import View, captioned, image_html, page_html, table_html
 from .template import TokensError
 from .tokens import MaskView, encode, seen, show_mask
@@ -45,11 +46,11 @@ def show_row(
 ) -> MaskView:
     "One example: its pictures, what is seen of them, and the mask; or why it is not learned from."
     head = f"<h3>{html.escape(str(example.get('id', 'example')))}</h3>"
-    for picture in example.get("images") or ():
-        head += captioned(image_html(picture), f"{picture.width} × {picture.height}")
     try:
+        for picture in pictures_of(example):
+            head += captioned(image_html(picture), f"{picture.width} × {picture.height}")
         row = encode(example, processor, fmt, **options)
-    except TokensError as e:
+    except (TokensError, PictureError) as e:
         return _without_mask(head, "refused", str(e))
     if row is None:
         return _without_mask(head, "dropped", "longer than max_length")
@@ -71,7 +72,12 @@ def show_page(
     "A page of rows as `show_row` draws them."
     shown = []
     for i in range(len(rows)):
-        row = rows[i]
+        try:
+            row = example_at(rows, i)
+        except PictureError as e:
+            head = f"<h3>{html.escape(e.id)}</h3>"
+            shown.append(_without_mask(head, "refused", str(e)).html)
+            continue
         more = below(row) if below else ""
         shown.append(show_row(row, processor, fmt, **options).html + more)
     return page_html(title, "<hr>".join(shown))
@@ -190,7 +196,7 @@ def image_viewer(
     def see(example):
         try:
             row = encode(example, processor, fmt, **options)
-        except TokensError:
+        except (TokensError, PictureError):
             return []
         return [tile for tiles in seen(row or {}, processor) for tile in tiles]
 
@@ -211,6 +217,7 @@ def show_draw(
     see: Callable[[dict], list[Image.Image]] | None = None,  # such as an `image_viewer`
 ) -> View:
     "An example before and after: pictures, what is seen of them, the words, the gate's reasons."
+    example = {**example, "images": pictures_of(example)}
     new = augment(example, policy, seed, epoch)
     shown = _side_by_side("before", example["images"])
     shown += _side_by_side(f"after, epoch {epoch}", new["images"])
@@ -258,7 +265,7 @@ def explore(
 
     def show(_=None):
         chosen = Policy(**{t: slider.value for t, slider in sliders.items()})
-        view.value = show_draw(rows[row.value], chosen, 0, epoch.value, see).html
+        view.value = show_draw(example_at(rows, row.value), chosen, 0, epoch.value, see).html
 
     for control in (row, epoch, *sliders.values()):
         control.observe(show, "value")

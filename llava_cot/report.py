@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from .cot import LLAVA_COT, STAGES, CoTFormat, spans
 from .evaluate import Report, ScoredRow
 from .files import write_file
+from .pictures import example_at
 from .run import plot_losses, read_lines, read_recipe, settings_from, versions
 from .show import data_uri, figure_png, page_html, png_html, table_html
 from .tokens import COLOURS
@@ -85,7 +86,7 @@ def card_html(
     row: ScoredRow,  # of this report
 ) -> str:
     "One answer with its picture, question, reference, and what is wrong with it."
-    images = "".join(_picture(image) for image in report.examples[row.index]["images"])
+    images = "".join(_picture(image) for image in example_at(report.examples, row.index)["images"])
     verdict, found = _verdict(row), _found(row)
     side = "ok" if row.right else "bad"
     kind, name = html.escape(row.kind), html.escape(row.id)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, Stop
 
 from .cot import InputError
 from .models import check_preprocessing
+from .pictures import example_at, id_at
 from .template import end_token
 from .tokens import Collator, encode
 
@@ -86,7 +87,9 @@ def prompt_batches(
     window = 8 * batch_size
     for start in range(0, len(examples), window):
         positions = range(start, min(start + window, len(examples)))
-        rows = [(i, encode(examples[i], processor, prompt_only=True)) for i in positions]
+        rows = [
+            (i, encode(example_at(examples, i), processor, prompt_only=True)) for i in positions
+        ]
         if alter:
             rows = [(i, alter(row)) for i, row in rows]
         rows.sort(key=lambda row: len(row[1]["input_ids"]))
@@ -179,5 +182,5 @@ def answer(
             batch = collate([row for _, row in rows])
             new = method.write(model, batch, ends, collate.pad, bar)
             for (i, _), ids in zip(rows, new.tolist()):
-                answers[i] = read_answer(ids, ends, processor, examples[i]["id"])
+                answers[i] = read_answer(ids, ends, processor, id_at(examples, i))
     return answers

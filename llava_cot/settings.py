@@ -100,6 +100,12 @@ class _Rows(_Shown):
         ("refuse", "escape"),
     )
     augment: object = option(None, "how pictures and questions are varied", "rows")
+    picture_pixels: int | None = option(
+        None, "most pixels of a picture, width × height; none: 178,956,970", "rows", least=1
+    )
+    picture_text: int | None = option(
+        None, "most bytes of text or colour profile in a PNG; none: 67,108,864", "rows", least=1
+    )
 
 # %% ../nbs/20_settings.ipynb #settings-loss
 @dataclass(frozen=True, repr=False)

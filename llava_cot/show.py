@@ -21,6 +21,8 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .pictures import rgb
+
 # %% ../nbs/07_show.ipynb #show-view
 class View:
     "HTML that a notebook shows; a terminal gets `text`."
@@ -72,13 +74,14 @@ def data_uri(
     side: int = 360,  # a larger image is scaled down to this, pixels
 ) -> str:
     "A picture as a `data:` URI, so that a page needs no other file."
-    image, buffer = image.convert("RGB"), io.BytesIO()
+    image, buffer = rgb(image), io.BytesIO()
     large = max(image.size) > side
     if large:
+        image = image.copy()  # `rgb` gives a picture in RGB back as it is
         image.thumbnail((side, side))
-        image.save(buffer, "JPEG", quality=85)
+        image.save(buffer, "JPEG", quality=85, icc_profile=None)
     else:
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", icc_profile=None)
     kind = "jpeg" if large else "png"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

@@ -9,14 +9,12 @@ __all__ = ['TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'TooLong', 'encode', 'MaskVi
 # %% ../nbs/14_tokens.ipynb #tokens-imports
 import copy
 import html
-import io
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
-import fsspec
 import torch
 from datasets import Image as Stored
 from fastcore.basics import patch
@@ -24,6 +22,15 @@ from PIL import Image
 from transformers import BatchEncoding, ProcessorMixin
 
 from .cot import LLAVA_COT, STAGE_NAMES, STAGES, CoTFormat, spans
+from .files import first_line
+from llava_cot.pictures import (
+    PictureError,
+    id_at,
+    picture_size,
+    pictures_of,
+    why_overgrown,
+    why_unfit,
+)
 from .show import View
 from .template import TokensError, Turn, conversation, layout
 
@@ -206,15 +213,31 @@ def _spread(ids: list[int], final: list[int], image: int, name: str) -> list[int
     return where
 
 # %% ../nbs/14_tokens.ipynb #c038b
+def _processed(images: list, text: str, processor: ProcessorMixin, name: str) -> dict:
+    "What the processor makes of a text and its pictures. Raises `PictureError`, `TokensError`."
+    pixels, how = processor.image_processor, dict(add_special_tokens=False, return_tensors="pt")
+    grown = any(why_overgrown(image.size, pixels) for image in images)
+    try:
+        if not grown:
+            return dict(processor(text=[text], images=images, **how))
+    except Exception as e:  # a processor raises what its arithmetic meets
+        cause = first_line(e)
+    for number, image in enumerate(images, 1):
+        why = why_unfit(image, pixels)
+        if why:
+            raise PictureError(why, "", name, number)
+    raise TokensError(
+        f"{name}: the processor refuses this text with {len(images)} image(s): {cause}"
+    )
+
+
 def _pictures(
     images: list, ids: list[int], text: str, processor: ProcessorMixin, name: str
 ) -> tuple[dict, list[int], list[int]]:
     "The image inputs, the final ids, and which of ours each is."
     if not images:
         return {}, ids, list(range(len(ids)))
-    found = dict(
-        processor(text=[text], images=list(images), add_special_tokens=False, return_tensors="pt")
-    )
+    found = _processed(images, text, processor, name)
     found.pop("attention_mask", None)
     final = found.pop("input_ids")[0].tolist()
     for key, value in found.items():
@@ -331,11 +354,11 @@ def encode(
     """One example as un-batched tensors: `input_ids`, `attention_mask`, `labels` and `stage_ids`,
     each `(T,)`, and the image inputs as the processor gives them for a batch of one.
 
-    Raises `TokensError`, naming the example; `TooLong` for its length."""
+    Raises `TokensError`, naming the example; `TooLong` for its length; `PictureError`."""
     name = example.get("id", "example")
     _check_choice("too_long", too_long, TOO_LONG)
     _check_choice("control_tokens", control_tokens, CONTROL_TOKENS)
-    messages, images = conversation(example, name, prompt_only), example.get("images")
+    messages, images = conversation(example, name, prompt_only), pictures_of(example)
 
     def read(messages):
         return _read(messages, processor, fmt, prompt_only, control_tokens, name)
@@ -567,26 +590,35 @@ def image_tokens(
     processor: ProcessorMixin,  # of the model
     size: tuple[int, int],  # (width, height) of a picture, pixels
 ) -> int:
-    "How many tokens a picture of this size becomes."
+    "How many tokens a picture of this size becomes. Raises `PictureError` where it does not fit."
     count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count:
-        return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0])
-    image = Image.new("RGB", size)
-    out = processor(text=[processor.image_token], images=[image], add_special_tokens=False)
+    try:
+        if count:
+            return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0])
+        image = Image.new("RGB", size)
+        out = processor(text=[processor.image_token], images=[image], add_special_tokens=False)
+    except Exception as e:  # a processor raises what its arithmetic meets
+        said = f"the processor refuses its {size[0]:,} × {size[1]:,} pixels: {first_line(e)}"
+        raise PictureError(said) from e
     return sum(i == processor.image_token_id for i in out["input_ids"][0])
 
 # %% ../nbs/14_tokens.ipynb #c093b3
-def _size(rows, i: int, k: int, stored: dict | None) -> tuple[int, int]:
-    "(width, height) of the k-th picture of row i, from its file's head if it has one."
-    if stored is None:
-        return rows[i]["images"][k].size
-    path, data = stored["path"], stored["bytes"]
-    if data is not None:
-        source = io.BytesIO(data)
-    else:
-        source = fsspec.open(path) if "://" in path else open(path, "rb")
-    with source as file, Image.open(file) as picture:
-        return picture.size
+def _picture_tokens(
+    rows,
+    place: tuple[int, int],  # of a picture: row, number in it
+    stored: dict | None,  # as `datasets` has it; None in a list
+    processor: ProcessorMixin,
+    known: dict,  # size → tokens
+) -> int:
+    "How many tokens a picture becomes, by the size in its file's head if it has one."
+    i, k = place
+    try:
+        size = picture_size(stored) if stored else pictures_of(rows[i])[k].size
+        if size not in known:
+            known[size] = image_tokens(processor, size)
+        return known[size]
+    except PictureError as e:
+        raise e.of(id_at(rows, i), k + 1) from e.__cause__
 
 
 def _columns(rows) -> Iterator[tuple[list, list]]:
@@ -629,7 +661,8 @@ def lengths(
     "About how many tokens each row has; off by a few where a text melts into the template."
     read = processor.tokenizer.backend_tokenizer.encode_batch_fast
     overhead = [_overhead(processor, images) for images in (0, 1)]
-    varies = len({image_tokens(processor, size) for size in ((64, 64), (640, 480), (300, 900))}) > 1
+    same, *others = (image_tokens(processor, s) for s in ((640, 480), (64, 64), (300, 900)))
+    varies = set(others) != {same}
     known, found = {}, []
     for messages, images in _columns(rows):
         texts = [[_spoken(message) for message in row] for row in messages]
@@ -639,9 +672,9 @@ def lengths(
             first, more = overhead[min(len(pictures), 1)]
             n = first + more * max(0, len(row) // 2 - 1) + sum(next(counts) for _ in row)
             for k, stored in enumerate(pictures):
-                size = _size(rows, len(found), k, stored) if varies else (640, 480)
-                if size not in known:
-                    known[size] = image_tokens(processor, size)
-                n += known[size]
+                if varies:
+                    n += _picture_tokens(rows, (len(found), k), stored, processor, known)
+                else:
+                    n += same
             found.append(n)
     return found

@@ -26,7 +26,7 @@ from llava_cot.data import load
 from llava_cot.doctor import _tiles
 from llava_cot.files import DataError
 from llava_cot.rows import in_workers
-from llava_cot.tiny import tiny_llava, tiny_mllama
+from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import lengths
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
@@ -446,8 +446,9 @@ def test_check_finds_all_that_was_planted_and_nothing_else():
         for workers in (0, 2):
             r = check(d, against=Path(d) / "eval", workers=workers)
             assert kinds_and_rows(r) == planted
-            sure = {kind for kind in WARNINGS if not kind.startswith("maybe")}
-            assert {p.kind for p in r.warnings} == sure and r.rows == 400 and not r.ok
+            later = {kind for kind in WARNINGS if kind.startswith(("maybe", "blank", "clipped"))}
+            assert {p.kind for p in r.warnings} == set(WARNINGS) - later
+            assert r.rows == 400 and not r.ok
         alone = {(kind, n) for kind, n in planted if "shared" not in kind}
         assert kinds_and_rows(check(d)) == alone
         first = min(n for kind, n in alone if kind not in WARNINGS)
@@ -482,6 +483,38 @@ def test_a_cleaned_set_is_clean():
         with pytest.raises(DataError, match="no row is without"):
             check(write(d / "none", ["{"])).write_clean(d / "new")
         assert not (d / "new").exists()
+
+
+def test_blank_and_clipped_and_thin_pictures_are_named():
+    with tempfile.TemporaryDirectory() as d:
+        d, hot = Path(d), np.zeros((40, 60), np.float32)
+        hot[3, 4] = 1e9
+        ramp = np.linspace(1000, 64000, 2400).reshape(40, 60)
+        clear = PILImage.new("RGBA", (60, 40), (0, 0, 0, 0))
+        ImageDraw.Draw(clear).line((0, 0, 59, 39), fill=(255, 255, 255, 255))
+        drawn = {
+            "white.png": clear,
+            "black.jpg": PILImage.new("RGB", (60, 40)),
+            "hot.tif": PILImage.fromarray(hot),
+            "scan.png": PILImage.fromarray(ramp.astype(np.uint16)),
+            "thin.png": PILImage.fromarray(np.tile(ramp.astype(np.uint8), (1, 9))[:2]),
+            "fine.png": scene(1, (60, 40)),
+        }
+        rows = []
+        for name, image in drawn.items():
+            image.save(d / name)
+            rows.append(row(name, name, f"What is in {name}?", staged("x")))
+        (d / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        r = check(d)
+        assert r.ok and r.warned == {"blank_image": 2, "clipped_image": 1}, r
+        found = {p.row: p.message for p in r.warnings}
+        assert sorted(found) == [1, 2, 3]
+        assert "(id white.png): image 'white.png' is blank" in found[1]
+        assert "100.0% of it fall on the darkest" in found[3]
+        assert r.formats["PNG, over 8 bits"] == 1 and r.formats["TIFF, over 8 bits"] == 1
+        fitted = check(d, processor=tiny_qwen2_5_vl()[1])
+        assert fitted.counts == {"unfit_image": 1} and fitted.problems[0].row == 5
+        assert "540 × 2 pixels: absolute aspect ratio" in fitted.problems[0].message
 
 
 @pytest.mark.slow

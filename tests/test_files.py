@@ -261,13 +261,3 @@ def test_missing_and_misordered_parts_are_named():
     odd = "part-ab has .* bytes where others have"
     named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes()[:-7]))
     named(odd, lambda *p: p[1].write_bytes(p[1].read_bytes() + b"x"))
-
-
-def test_a_truncated_picture_is_found_and_a_whole_one_is_not_refused():
-    for kind in ("PNG", "JPEG", "GIF", "BMP"):  # the last two have no marks and are decoded
-        saved = io.BytesIO()
-        PILImage.effect_noise((40, 40), 90).convert("RGB").save(saved, kind)
-        image = saved.getvalue()
-        assert why_unreadable(image) is None
-        for share in (0.3, 0.6, 0.9):
-            assert why_unreadable(image[: int(len(image) * share)]), (kind, share)

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from itertools import groupby
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
+from transformers.image_utils import make_flat_list_of_images
 
 from llava_cot.cot import DIRECT, NO_TAGS, STAGES, parse, render, spans
+from llava_cot.pictures import PictureError
 from llava_cot.template import TokensError, end_token
 from llava_cot.tiny import TINY_TEXT, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
@@ -526,6 +529,41 @@ def lengths_are_nearly_those_of_encode(ex, processor):
     blanks = sum(len(text) - len(text.strip()) for text in texts_in(ex))
     melted = 3 * len(ex["messages"]) + 3 * len(ex["images"])  # pieces that melt together
     assert abs(lengths([ex], processor)[0] - true) <= melted + 4 * blanks
+
+
+def test_a_picture_that_a_processor_refuses_is_named_in_every_family():
+    def refusing(given):
+        "An image processor's call that takes no picture of 7 × 7."
+
+        def call(self, images, **how):
+            if any(image.size == (7, 7) for image in make_flat_list_of_images(images)):
+                raise ZeroDivisionError("division by zero")
+            return given(self, images, **how)
+
+        return call
+
+
+    small = Image.new("RGB", (7, 7))
+    for tiny in TINY:
+        toy = tiny()[1]
+        kind = type(toy.image_processor)
+        two = example(images=(picture(), small), name="odd")
+        with mock.patch.object(kind, "__call__", refusing(kind.__call__)):
+            with pytest.raises(PictureError, match="odd: image 2 .*7 × 7 pixels: division") as e:
+                encode(two, toy)
+            assert (e.value.id, e.value.number) == ("odd", 2)
+            assert len(encode(example(), toy)["input_ids"])
+        for size in ((1, 1), (1, 3), (3, 1), (3, 40), (40, 2), (2, 2)):
+            assert "pixel_values" in encode(example(images=(Image.new("RGB", size),)), toy)
+    thin, qwen = example(images=(Image.new("RGB", (2, 500)),), name="thin"), tiny_qwen2_5_vl()[1]
+    for call in (encode, lambda ex, toy: lengths([picture_less, ex], toy)):
+        picture_less = example("q", "a", images=())
+        with pytest.raises(PictureError, match="thin: image 1 .*2 × 500 pixels.*aspect ratio"):
+            call(thin, qwen)
+    clip = tiny_llava()[1]
+    clip.image_processor.size = {"shortest_edge": 336}  # as LLaVA-1.5 has it
+    with pytest.raises(PictureError, match="336 × 672,000 pixels.*limit"):
+        encode(example(images=(Image.new("RGB", (1, 2000)),)), clip)
 
 
 def test_show_mask_counts_and_escapes():
