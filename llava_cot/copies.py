@@ -96,7 +96,7 @@ def hash_picture(raw: bytes) -> PictureHash | str:
 
 # %% ../nbs/08_copies.ipynb #copies-windows
 WHOLE = (0, 0, 1, 1)  # left, top, right, bottom as fractions of width and height
-WINDOWS = [WHOLE] + [(c, c, 1 - c, 1 - c) for c in (0.025, 0.05, 0.075, 0.1)]
+WINDOWS = [WHOLE] + [(c, c, 1 - c, 1 - c) for c in (0.0125, 0.025, 0.05, 0.075, 0.1)]
 for c in (0.05, 0.1):
     for x, y in itertools.product((0, c, None), repeat=2):  # None: nothing is cut there
         if (x, y) != (None, None):
@@ -174,9 +174,9 @@ NEAR_SHAPE = {"whole": 0.93, "window": 0.85}  # correlation of 32 × 32 grey val
 
 
 def _plain(grey: np.ndarray) -> bool:  # of (32, 32)
-    "Is most of a picture one grey, as drawings on paper are?"
+    "Is much of a picture exactly one grey, as the paper of drawings is, and no sky?"
     counts = np.bincount(grey.ravel(), minlength=256)
-    return np.convolve(counts, np.ones(9)).max() > 0.6 * grey.size
+    return np.convolve(counts, np.ones(3)).max() > 0.45 * grey.size
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -268,15 +268,24 @@ def _grey_in(image: PILImage.Image, size: tuple, box: tuple) -> np.ndarray:
     return np.asarray(image.resize(size, BILINEAR, box=tuple(box)), dtype=np.float64)
 
 
-def _tone(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    "Contrast and brightness that bring `a` to `b`; 1 and 0 where there is little to fit."
-    told = (a > 3) & (a < 252) & (b > 3) & (b < 252)  # what is black or white may be clipped
+def _tone(a: np.ndarray, b: np.ndarray, told: np.ndarray | None = None) -> tuple[float, float]:
+    "Contrast and brightness that bring `a` to `b` where `told`; 1 and 0 if little is."
+    if told is None:
+        told = (a > 3) & (a < 252) & (b > 3) & (b < 252)  # what is black or white may be clipped
     if told.sum() < 20 or a[told].std() < 4:
         return 1.0, 0.0
     a, b = a[told], b[told]
     contrast = ((a - a.mean()) * (b - b.mean())).mean() / a.var()
     contrast = float(np.clip(contrast, 0.6, 1.6))
     return contrast, float(np.clip(b.mean() - contrast * a.mean(), -60, 60))
+
+
+def _toned(values: np.ndarray, tone: tuple[float, float], second: bool) -> np.ndarray:
+    "Values of the first of two pictures in the second's tone; the second's, clipped as these are."
+    contrast, brightness = tone
+    if second:
+        return values.clip(*np.clip((brightness, 255 * contrast + brightness), 0, 255))
+    return (values * contrast + brightness).clip(0, 255)
 
 # %% ../nbs/08_copies.ipynb #copies-align
 def _step(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # of left, top, right, bottom
@@ -321,12 +330,9 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(_means(values * values, 3) - _means(values, 3) ** 2, 0))
 
 
-def _errors(a, b, spreads, tone: tuple[float, float]) -> tuple[float, float]:
-    "Worst and typical error of two grey pictures, after the first one's tone is changed."
-    contrast, brightness = tone
-    a = (a * contrast + brightness).clip(0, 255)
-    b = b.clip(*np.clip((brightness, 255 * contrast + brightness), 0, 255))
-    spread = np.maximum(spreads[0] * contrast, spreads[1])
+def _errors(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    "Worst and typical error of two grey pictures of one tone."
+    spread = np.maximum(_spread(a), _spread(b))
     errors = np.abs(_means(a - b, 1)) / (spread + 12)
     busy = errors[spread > 8]
     typical = np.quantile(busy, 0.9) if busy.size > 0.002 * a.size else 0
@@ -345,7 +351,7 @@ class Likeness:
     @property
     def allowed(self) -> float:
         "The worst error that the typical one explains."
-        return min(0.95, 0.15 + 5 * self.typical) if self.typical <= 0.35 else 0.0
+        return min(0.95, 0.22 + 7 * self.typical) if self.typical <= 0.35 else 0.0
 
     @property
     def how(self) -> str | None:
@@ -364,13 +370,35 @@ def _small(raw: bytes) -> tuple[PILImage.Image, tuple[float, float]]:
         return _decoded(image, _SIDE)
 
 
-def _colour_apart(a, b, boxes: tuple, contrast: float) -> float:
+def _colour_apart(a: PILImage.Image, b: PILImage.Image) -> float:
     "The largest difference of colour (Cb, Cr) in 32 × 32 places; 0 where one is all grey."
-    small = [x.resize((32, 32), BILINEAR, box=tuple(box)) for x, box in zip((a, b), boxes)]
-    a, b = (np.asarray(x.convert("YCbCr"), dtype=float)[..., 1:] - 128 for x in small)
+    small = [x.resize((32, 32), BILINEAR).convert("YCbCr") for x in (a, b)]
+    a, b = (np.asarray(x, dtype=float)[..., 1:] - 128 for x in small)
     if min(np.abs(a).max(), np.abs(b).max()) <= 4:
         return 0.0
-    return float(np.abs(a * contrast - b).max())
+    return float(np.abs(a - b).max())
+
+
+def _in_one_tone(a: PILImage.Image, b: PILImage.Image) -> tuple[PILImage.Image, PILImage.Image]:
+    "Two pictures of one size in RGB, the first in the tone of the second, both clipped alike."
+    x, y = (np.asarray(image.resize((64, 64), BILINEAR), dtype=float) for image in (a, b))
+    inside = [((values > 3) & (values < 252)).all(-1) for values in (x, y)]
+    grey = x.mean(-1), y.mean(-1)
+    tones = [(1.0, 0.0)] + [
+        _tone(*grey, told) for told in (inside[0], inside[1], inside[0] & inside[1])
+    ]
+
+    def left(tone):
+        "What differs still, in levels."
+        shown, other = (_toned(values, tone, second) for second, values in enumerate((x, y)))
+        return np.abs(shown - other).mean()
+
+    tone = min(tones, key=left)
+    images = []
+    for second, image in enumerate((a, b)):
+        table = _toned(np.arange(256.0), tone, second).round().astype(int).tolist()
+        images.append(image.point(table * 3))
+    return tuple(images)
 
 
 def compare(
@@ -384,13 +412,12 @@ def compare(
     box = _align(*greys, np.array(window) * (room * 2), room, whole)
     sides = zip(whole[2:], box[2:] - box[:2])
     size = tuple(max(8, round(min(_SIDE, *pair))) for pair in sides)
-    x, y = (_grey_in(grey, size, part) for grey, part in zip(greys, (box, whole)))
-    spreads = _spread(x), _spread(y)
-    drawn = max((spread < 1).mean() for spread in spreads) > 0.5  # flat: its tone means something
-    tone = (1.0, 0.0) if drawn else _tone(x, y)
-    worst, typical = _errors(x, y, spreads, tone)
-    colour = _colour_apart(a, b, (box, whole), tone[0])
-    return Likeness(worst, typical, colour, tuple((box / (room * 2)).round(3).tolist()))
+    boxes = tuple(box), whole
+    laid = [x.resize(size, BILINEAR, box=part) for x, part in zip((a, b), boxes)]
+    laid = _in_one_tone(*laid)
+    worst, typical = _errors(*(np.asarray(x.convert("L"), np.float32) for x in laid))
+    shown = tuple((box / (room * 2)).round(3).tolist())
+    return Likeness(worst, typical, _colour_apart(*laid), shown)
 
 # %% ../nbs/08_copies.ipynb #d075
 @dataclass
