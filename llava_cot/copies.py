@@ -134,8 +134,10 @@ def _keys(
     window: tuple,
 ) -> tuple[np.ndarray, np.ndarray]:  # (N) uint64, (tables, N) uint64
     "pHashes of what a window shows, and their keys in each table: chosen bits, then the order."
+    left, top, right, bottom = window
     waves = _WAVES.astype(np.float32)
-    low = waves @ _seen_through(greys, window) @ waves.T
+    down, across = waves @ _stretch(top, bottom), waves @ _stretch(left, right)  # (8, 32) each
+    low = down @ greys.astype(np.float32) @ across.T
     bits = _signs(low)
     shape = low.reshape(-1, 64)[:, 1:]
     shape = shape / np.maximum(np.linalg.norm(shape, axis=1, keepdims=True), 100)
@@ -158,12 +160,11 @@ def _neighbours(
     for theirs, ours in zip(index[1], asked[1]):
         order = np.argsort(theirs, kind="stable")  # stable: of equal keys the earlier comes first
         keys = theirs[order]
-        place = np.searchsorted(keys, ours)
+        place, group = np.searchsorted(keys, ours), ours >> np.uint64(32)
         for step in range(-reach, reach):
-            b = np.flatnonzero((place + step >= 0) & (place + step < len(keys)))
-            at = place[b] + step
-            same = keys[at] >> np.uint64(32) == ours[b] >> np.uint64(32)
-            a, b = order[at[same]], b[same]
+            at = (place + step).clip(0, len(keys) - 1)
+            b = np.flatnonzero(keys[at] >> np.uint64(32) == group)
+            a = order[at[b]]
             near = np.bitwise_count(index[0][a] ^ asked[0][b]) <= NEAR_BITS
             found.append(a[near] * len(ours) + b[near])
     return np.divmod(np.unique(np.concatenate(found)), max(1, len(asked[0])))
@@ -230,7 +231,7 @@ def _meetings(kept: _Thumbnails, index: np.ndarray, asked: np.ndarray, windows: 
     found = [np.zeros((0, 4))]
     for window in windows:
         big = asked if window == WHOLE else asked[~kept.plain[asked]]
-        reach = 24 if window == WHOLE else 6
+        reach = 16 if window == WHOLE else 3
         a, b = _neighbours(whole, kept.keys(big, window), reach)
         a, b = index[a], big[b]
         other = a < b if window == WHOLE else a != b
