@@ -21,7 +21,6 @@ from pathlib import Path
 
 from fastcore.docments import docments
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
-from .examine import check, env, preview
 
 from llava_cot.commands import (
     CliError,
@@ -36,6 +35,7 @@ from llava_cot.commands import (
     train,
 )
 from .cot import FORMATS, InputError, InputWarning
+from .examine import check, env, preview
 
 # %% ../nbs/42_cli.ipynb #cli-commands
 COMMANDS = dict(

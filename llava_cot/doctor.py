@@ -27,10 +27,10 @@ from PIL import Image as PILImage
 
 from . import cot
 from llava_cot.copies import (
+    CROWD_PAIRS,
     Gallery,
     PictureHash,
-    find_duplicates,
-    find_shared,
+    find_copies,
     open_gallery,
     progress_bar,
 )
@@ -56,6 +56,8 @@ WARNINGS = (  # drop no row
     "unread_mark",
     "duplicate_image",
     "near_duplicate_image",
+    "maybe_duplicate_image",
+    "maybe_shared_image",
     "duplicate_question",
     "blank_image",
     "clipped_image",
@@ -119,7 +121,8 @@ def check(
         seen.other = open_gallery(evaluation, rows, workers, progress, "evaluation images")
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = _survey_all(source, fmt, tokenizer, workers, progress, "reading rows")
-    seen.look_at(open_gallery(source, rows, workers, progress, "looking at images"))
+    gallery = open_gallery(source, rows, workers, progress, "looking at images")
+    seen.look_at(gallery, workers, progress)
 
     if hasattr(processor, "image_processor"):
         seen.tiles = _tiles_of(processor, seen.gallery)
@@ -267,12 +270,15 @@ class _Seen:
     other: Gallery | None = None  # the evaluation set's
     duplicates: dict = field(default_factory=dict)  # image → (how, earlier image)
     shared: dict = field(default_factory=dict)  # image → (how, the evaluation set's image)
+    crowds: Counter = field(default_factory=Counter)  # (shared?, first image) → images in a crowd
     tiles: dict = field(default_factory=dict)  # size → tiles, or why it does not fit the model
 
-    def look_at(self, gallery: Gallery):
-        self.gallery, self.duplicates = gallery, find_duplicates(gallery)
-        if self.other:
-            self.shared = find_shared(gallery, self.other)
+    def look_at(self, gallery: Gallery, workers: int | None = None, progress: bool = False):
+        found = find_copies(gallery, self.other, workers, progress)
+        self.gallery, (self.duplicates, self.shared) = gallery, found
+        for shared, copies in enumerate(found):
+            firsts = (first for how, first in copies.values() if how == "crowd")
+            self.crowds.update((bool(shared), first) for first in firsts)
 
 
 def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
@@ -292,6 +298,30 @@ def _row_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, s
         yield "duplicate_question", f"asks what {where} asks too, about the same image"
 
 # %% ../nbs/09_doctor.ipynb #d078
+_SHARED = {
+    "exact": ("shared_image", "is"),
+    "near": ("near_shared_image", "is nearly"),
+    "maybe": ("maybe_shared_image", "may be"),
+}
+_REPEATED = {
+    "exact": ("duplicate_image", "holds the same bytes as"),
+    "near": ("near_duplicate_image", "looks like"),
+    "maybe": ("maybe_duplicate_image", "may be"),
+}
+
+
+def _crowd_finding(image, shown: str, seen: _Seen, shared: bool) -> Iterator[tuple[str, str]]:
+    "`(kind, message)` for a crowd that an image is the first of."
+    n = seen.crowds[shared, image]
+    if n:
+        kind = (_SHARED if shared else _REPEATED)["maybe"][0]
+        like = "images of the evaluation set" if shared else "others"
+        said = (
+            f"image {shown} and {n - 1:,} more look like {like} at 32 × 32 pixels and may be them"
+        )
+        yield kind, f"{said}: of the many alike only the {CROWD_PAIRS} nearest pairs were compared"
+
+
 def _picture_findings(
     kept: PictureHash, shown: str, seen: _Seen, is_first: bool
 ) -> Iterator[tuple[str, str]]:
@@ -301,6 +331,24 @@ def _picture_findings(
         yield "unfit_image", f"image {shown} does not fit the model: {tiles}"
     for kind, message in kept.flaws if is_first else ():
         yield kind, f"image {shown} {message}"
+
+
+def _copy_findings(image, shown: str, seen: _Seen, is_first: bool) -> Iterator[tuple[str, str]]:
+    "`(kind, message)` for what an image repeats; is this the first row that has it?"
+    how, theirs = seen.shared.get(image, (None, None))
+    if how in _SHARED:
+        kind, verb = _SHARED[how]
+        where = seen.other.where[theirs]
+        yield kind, f"image {shown} {verb} one of the evaluation set ({where})"
+    if not is_first:
+        return
+    yield from _crowd_finding(image, shown, seen, True)
+    how, earlier = seen.duplicates.get(image, (None, None))
+    if isinstance(image, str):
+        yield from _crowd_finding(image, shown, seen, False)
+        if how in _REPEATED:
+            kind, verb = _REPEATED[how]
+            yield kind, f"image {shown} {verb} that of {seen.gallery.where[earlier]}"
 
 
 def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str, str]]:
@@ -316,21 +364,7 @@ def _image_findings(row: _RowSurvey, seen: _Seen, source) -> Iterator[tuple[str,
             yield "unreadable_image", f"image {shown} cannot be read: {why}"
         else:
             yield from _picture_findings(why, shown, seen, seen.gallery.where[image] == place)
-        if image in seen.shared:
-            how, theirs = seen.shared[image]
-            theirs = f"one of the evaluation set ({seen.other.where[theirs]})"
-            if how == "near":
-                yield "near_shared_image", f"image {shown} is nearly {theirs}"
-            else:
-                yield "shared_image", f"image {shown} is {theirs}"
-        is_first = seen.gallery.where[image] == place
-        if image in seen.duplicates and isinstance(image, str) and is_first:
-            how, earlier = seen.duplicates[image]
-            where = seen.gallery.where[earlier]
-            if how == "near":
-                yield "near_duplicate_image", f"image {shown} looks like that of {where}"
-            else:
-                yield "duplicate_image", f"image {shown} holds the same bytes as that of {where}"
+        yield from _copy_findings(image, shown, seen, seen.gallery.where[image] == place)
 
 # %% ../nbs/09_doctor.ipynb #d079
 @patch
