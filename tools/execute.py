@@ -1,7 +1,7 @@
 """Run notebooks in place, as a reader's *Run All* does; what is slow keeps its output.
 
-python tools/execute.py nbs/13_template.ipynb [more]       stop at the first cell that fails
-python tools/execute.py --slow nbs/14_tokens.ipynb         run the slow cells, too
+python tools/execute.py nbs/24_template.ipynb [more]       stop at the first cell that fails
+python tools/execute.py --slow nbs/25_tokens.ipynb         run the slow cells, too
 """
 
 import argparse
