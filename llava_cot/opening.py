@@ -276,7 +276,7 @@ def adapter_base(
             f"{name}: an adapter without adapter_model.safetensors (found {found}); save it again,"
             " in safetensors"
         )
-    seen = [place for place in (Path(str(base)), root / str(base)) if place.is_dir()]
+    seen = [place for place in (root / str(base), Path(str(base))) if place.is_dir()]
     others = [str(place) for place in seen if place.resolve() != root.resolve()]
     if others:
         return others[0]
