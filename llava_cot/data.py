@@ -157,6 +157,48 @@ def _looked(given: tuple, portion: Sequence) -> _Look:
     table = pa.Table.from_pylist([read.example for read, _ in reads], schema=FEATURES.arrow_schema)
     return _Look(table, rows, wrong, kept)
 
+# %% ../nbs/08_data.ipynb #data-listed
+def _pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    "Images stored in any form as lists of {bytes, path}; their bytes are not copied."
+    lists, kind = [], FEATURES.arrow_schema.field("images").type
+    for chunk in column.chunks:
+        if pa.types.is_nested(chunk.type) and not pa.types.is_struct(chunk.type):
+            lengths, values = pc.list_value_length(chunk).fill_null(0), chunk.flatten()
+        else:  # one image a row, or none
+            lengths, values = chunk.is_valid(), chunk.drop_null()
+        raw, path = values, pa.nulls(len(values), pa.string())
+        if pa.types.is_struct(values.type):
+            raw = values.field("bytes")
+            if values.type.get_field_index("path") >= 0 and "string" in str(
+                values.field("path").type
+            ):
+                path = values.field("path").cast(pa.string())
+        both = pa.StructArray.from_arrays([raw.cast(pa.binary()), path], ["bytes", "path"])
+        offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
+        lists.append(pa.ListArray.from_arrays(offsets, both))
+    return pa.chunked_array(lists, kind)
+
+
+def _assembled(source: JsonRows | TableRows, looks: list[_Look]) -> Dataset:
+    "The dataset; the images of a table stay in it, if they may."
+    kept, own = all(look.kept for look in looks), getattr(source, "stored_in", [None])[:1]
+    features = Features({name: kind for name, kind in FEATURES.items() if name != "images"})
+    if kept and source.ds.features[own[0]] == FEATURES["images"]:
+        texts = pa.concat_tables(look.table.drop_columns(["images"]) for look in looks)
+        images = source.ds.select_columns(own).with_format(None).rename_columns({own[0]: "images"})
+        texts = Dataset(texts, info=DatasetInfo(features=features))
+        found = concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
+        found.info.features = FEATURES.copy()  # its pictures are decoded as ours
+        return found
+    tables, at = [], 0
+    for look in looks:
+        table, at = look.table, at + len(look.table)
+        if look.kept:
+            images = _pictures(source.raw[at - len(table) : at][own[0]])
+            table = table.set_column(1, FEATURES.arrow_schema.field("images"), images)
+        tables.append(table)
+    return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=FEATURES))
+
 # %% ../nbs/08_data.ipynb #data-ids
 def row_key(example: dict) -> bytes:
     "The same for examples that say the same, but for images that lie in a table."
@@ -217,48 +259,6 @@ def _last_turn(example: dict, role: str) -> dict:
         if message["role"] == role:
             return message
     raise DataError(f"example {example.get('id')!r} has no turn of the {role}")
-
-# %% ../nbs/08_data.ipynb #data-listed
-def _pictures(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    "Images stored in any form as lists of {bytes, path}; their bytes are not copied."
-    lists, kind = [], FEATURES.arrow_schema.field("images").type
-    for chunk in column.chunks:
-        if pa.types.is_nested(chunk.type) and not pa.types.is_struct(chunk.type):
-            lengths, values = pc.list_value_length(chunk).fill_null(0), chunk.flatten()
-        else:  # one image a row, or none
-            lengths, values = chunk.is_valid(), chunk.drop_null()
-        raw, path = values, pa.nulls(len(values), pa.string())
-        if pa.types.is_struct(values.type):
-            raw = values.field("bytes")
-            if values.type.get_field_index("path") >= 0 and "string" in str(
-                values.field("path").type
-            ):
-                path = values.field("path").cast(pa.string())
-        both = pa.StructArray.from_arrays([raw.cast(pa.binary()), path], ["bytes", "path"])
-        offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
-        lists.append(pa.ListArray.from_arrays(offsets, both))
-    return pa.chunked_array(lists, kind)
-
-
-def _assembled(source: JsonRows | TableRows, looks: list[_Look]) -> Dataset:
-    "The dataset; the images of a table stay in it, if they may."
-    kept, own = all(look.kept for look in looks), getattr(source, "stored_in", [None])[:1]
-    features = Features({name: kind for name, kind in FEATURES.items() if name != "images"})
-    if kept and source.ds.features[own[0]] == FEATURES["images"]:
-        texts = pa.concat_tables(look.table.drop_columns(["images"]) for look in looks)
-        images = source.ds.select_columns(own).with_format(None).rename_columns({own[0]: "images"})
-        texts = Dataset(texts, info=DatasetInfo(features=features))
-        found = concatenate_datasets([images, texts], axis=1).select_columns(list(FEATURES))
-        found.info.features = FEATURES.copy()  # its pictures are decoded as ours
-        return found
-    tables, at = [], 0
-    for look in looks:
-        table, at = look.table, at + len(look.table)
-        if look.kept:
-            images = _pictures(source.raw[at - len(table) : at][own[0]])
-            table = table.set_column(1, FEATURES.arrow_schema.field("images"), images)
-        tables.append(table)
-    return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=FEATURES))
 
 # %% ../nbs/08_data.ipynb #c059
 def _image_key(image: dict) -> str:
