@@ -220,6 +220,59 @@ REFUSED = {  # layout → its row, and words of the one line
     ),
 }
 
+BITS = rb"{ } [ ] , : .. / \ \u \ud800 <image> </CAPTION> null human gpt 1e999 NaN".split() + [
+    b'"',
+    b"\xff",
+    b"\0",
+]
+
+
+def wounded(rng, raw):
+    "A line with one to six wounds, which never holds a line end."
+    for _ in range(rng.randint(1, 6)):
+        a, b = sorted((rng.randint(0, len(raw)), rng.randint(0, len(raw))))
+        ways = [
+            raw[:a] + raw[b:],
+            raw[:a] + rng.choice(BITS) + raw[a:],
+            raw[:b] + raw[a:][:500],
+            raw[:a],
+            raw.replace(rng.choice(BITS), rng.choice(BITS), 1),
+            raw[:a] + rng.randbytes(3) + raw[a:],
+        ]
+        raw = rng.choice(ways)
+    return raw.replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+def random_line(rng, good):
+    "A wounded line, or random bytes."
+    if rng.random() < 0.7:
+        return wounded(rng, rng.choice(good))
+    return rng.randbytes(rng.randint(1, 80)).replace(b"\n", b" ")
+
+
+def fuzz(home, n, seed):
+    "Throw `n` lines at the reader and at `check`; how many were read, refused, and the slowest."
+    rng, good = random.Random(seed), [json.dumps(r).encode() for r in FOUR]
+    lines = [random_line(rng, good) for _ in range(n)]
+    lines = [raw for raw in lines if raw.strip()]
+    source, read, slowest = open_rows(write(home)), 0, 0
+    for i, raw in enumerate(lines, 1):
+        began = time.process_time()
+        [one] = source.examples([(i, raw)])
+        example, problems = one.example, one.problems
+        slowest = max(slowest, time.process_time() - began)
+        assert (example is None) == bool(problems)
+        assert all("\n" not in p.message for p in problems)
+        read += example is not None
+    (Path(home) / "train.jsonl").write_bytes(b"\n".join(lines))
+    report = check(home, progress=False)
+    assert report.rows == len(lines) and sum(report.sources.values()) == read
+    try:
+        load(home)
+    except DataError as e:
+        assert "\n" not in str(e)
+    return {"read": read, "refused": len(lines) - read, "slowest": slowest}
+
 ODD = (
     None,
     "",
@@ -364,59 +417,6 @@ def first_update(left, home):
     schedule = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
     run = fit(*tiny_llava(), joined, schedule, home / "run", batch_size=len(left), progress=False)
     return read_lines(run.out / "metrics.jsonl")[-1]
-
-BITS = rb"{ } [ ] , : .. / \ \u \ud800 <image> </CAPTION> null human gpt 1e999 NaN".split() + [
-    b'"',
-    b"\xff",
-    b"\0",
-]
-
-
-def wounded(rng, raw):
-    "A line with one to six wounds, which never holds a line end."
-    for _ in range(rng.randint(1, 6)):
-        a, b = sorted((rng.randint(0, len(raw)), rng.randint(0, len(raw))))
-        ways = [
-            raw[:a] + raw[b:],
-            raw[:a] + rng.choice(BITS) + raw[a:],
-            raw[:b] + raw[a:][:500],
-            raw[:a],
-            raw.replace(rng.choice(BITS), rng.choice(BITS), 1),
-            raw[:a] + rng.randbytes(3) + raw[a:],
-        ]
-        raw = rng.choice(ways)
-    return raw.replace(b"\n", b" ").replace(b"\r", b" ")
-
-
-def random_line(rng, good):
-    "A wounded line, or random bytes."
-    if rng.random() < 0.7:
-        return wounded(rng, rng.choice(good))
-    return rng.randbytes(rng.randint(1, 80)).replace(b"\n", b" ")
-
-
-def fuzz(home, n, seed):
-    "Throw `n` lines at the reader and at `check`; how many were read, refused, and the slowest."
-    rng, good = random.Random(seed), [json.dumps(r).encode() for r in FOUR]
-    lines = [random_line(rng, good) for _ in range(n)]
-    lines = [raw for raw in lines if raw.strip()]
-    source, read, slowest = open_rows(write(home)), 0, 0
-    for i, raw in enumerate(lines, 1):
-        began = time.process_time()
-        [one] = source.examples([(i, raw)])
-        example, problems = one.example, one.problems
-        slowest = max(slowest, time.process_time() - began)
-        assert (example is None) == bool(problems)
-        assert all("\n" not in p.message for p in problems)
-        read += example is not None
-    (Path(home) / "train.jsonl").write_bytes(b"\n".join(lines))
-    report = check(home, progress=False)
-    assert report.rows == len(lines) and sum(report.sources.values()) == read
-    try:
-        load(home)
-    except DataError as e:
-        assert "\n" not in str(e)
-    return {"read": read, "refused": len(lines) - read, "slowest": slowest}
 
 def dataset_of(spec):
     "A dataset of (id, images, source), an image being a number."
@@ -808,9 +808,9 @@ def test_white_space_around_a_picture_inside_a_question_reaches_the_model():
         for builder, mark in ((tiny_mllama, "<|image|>"), (tiny_qwen2_5_vl, "<|vision_start|>")):
             processor = builder()[1]
 
-            def read_as(question):
+            def read_as(asked):
                 "What the model reads of a question about one picture."
-                row = {"image": "a.png", "question": question, "answer": A}
+                row = {"image": "a.png", "question": asked, "answer": A}
                 (Path(home) / "train.jsonl").write_text(json.dumps(row))
                 ids = encode(load(home)[0], processor)["input_ids"]
                 text = processor.tokenizer.decode(ids)
@@ -819,32 +819,8 @@ def test_white_space_around_a_picture_inside_a_question_reaches_the_model():
             assert f"Look: \n\n{mark}\n  What?" in read_as("Look: \n\n<image>\n  What?")
             assert f"a {mark} b" in read_as(" a [image] b\n")
             plain = read_as("What?")  # the picture first, as the template lays it out
-            for question in ("<image>\nWhat?", "<image>\r\n\r\nWhat?\n", "<img>a.png</img>What?"):
-                assert read_as(question) == plain
-
-
-def test_a_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
-    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
-        home = Path(home)
-        (home / "p").mkdir()
-        (home / "p/a.png").write_bytes(RED)
-        counts, left = survive(home, 100, seed=0)
-        assert counts["loaded", ".jsonl"] > 3 and counts["loaded", ""] > 3 and counts["fields"] > 10
-        assert math.isfinite(first_update(left[:16], home)["loss"])
-
-
-@pytest.mark.slow
-def test_twenty_thousand_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
-    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
-        home = Path(home)
-        (home / "p").mkdir()
-        (home / "p/a.png").write_bytes(RED)
-        counts, left = survive(home, 20_000, seed=1)
-        print(counts.most_common())
-        assert counts["loaded", ".jsonl"] > 1000 and counts["loaded", ""] > 1000
-        for start in range(0, len(left), 256):
-            shutil.rmtree(home / "run", ignore_errors=True)
-            assert math.isfinite(first_update(left[start : start + 256], home)["loss"])
+            for asked in ("<image>\nWhat?", "<image>\r\n\r\nWhat?\n", "<img>a.png</img>What?"):
+                assert read_as(asked) == plain
 
 
 def test_rows_that_share_an_id_are_numbered_and_a_row_that_is_there_twice_is_refused():
@@ -1056,6 +1032,30 @@ def test_mix_weighs_and_keeps_ids_unique():
         ):
             with pytest.raises(DataError):
                 mix(*bad)
+
+
+def test_a_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 100, seed=0)
+        assert counts["loaded", ".jsonl"] > 3 and counts["loaded", ""] > 3 and counts["fields"] > 10
+        assert math.isfinite(first_update(left[:16], home)["loss"])
+
+
+@pytest.mark.slow
+def test_twenty_thousand_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+    with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
+        home = Path(home)
+        (home / "p").mkdir()
+        (home / "p/a.png").write_bytes(RED)
+        counts, left = survive(home, 20_000, seed=1)
+        print(counts.most_common())
+        assert counts["loaded", ".jsonl"] > 1000 and counts["loaded", ""] > 1000
+        for start in range(0, len(left), 256):
+            shutil.rmtree(home / "run", ignore_errors=True)
+            assert math.isfinite(first_update(left[start : start + 256], home)["loss"])
 
 
 def test_split_and_mix_are_stable_when_rows_are_added():
