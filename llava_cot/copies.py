@@ -60,6 +60,12 @@ class PictureHash:
     deep: bool = field(default=False, repr=False)  # over 8 bits a value
     flaws: tuple = field(default=(), repr=False)  # (kind, message), from `pictures.flaws`
 
+    @property
+    def bits(self) -> int:
+        "Its pHash."
+        grey = np.frombuffer(self.grey, np.uint8).reshape(32, 32)
+        return int(_signs(_WAVES @ grey.astype(float) @ _WAVES.T)[0])
+
 
 def _decoded(
     image: PILImage.Image,  # just opened
@@ -236,10 +242,14 @@ _CROWD = 64  # of a picture with more neighbours, no windows are taken
 def _meetings(kept: _Thumbnails, first: int) -> np.ndarray:
     "Rows of (far, small, big, number of big's window), but for pairs among the `first`."
     big, found = np.arange(len(kept.greys)), []
-    tables = _tables(*kept.keys(big, WHOLE))
+    sets = [
+        (part[0], _tables(*kept.keys(part, WHOLE))) for part in np.split(big, [first]) if len(part)
+    ]
     for number, window in enumerate(WINDOWS):
-        a, b = _neighbours(tables, kept.keys(big, window), 3 if number else 8)
-        b = big[b]
+        asked, reach = kept.keys(big, window), 3 if number else 8
+        pairs = [(start, *_neighbours(tables, asked, reach)) for start, tables in sets]
+        a = np.concatenate([start + a for start, a, _ in pairs] or [big])
+        b = np.concatenate([big[b] for _, _, b in pairs] or [big])
         if not number:
             crowded = np.bincount(b, minlength=len(big)) > _CROWD
             big = np.flatnonzero(~kept.plain & ~crowded)
@@ -500,8 +510,8 @@ def _decide(sources: list, portion: list) -> list[tuple[str | None, int]]:
 CROWD_PAIRS = 500  # pairs of one crowd that are compared
 
 
-def _crowds(proposed: dict[int, list[tuple[int, int, int]]]) -> dict[int, int]:
-    "Picture → the first one of its crowd."
+def _crowds(proposed: dict, pictures: Sequence[PictureHash]) -> dict[int, int]:
+    "Picture → the first one of its crowd, for pictures that stand in proposals."
     earlier = {}
 
     def first_of(picture):
@@ -510,7 +520,11 @@ def _crowds(proposed: dict[int, list[tuple[int, int, int]]]) -> dict[int, int]:
             picture = earlier[picture]
         return picture
 
+    alike = {}  # hash → a picture
     for small, big, _ in itertools.chain.from_iterable(proposed.values()):
+        for picture in (small, big):
+            if picture not in earlier:
+                earlier[picture] = first_of(alike.setdefault(pictures[picture].bits, picture))
         a, b = sorted((first_of(small), first_of(big)))
         earlier[b] = a
     return {picture: first_of(picture) for picture in earlier}
@@ -518,18 +532,19 @@ def _crowds(proposed: dict[int, list[tuple[int, int, int]]]) -> dict[int, int]:
 
 def _chosen(
     proposed: dict[int, list[tuple[int, int, int]]],
-    first: int,  # so many are another set's
+    pictures: Sequence[PictureHash],
+    first: int = 0,  # so many are another set's
 ) -> tuple[dict, dict]:  # each (later, is the earlier one another set's) → pairs, or a picture
-    "What is to be compared; and what is not, with the first of the crowd's that are not."
-    crowds, asked = _crowds(proposed), {}
+    "What is to be compared; and what is not, with the nearest of its crowd that is not."
+    crowds, asked = _crowds(proposed, pictures), {}
     for later, pairs in proposed.items():
         for pair in pairs:
             asked.setdefault((later, min(pair[:2]) < first), []).append(pair)
     chosen, left, named, taken = {}, {}, {}, {}
     for (later, across), pairs in asked.items():
         crowd = crowds[later]
-        taken[crowd] = taken.get(crowd, 0) + len(pairs)
-        if taken[crowd] <= CROWD_PAIRS:
+        taken[crowd, across] = taken.get((crowd, across), 0) + len(pairs)
+        if taken[crowd, across] <= CROWD_PAIRS:
             chosen[later, across] = pairs
         else:
             left[later, across] = named.setdefault((crowd, across), later)
@@ -545,7 +560,7 @@ def _copies(
     show: bool = False,  # a progress bar
 ) -> dict:  # (later, is it another set's) → near or maybe, number of an earlier one; or crowd
     "Which pictures are near copies of which."
-    chosen, left = _chosen(propose(pictures, first), first)
+    chosen, left = _chosen(propose(pictures, first), pictures, first)
     asked = [[(named[s], named[b], w) for s, b, w in pairs] for pairs in chosen.values()]
     portions = (asked[i : i + 16] for i in range(0, len(asked), 16))
     decided = in_workers(_decide, portions, sources, workers)

@@ -130,6 +130,25 @@ def test_drawings_of_one_layout_are_different_and_a_changed_photograph_is_the_sa
             assert how_near(photo, encoded(other, "JPEG", quality=80)) == "near"
 
 
+def test_a_crowd_is_compared_in_part_and_named():
+    rng = np.random.default_rng(0)
+    still = rng.integers(20, 230, (48, 64, 3))
+    film = [encoded(smooth(1)), encoded(smooth(2))]
+    for _ in range(400):
+        values = (still + rng.integers(-6, 7, still.shape)).astype(np.uint8)
+        film.append(encoded(PILImage.fromarray(values)))
+    found = find_duplicates(hung(*film, encoded(smooth(1), "JPEG")), 0)
+    assert found[402] == ("near", 0) and found.keys().isdisjoint({0, 1, 2})
+    left = {n for n, (how, _) in found.items() if how == "crowd"}
+    assert len(left) >= 399 - CROWD_PAIRS and {found[n][1] for n in left} <= left
+    assert len({found[n][1] for n in left}) == 1
+    for n in range(1000):  # of one hash, so one crowd, though most are of other colours
+        film.append(encoded(PILImage.new("RGB", (16, 16), (n % 256, 255 - n % 256, n // 256 * 80))))
+    plain = find_duplicates(hung(*film[403:]), 0).values()
+    assert len([how for how, _ in plain if how != "crowd"]) <= CROWD_PAIRS
+    assert len({first for how, first in plain if how == "crowd"}) == 1
+
+
 def test_shared_pictures_are_found_in_both_ways():
     one, two, three = (encoded(smooth(seed)) for seed in range(3))
     nearly_two = encoded(smooth(1), "JPEG")
