@@ -3,6 +3,10 @@ from llava_cot.layouts import *
 
 import base64
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_cot import layouts
 from llava_cot.layouts import check_columns, read_row
 
 
@@ -98,6 +102,35 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
         said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"as {text} shows"}]
         [note] = read_row({"image": "a.png", "conversations": said}, 1, "x").notes
         assert note.message == f"turn 2 holds {text!r}, which stays a text"
+
+
+def test_what_may_be_a_mark_is_never_passed_over_for_the_sake_of_speed():
+    WORDS = "image Image IMG picture photo figure video audio speech sound im_patch".split()
+    WORDS += "vision_start begin_of_image image_start im_start im_end start_of_image here pad".split()
+    PIECES = ["<", ">", "</", "<|", "|>", "[", "]", "![", "](", ")", "{", "{{", "}", "&lt;", "＜", "＞"]
+    PIECES += [" ", "\n", "\t", "_", "-", ":", "1", "a.png", "x", *WORDS]
+
+
+    @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+    @settings(max_examples=3000, deadline=None)
+    def marks_have_the_hint(text):
+        marks = (layouts._LIKE, layouts._MARK, layouts._FOREIGN)
+        assert layouts._HINT.search(text) or not any(mark.search(text) for mark in marks)
+
+
+    marks_have_the_hint()
+    for text in (
+        "<|\n image|>",
+        "<figure 1>",
+        "![x](y)",
+        "<img>a</img>",
+        "[ photo 2 ]",
+        "&lt; image &gt;",
+    ):
+        assert layouts._HINT.search(text) and any(
+            mark.search(text) for mark in (layouts._LIKE, layouts._MARK)
+        )
+    assert not layouts._HINT.search("<SUMMARY>The image shows 3 < 5 men.</SUMMARY> [1]")
 
 
 def test_what_would_change_the_training_is_never_dropped_in_silence():
