@@ -337,6 +337,10 @@ def _dry_rows(s, rows: dict, net, processor) -> str:
     context, first = batches.context_of(net), s.schedule[0]
     made = batches.phase_processor(s, first, processor)
     readers = {name: batches.reader_of(s, some, made, context) for name, some in rows.items()}
+    if not s.eval_every:  # then these are answered only, and may have any length
+        plain = Settings(fmt=s.fmt, control_tokens=s.control_tokens)
+        scored = "rows to score on"
+        readers[scored] = batches.reader_of(plain, rows[scored], made)
     found = batches.find_all(readers, s.bad_rows)
     its, _ = batches.find_in_phases(s, rows["data"], processor, found["data"], context)
     skipped = sum(len(f.skipped) for f in (found | dict(data=its)).values())

@@ -262,7 +262,7 @@ def _named(file: str) -> Iterator[None]:
 def check_pixels(width: int, height: int) -> None:
     "Raises `PictureError` where there are no pixels, or more than `limits` allow."
     n, most = width * height, _LIMITS[-1].pixels
-    if n == 0:
+    if min(width, height) < 1:
         raise PictureError(f"it has {width} × {height} pixels")
     if n > most:
         said = f"{width:,} × {height:,} pixels"

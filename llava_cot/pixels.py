@@ -27,6 +27,7 @@ from llava_cot.families import (
     family_of,
 )
 from .models import check_preprocessing, fingerprint
+from .pictures import PictureError, check_pixels
 from .tokens import encode
 
 # %% ../nbs/26_pixels.ipynb #pixels-family
@@ -142,15 +143,16 @@ _SAID = [
     {"role": "user", "content": _ASKED},
     {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
 ]
-_LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # Pillow opens no larger one, either
 
 
 def _blank_row(processor: ProcessorMixin, size: tuple[int, int]) -> dict:
     "A picture of this size and two words, encoded. Raises `ModelError`."
     width, height = size
-    if min(size) < 1 or width * height > _LARGEST:
-        least = f"expected at least 1 × 1 and at most {_LARGEST:,} pixels"
-        raise ModelError(f"image_size: found {width} × {height}, {least}")
+    try:
+        check_pixels(width, height)
+    except PictureError as e:
+        least = f"expected at least 1 × 1 and at most the limit: {e.reason}"
+        raise ModelError(f"image_size: found {width} × {height}, {least}") from None
     blank = {"id": "size", "images": [Image.new("RGB", size)], "source": "", "messages": _SAID}
     try:
         return encode(blank, processor)

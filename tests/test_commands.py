@@ -8,8 +8,29 @@ from unittest import mock
 import pytest
 import torch
 
-from llava_cot import shapes, tiny
+from llava_cot import data, shapes, tiny
 from llava_cot.families import ModelError
+from llava_cot.tokens import TooLong, lengths
+
+
+def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
+    with tempfile.TemporaryDirectory() as d:
+        folders = Path(d, "short"), Path(d, "long")
+        for folder in folders:
+            shapes.write(folder, 16, progress=False)
+        _, toy = tiny.tiny_base()
+        sizes = lengths(data.load(folders[0]), toy)
+        limit = sorted(sizes)[8]
+        lines = (folders[0] / "train.jsonl").read_text().splitlines(keepends=True)
+        for folder, short in zip(folders, (True, False)):
+            kept = [line for line, n in zip(lines, sizes) if (n < limit) == short]
+            (folder / "train.jsonl").write_text("".join(kept))
+        run = dict(model="tiny_base", out=f"{d}/run", max_length=limit - 1, dry_run=True)
+        train(data=str(folders[0]), eval_data=str(folders[1]), **run)
+        with pytest.raises(TooLong, match="rows to score on: .* max_length"):
+            train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
+        with pytest.raises(TooLong, match="longer|max_length"):
+            train(data=str(folders[1]), eval_data=str(folders[0]), **run)
 
 
 def test_commands_open_a_model_in_the_type_and_at_the_place_they_are_told():
