@@ -156,8 +156,9 @@ def _blank_row(processor: ProcessorMixin, size: tuple[int, int]) -> dict:
     blank = {"id": "size", "images": [Image.new("RGB", size)], "source": "", "messages": _SAID}
     try:
         return encode(blank, processor)
-    except ValueError as e:  # the processor's own words
-        raise ModelError(f"image_size: found {width} × {height}, which cannot be used: {e}") from e
+    except PictureError as e:
+        said = f"found {width} × {height}, which cannot be used: {e.reason}"
+        raise ModelError(f"image_size: {said}") from e
 
 
 def sized_batch(

@@ -2,6 +2,7 @@
 from llava_cot.commands import *
 
 import tempfile
+from contextlib import chdir
 from pathlib import Path
 from unittest import mock
 
@@ -14,8 +15,8 @@ from llava_cot.tokens import TooLong, lengths
 
 
 def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
-    with tempfile.TemporaryDirectory() as d:
-        folders = Path(d, "short"), Path(d, "long")
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        folders = Path("short"), Path("long")
         for folder in folders:
             shapes.write(folder, 16, progress=False)
         _, toy = tiny.tiny_base()
@@ -25,7 +26,7 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
         for folder, short in zip(folders, (True, False)):
             kept = [line for line, n in zip(lines, sizes) if (n < limit) == short]
             (folder / "train.jsonl").write_text("".join(kept))
-        run = dict(model="tiny_base", out=f"{d}/run", max_length=limit - 1, dry_run=True)
+        run = dict(model="tiny_base", out="run", max_length=limit - 1, dry_run=True)
         train(data=str(folders[0]), eval_data=str(folders[1]), **run)
         with pytest.raises(TooLong, match="rows to score on: .* max_length"):
             train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
