@@ -52,6 +52,7 @@ def execute(path: Path, slow: bool, timeout: int) -> None:
                         out["execution_count"] = None
                     if "metadata" in out:
                         out["metadata"] = {}
+        nb.metadata.pop("widgets", None)  # of an earlier run, which no output shows
         nbformat.write(nb, path)
     most = ", ".join(f"cell {i} {s:.1f} s" for s, i in sorted(client.seconds, reverse=True)[:3])
     print(f"{path}: {time.perf_counter() - began:.0f} s ({most})")
