@@ -411,11 +411,18 @@ def survive(home, n, seed):
 
 
 def first_update(left, home):
-    "Train for one update on rows that were loaded one by one."
-    joined = datasets.concatenate_datasets(left)
-    joined = mix([joined])  # ids that differ
+    "Train for one update on rows that were loaded one by one; those too long are listed."
+    model, processor = tiny_llava()
+    joined = mix([datasets.concatenate_datasets(left)])  # ids that differ
+    most = model.config.get_text_config().max_position_embeddings
+    long = [row["id"] for row in joined if len(encode(row, processor)["input_ids"]) > most]
     schedule = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
-    run = fit(*tiny_llava(), joined, schedule, home / "run", batch_size=len(left), progress=False)
+    how = dict(batch_size=len(left), bad_rows="skip", progress=False)
+    run = fit(model, processor, joined, schedule, home / "run", **how)
+    listed = run.out / "skipped_rows.jsonl"
+    skipped = read_lines(listed) if listed.exists() else []
+    assert [row["id"] for row in skipped] == long
+    assert all("max_position_embeddings" in row["reason"] for row in skipped)
     return read_lines(run.out / "metrics.jsonl")[-1]
 
 def dataset_of(spec):
