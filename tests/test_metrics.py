@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llava_cot import cot, shapes
 from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, REORDERED, parse
-from llava_cot.data import answer_text
+from llava_cot.data import answer_text, question
 from llava_cot.search import Answer
 
 
@@ -23,6 +23,70 @@ def test_normalise_is_idempotent_but_for_full_stops():
     assert normalise("Yes.") == "yes" and normalise("3.0") == "3.0"
     assert normalise("no") != normalise("yes") and normalise("") == ""
     holds()
+
+
+def test_contains_reads_whole_words():
+    @given(st.text(max_size=20), st.text(max_size=20))
+    def holds(a, b):
+        assert exact(a, b) == exact(b, a) and contains(a, b) in (0.0, 1.0)
+
+
+    holds()
+    assert contains("a red cat", "Red cat.") and not contains("cat, red", "red cat")
+    assert not contains("anything", "") and exact("", "")
+
+
+def test_anls_has_the_threshold_of_the_official_script():
+    assert anls("ab", ["abcd"]) == anls("abd", ["abcdef"]) == 0.5 and anls("a", ["abcd"]) == 0
+    assert anls("12/03/1999", ["12/30/1999"]) == 0.8 and anls("  the   cat ", ["dog", "the cat"]) == 1
+    assert anls("", [""]) == 1 and anls("", ["cat"]) == 0 and anls("x", []) == 0
+
+
+def test_vqa_accuracy_is_that_of_the_official_script():
+    def mostly(most, n, other):
+        return [most] * n + [other] * (10 - n)
+
+
+    assert vqa_accuracy("no", mostly("yes", 8, "no")) == pytest.approx(0.6)
+    assert vqa_accuracy("no", mostly("yes", 7, "no")) == pytest.approx(0.9)
+    assert vqa_accuracy("dont know", mostly("don't know", 9, "yes")) == 1
+    assert vqa_accuracy("black-and-white", mostly("black and white", 9, "gray")) == 1
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 0  # all ten agree: nothing is normalised
+    assert vqa_normalised("It's 10:30, o'clock!") == "it's 10:30 o'clock"
+
+
+    @given(st.text(max_size=20), st.lists(st.text(max_size=8), max_size=10))
+    def holds(text, people):
+        assert 0 <= vqa_accuracy(text, people) <= 1
+
+
+    holds()
+
+
+def test_mathvista_keeps_the_official_rule():
+    fractions = ["3/11", "8/11", "6/11"]
+    assert mathvista("(b) 8/11", "8/11", fractions, "multi_choice") and mathvista(
+        "E", "no", ["yes", "no"], "multi_choice"
+    )
+    assert mathvista("1.455", "1.46", answer_type="float", precision=2.0)
+    assert not mathvista("14 apples", "14", answer_type="integer") and not mathvista(
+        "1e400", "1", answer_type="integer"
+    )
+
+
+def test_equal_in_mathematics_as_a_computer_algebra_system_reads():
+    pytest.importorskip("math_verify")
+    same_ = [
+        ("60^\\circ", "60"),
+        ("1/2", "0.5"),
+        ("2\\sqrt{3}", "\\sqrt{12}"),
+        ("(1,2)", "1<x<2"),
+        ("3", "x=3"),
+    ]
+    assert all(math_equal(*pair) for pair in same_)
+    assert not any(
+        math_equal(*p) for p in [("3.4641", "2\\sqrt{3}"), ("five", "5"), ("", "5"), ("}{$", "x")]
+    )
 
 
 def test_reference_reads_staged_and_bare():
@@ -46,6 +110,26 @@ def test_reference_reads_staged_and_bare():
         reference({**ex, "messages": ex["messages"][:1]})
 
 
+def test_the_form_of_the_reference_decides_and_says_so():
+    assert options_in("Options: (A) red (B) blue, (C) green") == {"A": "red", "B": "blue", "C": "green"}
+    assert options_in("Is this vitamin A. or not") == {} and options_in("A. one") == {} == options_in(
+        ""
+    )
+    chosen = metric_for("a dog", "What? A: a cat B: a dog")
+    assert chosen.name == "mcq" and METRICS["mcq"]("It is B.", "a dog", **chosen.facts) == 1
+    assert metric_for("3", "How many?").name == "number" and METRICS["number"]("three", "3") == 1
+    assert METRICS["number"]("3.1", "3") == 0 == METRICS["yes_no"]("maybe", "yes")
+    assert metric_for("2011", declared="relaxed_number").why == "declared"
+    with pytest.raises(EvaluateError, match="'bleu', expected one of exact"):
+        metric_for("x", declared="bleu")
+    with pytest.raises(EvaluateError, match="metric mcq: found no options"):
+        METRICS["mcq"]("B", "B")
+    for row in shapes.examples(40, seed=3):
+        wanted = reference(row[1])
+        name = metric_for(wanted, question(row[1])).name
+        assert METRICS[name](wanted.upper() + ".", wanted) == 1
+
+
 def test_a_truncated_answer_is_never_right():
     @given(st.integers(0, 400))
     def holds(cut):
@@ -61,3 +145,16 @@ def test_a_truncated_answer_is_never_right():
     assert is_right(Answer("a", " Yes.", True, 1), "yes", DIRECT)
     assert not is_right(Answer("a", " Yes.", False, 1), "yes", DIRECT)
     assert not is_right(Answer("a", "", True, 1), "", DIRECT)
+
+
+def test_a_conclusion_is_never_guessed():
+    told = Answer("a", "It is a cat.", True, 5)
+    assert conclusion_of(told) == (None, "unparsed") and conclusion_of(told, plain=True) == (
+        "It is a cat.",
+        "plain text",
+    )
+    staged_ = answer_text(next(shapes.examples(1))[1])
+    cut = Answer("a", staged_[:60], False, 5)
+    assert conclusion_of(cut, plain=True) == (None, "truncated")
+    broken = Answer("a", staged_.replace("</CAPTION>", ""), True, 5)
+    assert conclusion_of(broken, plain=True) == (None, "unparsed")
