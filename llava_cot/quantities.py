@@ -61,7 +61,9 @@ def plainly(text: str) -> str:
         as_typed = unicodedata.normalize("NFKC", vulgar).replace("⁄", "/")
         text = text.replace(vulgar, f" {as_typed} ")
     text = re.sub(r"(?<=\d)[\u00a0\u202f\u2009'’](?=\d{3}(?!\d))", "", text)
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    # but cm² stays what it is
+    text = "".join(c if c in "²³" else unicodedata.normalize("NFKC", c) for c in text)
+    text = text.replace("−", "-")
     for pattern, new in _LATEX:
         text = re.sub(pattern, new, text)
     return text
