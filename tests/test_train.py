@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from llava_cot import data, families, loss, memory, models, shapes, train
+from llava_cot import data, families, loss, memory, models, shapes, train, validation
 from llava_cot import run as runs
 from llava_cot.batches import Order
 from llava_cot.cot import STAGE_NAMES
@@ -335,7 +335,7 @@ ADAPTING = Schedule(
 def losses_replaced(losses_of):
     "`token_losses` is another function in every module that calls it."
     with contextlib.ExitStack() as stack:
-        for module in (loss, memory, train):
+        for module in (loss, memory, validation):
             stack.enter_context(mock.patch.object(module, "token_losses", losses_of))
         yield
 
