@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint
 from peft import PeftConfig, PeftModel
 from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
@@ -38,7 +39,7 @@ from llava_cot.loss import one_update, token_losses
 from llava_cot.memory import transformer_layers
 from llava_cot.pixels import budget_of, with_budget
 from llava_cot.rowcheck import BadRows
-from llava_cot.run import list_checkpoints, newest_checkpoint, read_lines
+from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
