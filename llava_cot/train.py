@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
+from . import checkpoint, distributed, memory, models, pixels
 from . import data as datasource
-from . import distributed, memory, models, pixels
 from . import run as runs
 from . import schedule as schedules
 from llava_cot.batches import (
@@ -42,13 +42,11 @@ from llava_cot.batches import (
 )
 from .distributed import engine_of
 from .loss import one_update, row_losses
-from .models import model_digest
 from .pictures import PictureError
 from .rowcheck import BadRows
-from .run import Clock, Log, ProgressDisplay, Run, find_event, save_checkpoint
+from .run import Clock, Log, ProgressDisplay, Run, find_event
 from .schedule import Phase, Schedule
 from .settings import RunError, Settings
-from .tiny import open_model
 from llava_cot.trainable import (
     add_phase_adapters,
     check_schedule,
@@ -309,7 +307,7 @@ def _save(loop: _Loop) -> None:
             run.carried = {k: v for k, v in moments.items() if ".lora_" not in k}
         optimizer = None
     more = dict(scheduler=loop.scheduler, scaler=loop.accelerator.scaler)
-    save_checkpoint(run, loop.accelerator, optimizer, **more)
+    checkpoint.save_checkpoint(run, loop.accelerator, optimizer, **more)
 
 # %% ../nbs/45_train.ipynb #c045
 def _order(run: Run, s: Settings, reads: PhaseRows, accelerator: Accelerator) -> Order:
@@ -372,7 +370,7 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     accelerator.free_memory()
     if distributed.is_zero(run.model):
         # dissolved: opened again from the checkpoint that ended the phase
-        newest = runs.list_checkpoints(run.out)[-1]
+        newest = checkpoint.list_checkpoints(run.out)[-1]
         whole, _ = models.load(newest, memory.weights_dtype(s.weights))
         whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
         run.model = whole.to(accelerator.device)
@@ -423,7 +421,7 @@ def _run_phases(
         raise BadRows(
             f"after update {run.done}: {told}. Put it back, then go on with: {again}"
         ) from e
-    runs.save_result(run, accelerator)
+    checkpoint.save_result(run, accelerator)
     return run
 
 # %% ../nbs/45_train.ipynb #c048
@@ -502,44 +500,9 @@ def fit(
     recipe = dict(source=source, exam=exam.digests()) | runs.rows_facts(data)
     skipped = {name: f.skipped for name, f in found.items()}
     runs.start_run(run, accelerator, recipe, found["data"].dropped, progress, skipped)
+    if not (source or {}).get("model"):  # it cannot be opened again by name
+        checkpoint.save_checkpoint(run, accelerator)
     return _run_phases(run, reads, sound, accelerator, progress)
-
-# %% ../nbs/45_train.ipynb #c052
-def _reopen_model(out, recipe: dict, s: Settings) -> tuple:
-    "`(model, processor)` that a run began with. Raises `RunError` where it is not what it was."
-    name = (recipe["source"] or {}).get("model")
-    if not name:
-        raise RunError(
-            f"resume {out}: no checkpoint here, the run stopped before its first; remove the folder"
-            " and start again"
-        )
-    model, processor = open_model(name, memory.weights_dtype(s.weights))
-    if s.separator_tokens:
-        models.add_separators(model, processor)
-    processor = pixels.begin(model, processor, s)
-    memory.prepare_weights(model, s.weights, s.compile, s.liger)
-    if model_digest(model) != recipe["start"]:
-        raise RunError(
-            f"resume {out}: {name} is no longer the model that the run began with, and there is no"
-            " checkpoint yet; start again in a new folder"
-        )
-    return model, processor
-
-
-def _reopen_checkpoint(out, folder: Path, s: Settings) -> tuple[Run, dict | None]:
-    "A run as a checkpoint has it, and the optimizer's state within a phase."
-    model, processor = models.load(folder, memory.weights_dtype(s.weights))
-    memory.prepare_weights(model, s.weights, s.compile, s.liger)
-    progress = json.loads((folder / "progress.json").read_text())
-    run = Run(Path(out), s, **progress, model=model, processor=processor)
-    if (folder / "adapters.safetensors").exists():
-        add_phase_adapters(model, s.schedule[run.phase])
-        models.load_adapters(model, folder)
-    if not run.update:
-        return run, None
-    state = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
-    run.carried = state.pop("carried", None)
-    return run, state
 
 # %% ../nbs/45_train.ipynb #c052b
 def _rows_again(out, recipe: dict, data, exam: Validation, s: Settings):
@@ -581,13 +544,13 @@ def resume(
     rows = _rows_again(out, recipe, data, exam, s)
     newest = None
     if accelerator.is_main_process:
-        runs.remove_leftovers(out)
-        newest = runs.newest_checkpoint(out)
+        checkpoint.remove_leftovers(out)
+        newest = checkpoint.newest_checkpoint(out)
     [newest] = broadcast_object_list([newest])
     if newest:
-        run, state = _reopen_checkpoint(out, newest, s)
+        run, state = checkpoint.reopen_checkpoint(out, newest, s)
     else:
-        model, processor = _reopen_model(out, recipe, s)
+        model, processor = checkpoint.reopen_model(out, recipe, s)
         run, state = Run(Path(out), s, model=model, processor=processor), None
     known = runs.read_skipped(out, recipe)
     as_begun = pixels.with_fields(run.processor, recipe["fingerprint"])

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint, remove_leftovers
 from llava_cot.files import DataError, _archives, _member, _members, _opened, find_images
-from llava_cot.run import list_checkpoints, newest_checkpoint, remove_leftovers
 
 def mount(size, place):
     "Mounts a disk of `size` bytes, and says whether the system let us."

@@ -30,6 +30,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from llava_cot import data, families, loss, memory, models, shapes, train, validation
 from llava_cot import run as runs
 from llava_cot.batches import Order
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint
 from llava_cot.cot import STAGE_NAMES
 from llava_cot.families import ModelError, parts
 from llava_cot.files import FileError, why_broken
@@ -38,7 +39,7 @@ from llava_cot.loss import one_update, token_losses
 from llava_cot.memory import transformer_layers
 from llava_cot.pixels import budget_of, with_budget
 from llava_cot.rowcheck import BadRows
-from llava_cot.run import list_checkpoints, newest_checkpoint, read_lines
+from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
