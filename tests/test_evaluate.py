@@ -2,19 +2,21 @@
 from llava_cot.evaluate import *
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_cot import evaluate as evaluate_module
 from llava_cot import shapes
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError
 from llava_cot.reasoning import spoil
 from llava_cot.scenes import KINDS
-from llava_cot.search import Answer, Greedy
-from llava_cot.tiny import tiny_llava, tiny_mllama
+from llava_cot.search import Answer, Greedy, answer
+from llava_cot.tiny import tiny_base, tiny_llava, tiny_mllama
 from llava_cot.tokens import encode
 
 def hand_made(pairs):
@@ -114,6 +116,24 @@ def test_wrong_input_names_the_culprit():
         with pytest.raises(EvaluateError, match=words) as e:
             call()
         assert "\n" not in str(e.value)
+
+
+def test_answers_are_the_same_whatever_batch_the_memory_holds():
+    toy, its = tiny_base()
+    drawn, sizes = [example for _, example in shapes.examples(6)], []
+
+
+    def tight(model, processor, rows, method, n, *more):
+        sizes.append(n)
+        if n > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return answer(model, processor, rows, method, n, *more)
+
+
+    ask_ = (toy, its, drawn, Greedy(12), 8, False)
+    with mock.patch.object(evaluate_module, "answer", tight):
+        halved_ = evaluate_module.shared_answers(*ask_)
+    assert sizes == [8, 4, 2] and halved_ == answer(*ask_)
 
 
 def test_a_blank_picture_is_zero_after_normalisation():
