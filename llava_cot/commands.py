@@ -627,7 +627,7 @@ def _this_gpu() -> str | None:
 def _advised(options: dict) -> str | None:
     "What the plan advises for this machine; None where it cannot say."
     from llava_cot.plan import advise
-    from llava_cot.run import read_recipe
+    from llava_cot.run import read_recipe, settings_from
 
     gpu = _this_gpu()
     if gpu is None:
@@ -636,7 +636,7 @@ def _advised(options: dict) -> str | None:
         asked = dict(options)
         if options.get("resume"):
             recipe = read_recipe(options["resume"])
-            asked = recipe["settings"] | dict(model=recipe["source"]["model"])
+            asked = vars(settings_from(recipe["settings"])) | dict(model=recipe["source"]["model"])
         fixed = ("engine", "checkpointing", "find_batch_size")
         known = {f.name for f in setting_fields()}.difference(fixed)
         more = {name: v for name, v in asked.items() if name in known}

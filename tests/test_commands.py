@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llava_cot import data, shapes, tiny
+from llava_cot import commands, data, shapes, tiny
 from llava_cot.families import ModelError
 from llava_cot.tokens import TooLong, lengths
 
@@ -35,9 +35,6 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
 
 
 def test_the_advice_for_a_full_gpu_is_the_plans():
-    from llava_cot import commands
-    from llava_cot import plan as planning
-
     asked = dict(model="tiny_llava", schedule="demo", batch_size=8, accumulate=1, out="nowhere")
     with mock.patch.object(commands, "_this_gpu", lambda: "H100-80GB"):
         line = commands.memory_line("train", asked, torch.OutOfMemoryError("CUDA out of memory."))
