@@ -59,7 +59,7 @@ for way in ("plain", "gathered", "in_step"):
     with (mock.patch.object(distributed, "_holds_whole", lambda m: room),
           mock.patch.object(evaluate, "answer", answer)):
         schedule = Schedule.load("demo")
-        examiner = evaluate.Examiner(rows, LLAVA_COT, schedule[-1].name, None, 60, progress=False)
+        examiner = evaluate.Examiner(rows, LLAVA_COT, schedule[-1].name, None, 20, progress=False)
         examiner(model, processor, schedule[-1])
         report = examiner.report
         found[way] = report.to_dict() | dict(texts=[r.text for r in report.rows], asked=asked)
@@ -179,7 +179,7 @@ def test_answers_are_the_same_whatever_batch_the_memory_holds():
 def test_two_processes_make_the_report_of_one():
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "two.py").write_text(TWO)
-        rows_ = shapes.write(Path(tmp) / "rows", 7, split="val", progress=False)
+        rows_ = shapes.write(Path(tmp) / "rows", 5, split="val", progress=False)
         port = "--master_port=29517"
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
         for words in ([sys.executable], start):
@@ -187,11 +187,11 @@ def test_two_processes_make_the_report_of_one():
             assert done.returncode == 0, done.stderr[-3000:]
         one, *two = (json.loads((Path(f"{rows_}-{k}.json")).read_text()) for k in ("one", 0, 1))
         for rank, its in enumerate(two):
-            assert its["plain"].pop("asked") == its["gathered"].pop("asked") == [4 - rank] * 2
-            assert its["in_step"].pop("asked") == [7, 7]
+            assert its["plain"].pop("asked") == its["gathered"].pop("asked") == [3 - rank] * 2
+            assert its["in_step"].pop("asked") == [5, 5]
         for its in one.values():
             its.pop("asked")
-        assert one == two[0] == two[1] and one["plain"]["n"] == 7 and any(one["plain"]["texts"])
+        assert one == two[0] == two[1] and one["plain"]["n"] == 5 and any(one["plain"]["texts"])
 
 
 def test_a_blank_picture_is_zero_after_normalisation():
