@@ -28,6 +28,7 @@ from llava_cot.commands import (
     ask,
     demo,
     evaluate,
+    memory_line,
     plan,
     push,
     recipes,
@@ -304,6 +305,12 @@ def _call(function, given: dict) -> int:
         return _told("stopped", 130)
     except InputError as e:
         return _told(f"error: {e}")
+    except (RuntimeError, MemoryError, OSError) as e:
+        from llava_cot.memory import is_memory_error
+
+        if not is_memory_error(e):
+            raise
+        return _told(f"error: {memory_line(_word(function), given, e)}")
     return 0
 
 

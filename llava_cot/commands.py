@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CliError', 'Interrupted', 'say', 'format_of', 'policy_of', 'setting_fields', 'limited', 'train', 'summary', 'recipes',
-           'plan', 'demo', 'evaluate', 'ask', 'push']
+           'plan', 'demo', 'evaluate', 'ask', 'memory_line', 'push']
 
 # %% ../nbs/70_commands.ipynb #commands-imports
 import inspect
@@ -133,7 +133,8 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
     schedule = Schedule.load(schedule)
     s = Settings(schedule, **settings)
     check_folder(out)
-    rows, examiner = examination(source, s.fmt, schedule, s.seed, not json)
+    more = dict(batch_size=s.eval_batch_size)
+    rows, examiner = examination(source, s.fmt, schedule, s.seed, not json, **more)
     if s.eval_every and not len(examiner.rows):
         raise CliError(
             f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data,"
@@ -167,6 +168,24 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
     return _finish(run, examiner, start, json)
 
 # %% ../nbs/70_commands.ipynb #c013
+def _over(out, recipe: dict, json) -> dict:
+    "The report of a run that is over, and how its model can be examined again."
+    report = json_module.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+    source = recipe["source"] or {}
+    data = source.get("eval_data") or source.get("data") or "ROWS"
+    again = f"llava-cot eval --model {Path(out) / 'model'} --data {data}"
+    lines = [f"the run in {out} is over; examine its model again with: {again}"]
+    say("\n".join([*lines, *_warnings(report)]), json=json)
+    if json and _first():
+        print(json_module.dumps(report))
+    return report
+
+
+def _warnings(report: dict) -> list[str]:
+    "What could not be measured, a line each."
+    return [f"warning: {line}" for line in report.get("warnings", [])]
+
+
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
     from llava_cot.evaluate import examination, leave_out, measured
@@ -174,6 +193,8 @@ def _resume(out, start, json) -> dict:
     from llava_cot.train import resume
 
     recipe = read_recipe(out)
+    if (Path(out) / "report.json").is_file() and (Path(out) / "model").is_dir():
+        return _over(out, recipe, json)
     if not recipe["source"]:
         raise CliError(
             f"resume {out}: this run was given rows in memory, by a notebook; go on with"
@@ -181,7 +202,8 @@ def _resume(out, start, json) -> dict:
         )
     s = settings_from(recipe["settings"])
     with _limits(vars(s)):
-        rows, examiner = examination(recipe["source"], s.fmt, s.schedule, s.seed, not json)
+        where, more = recipe["source"], dict(batch_size=s.eval_batch_size)
+        rows, examiner = examination(where, s.fmt, s.schedule, s.seed, not json, **more)
         leave_out(examiner, recipe["source"].get("unread", []))
         say(f"going on with the run in {out}", json=json)
         more = measured(recipe["source"], examiner, s.eval_every)
@@ -218,8 +240,12 @@ def summary(
 ) -> str:
     "A report's main figures as text."
     lines = [_phase_line(phase) for phase in report["phases"]]
+    lines += _warnings(report)
     if report.get("accuracy") is None:
-        return "\n".join([*lines, "no rows were held out, so nothing was scored"])
+        unscored = (
+            [] if report.get("warnings") else ["no rows were held out, so nothing was scored"]
+        )
+        return "\n".join(lines + unscored)
     lo, hi = report["accuracy_ci"]
     blind, sound = _percent(report.get("blind_accuracy")), _percent(report.get("sound"))
     valid, cut = _percent(report["format_valid"]), _percent(report["truncated"])
@@ -545,6 +571,84 @@ def ask(
     else:
         print("\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
     return result
+
+# %% ../nbs/70_commands.ipynb #me01
+_LOWER = (
+    "what takes less: a smaller batch_size with more accumulate (find_batch_size: true tries),"
+    " checkpointing: all, weights: bf16, a schedule with LoRA, max_pixels or max_tiles, a smaller"
+    " max_length, more GPUs (--launch 8xfsdp2)"
+)
+_LOWER_ASKING = "what takes less: dtype bfloat16, a smaller max_new_tokens, fewer pixels"
+
+
+def memory_line(
+    word: str,  # the command: train, plan, ask or eval
+    options: dict,  # that it was given
+    error: BaseException,  # that the memory raised
+) -> str:
+    "What a person can do about a full memory, in one line."
+    said = " ".join(str(error).split())[:160] or type(error).__name__
+    line = f"out of memory: {said}"
+    if word not in ("train", "plan", "demo"):
+        return f"{line}; {_LOWER_ASKING}"
+    if word != "plan":
+        line += f"; {_survived(options.get('resume') or options.get('out'))}"
+    return f"{line}; {_advised(options) or _LOWER}"
+
+
+def _survived(out) -> str:
+    "What is left of a run."
+    from llava_cot.checkpoint import list_checkpoints
+
+    found, again = list_checkpoints(out), f"go on with: llava-cot train --resume {out}"
+    if (Path(out) / "phases.json").is_file():
+        return f"the model is in {Path(out) / 'model'}; {again}"
+    if found:
+        return f"the last checkpoint is {found[-1]}; {again}"
+    return "there was no checkpoint yet"
+
+# %% ../nbs/70_commands.ipynb #me02
+def _this_gpu() -> str | None:
+    "The name under which the plan knows this machine's GPU."
+    import torch
+
+    from llava_cot.plan import GPUS
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    for name, card in GPUS.items():
+        kind = name.partition("-")[0].removeprefix("RTX")
+        if kind in seen.name and abs(seen.total_memory / 2**30 / card.memory - 1) < 0.15:
+            return name
+    return None
+
+
+def _advised(options: dict) -> str | None:
+    "What the plan advises for this machine; None where it cannot say."
+    from llava_cot.plan import advise
+    from llava_cot.run import read_recipe, settings_from
+
+    gpu = _this_gpu()
+    if gpu is None:
+        return None
+    try:
+        asked = dict(options)
+        if options.get("resume"):
+            recipe = read_recipe(options["resume"])
+            asked = vars(settings_from(recipe["settings"])) | dict(model=recipe["source"]["model"])
+        fixed = ("engine", "checkpointing", "find_batch_size")
+        known = {f.name for f in setting_fields()}.difference(fixed)
+        more = {name: v for name, v in asked.items() if name in known}
+        gpus = int(os.environ.get("WORLD_SIZE", "1"))
+        best = advise(_config(asked["model"]), asked["schedule"], gpu, gpus, **more).best
+    except Exception:  # a hint must not hide what has happened
+        return None
+    if best is None:
+        return f"llava-cot plan --advise finds nothing that fits a {gpu}; {_LOWER}"
+    settings = ", ".join(f"{k}: {v}" for k, v in best.setting.items())
+    sizes = (f"{name} batch_size {n}, accumulate {a}" for name, (n, a) in best.batches.items())
+    return f"llava-cot plan --advise for a {gpu}: {settings}; {'; '.join(sizes)}"
 
 # %% ../nbs/70_commands.ipynb #commands-push
 def push(

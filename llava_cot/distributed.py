@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['launch_configs', 'engine_of', 'check_engine', 'on_main', 'shard_units', 'shard', 'fake_mesh', 'fsdp_policy',
            'is_zero', 'gather_state', 'restore_state', 'optimizer_moments', 'load_moments', 'prepare_engine',
-           'check_zero']
+           'check_zero', 'gathered', 'together', 'my_share']
 
 # %% ../nbs/41_distributed.ipynb #distributed-imports
 import contextlib
@@ -393,3 +393,73 @@ def check_zero(settings: Settings) -> None:
                 f"phase {phase.name!r}: the optimizer is to be carried over, which the engine zero3"
                 " cannot; take fsdp2, or optimizer: new"
             )
+
+# %% ../nbs/41_distributed.ipynb #ex02
+def _holds_whole(model) -> bool:
+    "Whether the memory of every process holds all weights of an FSDP2 model beside what is there."
+    if not torch.cuda.is_available():
+        return True
+    groups = [g for m in model.modules() for g in _groups_of(m)]
+    sizes = [p._orig_size.numel() * (p.param_dtype or p.orig_dtype).itemsize
+             for g in groups for p in g.fsdp_params]  # fmt: skip
+    torch.cuda.empty_cache()
+    room = 0.8 * torch.cuda.mem_get_info()[0] - sum(sizes)  # the rest is for the questions
+    least = torch.tensor(room, device="cuda")
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return least.item() > 0
+
+
+def _groups_of(module) -> list:
+    "What FSDP2 gathers at once for a module."
+    return module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
+
+
+@contextlib.contextmanager
+def gathered(model) -> Iterator[bool]:  # unwrapped
+    "While inside, sharded layers are held whole if that fits; yields whether each process is free."
+    if not isinstance(model, FSDPModule):
+        yield not is_zero(model)
+        return
+    model._get_fsdp_state()._lazy_init()
+    if not _holds_whole(model):
+        yield False
+        return
+    groups = [g for m in model.modules() for g in _groups_of(m)]
+    before = [g.post_forward_mesh_info for g in groups]
+    model.set_reshard_after_forward(False)
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    try:
+        for unit in units:
+            unit.unshard()
+        yield True
+    finally:
+        for group, info in zip(groups, before):
+            group.post_forward_mesh_info = info
+        for unit in units:
+            unit.reshard()
+
+# %% ../nbs/41_distributed.ipynb #ex04
+def together(
+    work: Callable,  # called by every process
+) -> list:
+    "What each process finds, in order, on all. Raises `RunError` on all where one fails."
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [work()]
+    found, why = None, None
+    try:
+        found = work()
+    except Exception as e:
+        why = f"{type(e).__name__}: {e}"
+    each = [None] * dist.get_world_size()
+    dist.all_gather_object(each, (found, why))
+    for rank, (_, why) in enumerate(each):
+        if why:
+            raise RunError(f"process {rank} of {len(each)}: {why}")
+    return [found for found, _ in each]
+
+
+def my_share(n: int, free: bool = True) -> range:
+    "The rows, of so many, that are this process's; all of them where it is not free."
+    if not free or not (dist.is_available() and dist.is_initialized()):
+        return range(n)
+    return range(dist.get_rank(), n, dist.get_world_size())

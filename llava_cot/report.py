@@ -329,8 +329,9 @@ def _watched_html(info: dict) -> str:
     parts = []
     if info["evals"]:
         parts.append(_validation_html(info["evals"]))
-    if any(phase.get("after") for phase in info["phases"]):
-        parts.append(_forgetting_html([p for p in info["phases"] if p.get("after")]))
+    kept = [p for p in info["phases"] if p.get("after") and "not_examined" not in p["after"]]
+    if kept:
+        parts.append(_forgetting_html(kept))
     if info["events"]:
         head = ("update", "what", "loss", "examples")
         lines = []
@@ -359,7 +360,7 @@ def _validation_html(evals: list[dict]) -> str:
 def _forgetting_html(phases: list[dict]) -> str:
     "A table of what the model could do before and after each phase."
     said = {"retain_loss": "loss on plain rows"}
-    names = list(phases[0]["after"])
+    names = list(dict.fromkeys(name for p in phases for name in p["after"]))
     whens = ("before", "after")
     head = [f"{said.get(name, name)} {when}" for name in names for when in whens]
     lines = [
@@ -376,6 +377,16 @@ _CAPTIONS = {
 }
 
 
+def _unexamined(phases: list[dict]) -> list[str]:
+    "A line for each phase after which something was not measured."
+    found = []
+    for phase in phases:
+        for part in (phase, phase.get("before") or {}, phase.get("after") or {}):
+            if part.get("not_examined"):
+                found.append(f"phase {phase['name']} was not examined: {part['not_examined']}")
+    return list(dict.fromkeys(found))
+
+
 def _run_page(
     title: str,
     report: Report | None,
@@ -386,9 +397,12 @@ def _run_page(
 ) -> str:
     "The whole page: self-contained, escaped."
     figures = {name: _figure(name, png) for name, png in plots.items()}
-    parts = ["<p>No questions were held out, so nothing was scored.</p>"]
+    failed = _unexamined(info["phases"])
+    parts = [f"<p><b>Warning:</b> {html.escape(line)}</p>" for line in failed]
+    if not (failed or report):
+        parts = ["<p>No questions were held out, so nothing was scored.</p>"]
     if report:
-        parts = [_tiles_html(report), "<h2>By kind of question</h2>"]
+        parts += [_tiles_html(report), "<h2>By kind of question</h2>"]
         parts += [figures["kinds.png"], _kinds_html(report)]
     if info["phases"]:
         parts += ["<h2>Training</h2>", _phases_html(info["phases"])]
@@ -430,6 +444,9 @@ def write_report(
     facts = dict(seconds=seconds and round(seconds, 1), peak_rss_mb=_peak_rss_mb(), seed=seed)
     facts |= dict(versions=info["recipe"].get("versions") or versions())
     facts |= dict(fingerprint=info["fingerprint"]) | more
+    failed = _unexamined(info["phases"])
+    if failed:
+        facts |= dict(warnings=failed)
     plots = _run_plots(info, report)
     page = _run_page(title, report, info, plots, facts, gallery)
     out.mkdir(parents=True, exist_ok=True)

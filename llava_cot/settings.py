@@ -82,6 +82,13 @@ class _Batches(_Shown):
     find_batch_size: bool = option(
         False, "where the batch does not fit the memory: a part of it, more accumulation", "batches"
     )
+    eval_batch_size: int | None = option(
+        None,
+        "rows side by side in validation and examination, fewer where the memory is full;"
+        " none: batch_size for the loss, 64 answers",
+        "batches",
+        least=1,
+    )
     workers: int = option(0, "processes that read and augment; 0 for none", "batches", least=0)
 
 # %% ../nbs/30_settings.ipynb #settings-rows

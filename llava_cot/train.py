@@ -41,6 +41,7 @@ from llava_cot.batches import (
     stable_seed,
 )
 from .distributed import engine_of
+from .files import write_file, writing
 from .loss import one_update, row_losses
 from .pictures import PictureError
 from .rowcheck import BadRows
@@ -54,7 +55,14 @@ from llava_cot.trainable import (
     make_optimizer,
     trained_parameters,
 )
-from .validation import Validation, measure_retention, to_device, validate
+from llava_cot.validation import (
+    Validation,
+    attempt,
+    examine,
+    measure_retention,
+    to_device,
+    validate,
+)
 
 # %% ../nbs/45_train.ipynb #c044
 def prepare_phase(
@@ -293,7 +301,8 @@ def _validate_if_due(loop: _Loop) -> None:
     if loop.exam.held_out is None:
         return
     if loop.over or (s.eval_every and run.done % s.eval_every == 0):
-        validate(run, loop.model, loop.exam, loop.accelerator, s.batch_size, loop.log)
+        size = s.eval_batch_size or s.batch_size
+        validate(run, loop.model, loop.exam, loop.accelerator, size, loop.log)
 
 
 def _save(loop: _Loop) -> None:
@@ -363,6 +372,11 @@ def one_phase(
             clock.pause()
 
 # %% ../nbs/45_train.ipynb #c049a
+def _retention(run: Run, exam: Validation, accelerator: Accelerator) -> dict:
+    "What the model can still do; or `not_examined`, and why."
+    return attempt(run, "what is kept", lambda *_: measure_retention(run, exam, accelerator))
+
+
 def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accelerator) -> None:
     "Records the phase that is over, and moves on to the next."
     s, phase = run.settings, run.settings.schedule[run.phase]
@@ -378,13 +392,14 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     trained = sum(p.numel() for group in named for _, p in group)
     runs.keep_adapter(run, phase, accelerator)
     models.merge_adapters(run.model)
-    after = measure_retention(run, exam, accelerator)
     record = runs.phase_record(run, phase, reads.updates, trained)
+    run.phases.append(record)
+    if phase is s.schedule[-1]:  # before it is examined, so that no failure there costs it
+        checkpoint.save_result(run, accelerator)
+    after = _retention(run, exam, accelerator)
     if after:
         record |= dict(before=run.before, after=after)
-    if exam.after_phase:
-        record |= exam.after_phase(run.model, run.processor, phase)
-    run.phases.append(record)
+    record |= examine(run, exam, phase, accelerator)
     run.epoch += math.ceil(reads.updates / reads.per_epoch)
     run.phase, run.update, run.seconds = run.phase + 1, 0, 0.0
     run.recent, run.before = [], after
@@ -408,7 +423,7 @@ def _run_phases(
     else:
         run.model.to(accelerator.device)
     if run.before is None:
-        run.before = measure_retention(run, exam, accelerator)
+        run.before = _retention(run, exam, accelerator)
     try:
         while run.phase < len(run.settings.schedule):
             if run.update < reads[run.phase].updates:
@@ -421,7 +436,9 @@ def _run_phases(
         raise BadRows(
             f"after update {run.done}: {told}. Put it back, then go on with: {again}"
         ) from e
-    checkpoint.save_result(run, accelerator)
+    if accelerator.is_main_process:
+        with writing(run.out, "phases.json"):
+            write_file(run.out / "phases.json", json.dumps(run.phases, indent=1))
     return run
 
 # %% ../nbs/45_train.ipynb #c048

@@ -12,12 +12,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_cot import cli, data, models, shapes
+from llava_cot import train as train_module
+from llava_cot.checkpoint import list_checkpoints
 from llava_cot.commands import _APART, recipes, train
 from llava_cot.distributed import launch_configs
 from llava_cot.run import read_lines
@@ -82,6 +86,25 @@ def here(*words):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main([str(w) for w in words])
     return code, out.getvalue(), err.getvalue()
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def here(*words):
+    "Exit code, standard output and standard error of the command, in this process."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def small_run(folder):
+    "Options of a run of seven updates, in a folder of its own."
+    shapes.write(folder / "rows", 24, progress=False)
+    (folder / "schedule.yaml").write_text(SCHEDULE)
+    told = dict(data=folder / "rows", model="tiny_llava", out=folder / "run", held_out=0.2)
+    told |= dict(schedule=folder / "schedule.yaml", max_new_tokens=4, save_every=2, batch_size=4)
+    return [word for name, value in told.items() for word in (f"--{name}", value)]
 
 
 def test_every_setting_of_a_run_is_an_option():
@@ -881,3 +904,63 @@ def test_an_interrupted_command_says_how_to_go_on_and_does():
         (tmp / "run/recipe.yaml").write_text(recipe.replace("updates: 400", "updates: 12"))
         code, out, error = run("train", "--resume", tmp / "run", "--json")
         assert code == 0 and json.loads(out)["phases"][1]["name"] == "finetune", error
+
+
+def test_a_run_that_runs_out_of_memory_while_it_is_examined_ends_well():
+    with tempfile.TemporaryDirectory() as tmp:
+        words, out = small_run(Path(tmp)), Path(tmp) / "run"
+        with mock.patch("llava_cot.evaluate.answer", side_effect=FULL):
+            code, said, told = here("train", *words)
+        report = json.loads((out / "report.json").read_text())
+        assert code == 0 and "Traceback" not in told
+        assert told.count("warning: what phase 'finetune' can do was not measured") == 1
+        assert len(report["warnings"]) == 2 and "OutOfMemoryError" in report["warnings"][1]
+        assert report["warnings"][1] in said and report["accuracy"] is None
+        assert "phase finetune was not examined" in (out / "report.html").read_text()
+        AutoModelForImageTextToText.from_pretrained(out / "model")
+        AutoProcessor.from_pretrained(out / "model")
+        with mock.patch("llava_cot.train.resume") as resume_:
+            code, said, _ = here("train", "--resume", out)
+        assert code == 0 and "is over; examine its model again with: llava-cot eval" in said
+        assert not resume_.called
+        asked = ["--model", out / "model", "--data", Path(tmp) / "rows", "--n", 2]
+        assert here("eval", *asked, "--max_new_tokens", 4)[0] == 0
+
+
+def test_memory_that_is_full_is_one_line_for_every_command():
+    with tempfile.TemporaryDirectory() as tmp:
+        words, out = small_run(Path(tmp)), Path(tmp) / "run"
+        own, calls = train_module.one_update, iter(range(99))
+
+        def full(*args, **options):
+            if next(calls) == 5:
+                raise FULL
+            return own(*args, **options)
+
+        with mock.patch.object(train_module, "one_update", full):
+            code, _, told = here("train", *words)
+        [line] = [each for each in told.splitlines() if each.startswith("llava-cot: error")]
+        assert code == 2 and "Traceback" not in told and "what takes less: a smaller batch_size" in line
+        assert f"the last checkpoint is {list_checkpoints(out)[-1]}; go on with" in line
+        assert here("train", "--resume", out)[0] == 0 and len(read_lines(out / "metrics.jsonl")) == 7
+        picture = next((Path(tmp) / "rows").rglob("*.png"))
+        asked = ["--model", "tiny_llava", "--image", picture, "--question", "A circle?"]
+        scored = ["--model", "tiny_llava", "--data", Path(tmp) / "rows", "--n", 2]
+        planned = ["--model", "tiny_llava", "--length", 64]
+        for word, place, words in (
+            ("ask", "llava_cot.search.answer", asked),
+            ("eval", "llava_cot.evaluate.answer", scored),
+            ("plan", "llava_cot.plan.plan", planned),
+        ):
+            for error in (
+                FULL,
+                MemoryError(),
+                RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            ):
+                with mock.patch(place, side_effect=error):
+                    code, _, told = here(word, *words)
+                assert code == 2 and told.startswith("llava-cot: error: out of memory: "), told
+                assert told.count("\n") == 1 and "what takes less" in told
+        with mock.patch("llava_cot.plan.plan", side_effect=RuntimeError("shapes")):
+            with pytest.raises(RuntimeError):
+                here("plan", *planned)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llava_cot import data, shapes, tiny
+from llava_cot import commands, data, shapes, tiny
 from llava_cot.families import ModelError
 from llava_cot.tokens import TooLong, lengths
 
@@ -32,6 +32,16 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
             train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
         with pytest.raises(TooLong, match="longer|max_length"):
             train(data=str(folders[1]), eval_data=str(folders[0]), **run)
+
+
+def test_the_advice_for_a_full_gpu_is_the_plans():
+    asked = dict(model="tiny_llava", schedule="demo", batch_size=8, accumulate=1, out="nowhere")
+    with mock.patch.object(commands, "_this_gpu", lambda: "H100-80GB"):
+        line = commands.memory_line("train", asked, torch.OutOfMemoryError("CUDA out of memory."))
+        assert "plan --advise for a H100-80GB: engine: single" in line and "\n" not in line
+        asked = asked | dict(model="nowhere")
+        line = commands.memory_line("train", asked, torch.OutOfMemoryError("CUDA out of memory."))
+        assert commands._LOWER in line
 
 
 def test_commands_open_a_model_in_the_type_and_at_the_place_they_are_told():

@@ -33,7 +33,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from llava_cot import data, distributed, loss, memory, tiny as toys, train
+from llava_cot import data, distributed, loss, memory, tiny as toys, train, validation
 from llava_cot.schedule import Schedule
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def tight(model, batch, *args, own=loss.token_losses, **options):
 
 def found(tiny, out):
     with contextlib.ExitStack() as stack:
-        for module in (loss, memory, train):
+        for module in (loss, memory, validation):
             stack.enter_context(mock.patch.object(module, "token_losses", tight))
         fit(tiny, out, find_batch_size=True)
 

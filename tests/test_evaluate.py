@@ -2,19 +2,25 @@
 from llava_cot.evaluate import *
 
 import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_cot import evaluate as evaluate_module
 from llava_cot import shapes
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError
 from llava_cot.reasoning import spoil
 from llava_cot.scenes import KINDS
-from llava_cot.search import Answer, Greedy
-from llava_cot.tiny import tiny_llava, tiny_mllama
+from llava_cot.search import Answer, Greedy, answer
+from llava_cot.tiny import tiny_base, tiny_llava, tiny_mllama
 from llava_cot.tokens import encode
 
 def hand_made(pairs):
@@ -26,6 +32,42 @@ def hand_made(pairs):
     ended = [i != 3 for i in range(5)]
     answers = [Answer(ex["id"], t, e, 90) for (_, ex), t, e in zip(pairs, texts, ended)]
     return answers, lambda ex, text: shapes.verify(text, key[ex["id"]], question(ex))
+
+TWO = """
+import json, os, sys
+from unittest import mock
+import torch, torch.distributed as dist
+from llava_cot import data, distributed, evaluate
+from llava_cot.cot import LLAVA_COT
+from llava_cot.schedule import Schedule
+from llava_cot.tiny import tiny_base
+from torch.distributed.device_mesh import init_device_mesh
+
+torch.set_num_threads(1)
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+rows, found = data.load(sys.argv[1]), {}
+for way in ("plain", "gathered", "in_step"):
+    model, processor = tiny_base()
+    if dist.is_initialized() and way != "plain":
+        distributed.shard(model, init_device_mesh("cpu", (2,)))
+    room = way != "in_step"
+    asked, own = [], evaluate.answer
+    def answer(*args, **kw):
+        asked.append(len(args[2]))
+        return own(*args, **kw)
+    with (mock.patch.object(distributed, "_holds_whole", lambda m: room),
+          mock.patch.object(evaluate, "answer", answer)):
+        schedule = Schedule.load("demo")
+        examiner = evaluate.Examiner(rows, LLAVA_COT, schedule[-1].name, None, 20, progress=False)
+        examiner(model, processor, schedule[-1])
+        report = examiner.report
+        found[way] = report.to_dict() | dict(texts=[r.text for r in report.rows], asked=asked)
+rank = os.environ.get("RANK", "one")
+open(f"{sys.argv[1]}-{rank}.json", "w").write(json.dumps(found))
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
 
 
 def test_bootstrap_holds_the_mean():
@@ -114,6 +156,42 @@ def test_wrong_input_names_the_culprit():
         with pytest.raises(EvaluateError, match=words) as e:
             call()
         assert "\n" not in str(e.value)
+
+
+def test_answers_are_the_same_whatever_batch_the_memory_holds():
+    toy, its = tiny_base()
+    drawn, sizes = [example for _, example in shapes.examples(6)], []
+
+
+    def tight(model, processor, rows, method, n, *more):
+        sizes.append(n)
+        if n > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return answer(model, processor, rows, method, n, *more)
+
+
+    ask_ = (toy, its, drawn, Greedy(12), 8, False)
+    with mock.patch.object(evaluate_module, "answer", tight):
+        halved_ = evaluate_module.shared_answers(*ask_)
+    assert sizes == [8, 4, 2] and halved_ == answer(*ask_)
+
+
+def test_two_processes_make_the_report_of_one():
+    with tempfile.TemporaryDirectory() as tmp:
+        (Path(tmp) / "two.py").write_text(TWO)
+        rows_ = shapes.write(Path(tmp) / "rows", 5, split="val", progress=False)
+        port = "--master_port=29517"
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
+        for words in ([sys.executable], start):
+            done = subprocess.run([*words, f"{tmp}/two.py", str(rows_)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        one, *two = (json.loads((Path(f"{rows_}-{k}.json")).read_text()) for k in ("one", 0, 1))
+        for rank, its in enumerate(two):
+            assert its["plain"].pop("asked") == its["gathered"].pop("asked") == [3 - rank] * 2
+            assert its["in_step"].pop("asked") == [5, 5]
+        for its in one.values():
+            its.pop("asked")
+        assert one == two[0] == two[1] and one["plain"]["n"] == 5 and any(one["plain"]["texts"])
 
 
 def test_a_blank_picture_is_zero_after_normalisation():

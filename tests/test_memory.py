@@ -483,3 +483,38 @@ def test_the_update_stays_the_same_whatever_fits():
             memory.largest_batch(fits(0), 8, 1)
         with pytest.raises(RuntimeError, match="shapes"):
             memory.largest_batch(broken, 8, 1)
+
+
+def test_memory_errors_of_any_kind_are_known_and_nothing_else():
+    full = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(12, "Cannot allocate memory"),
+        MemoryError(),
+    ]
+    others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
+    assert all(map(memory.is_memory_error, full)) and not any(map(memory.is_memory_error, others))
+    for error in full:
+        sizes = []
+
+        def work(size, error=error):
+            sizes.append(size)
+            if size > 1:
+                raise error
+            return "done"
+
+        assert memory.halving(work, 9) == "done" and sizes == [9, 4, 2, 1]
+
+
+    def never(size):
+        raise MemoryError
+
+
+    with pytest.raises(MemoryError):
+        memory.halving(never, 4)

@@ -3,17 +3,21 @@ from llava_cot.validation import *
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from llava_cot import data, shapes
+from llava_cot import data, shapes, validation
 from llava_cot.batches import Reader
 from llava_cot.loss import token_losses
+from llava_cot.run import Run
+from llava_cot.schedule import Schedule
+from llava_cot.settings import Settings
 from llava_cot.tiny import tiny_llava
 from llava_cot.tokens import Collator
-from llava_cot.validation import held_out_loss
+from llava_cot.validation import Validation, examine, held_out_loss
 
 
 def test_the_loss_is_the_mean_over_tokens_whatever_the_batch():
@@ -33,3 +37,44 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_batch():
         for one in found:
             assert one["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
             assert one["supervised"] == len(losses)
+
+
+def test_a_failed_examination_is_a_warning_and_ctrl_c_is_not():
+    with tempfile.TemporaryDirectory() as tmp:
+        toy, its = tiny_llava(seed=0)
+        run_ = Run(Path(tmp), Settings(Schedule.load("demo")), model=toy, processor=its)
+        cpu, last = Accelerator(cpu=True), run_.settings.schedule[-1]
+        errors = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), NotImplementedError()]
+        for error in errors:
+            raising = mock.Mock(side_effect=error)
+            said = examine(run_, Validation(after_phase=raising), last, cpu)
+            assert said["not_examined"].startswith(type(error).__name__) and raising.call_count == 1
+            assert not (Path(tmp) / "examining").exists()
+        with pytest.raises(KeyboardInterrupt):
+            examine(run_, Validation(after_phase=mock.Mock(side_effect=KeyboardInterrupt)), last, cpu)
+        assert not (Path(tmp) / "examining").exists()
+        (Path(tmp) / "examining").write_text(last.name)  # as a killed process leaves it
+        asked = mock.Mock(return_value=dict(accuracy=1.0))
+        assert "killed" in examine(run_, Validation(after_phase=asked), last, cpu)["not_examined"]
+        assert not asked.called and examine(run_, Validation(after_phase=asked), last, cpu) == dict(
+            accuracy=1.0
+        )
+
+
+def test_the_batch_is_halved_where_the_memory_is_full_and_the_loss_stays():
+    with tempfile.TemporaryDirectory() as tmp:
+        toy, its = tiny_llava(seed=0)
+        reader = Reader(data.load(shapes.write(Path(tmp) / "held", 7, split="val")), its)
+        cpu, seen = Accelerator(cpu=True), []
+
+        def tight(model, batch):
+            seen.append(len(batch["input_ids"]))
+            if seen[-1] > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return token_losses(model, batch)
+
+        whole = held_out_loss(toy, reader, cpu, 7)
+        with mock.patch.object(validation, "token_losses", tight):
+            halved = held_out_loss(toy, reader, cpu, 7)
+        assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1] and halved["supervised"] == whole["supervised"]
+        assert halved["loss"] == pytest.approx(whole["loss"], rel=1e-6)
