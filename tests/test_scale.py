@@ -30,9 +30,9 @@ def test_both_losses_are_one():
 
 def test_a_share_is_that_of_the_node_room():
     order = Order(64, 4, 1, 0, stop=2, world=8, lengths=list(range(1, 65)))
-    rows = [row for update in range(2) for batch in order.at(update) for _, row in batch]
-    assert sorted(rows) == list(range(64))
+    places = [row for update in range(2) for batch in order.at(update) for _, row in batch]
+    assert sorted(places) == list(range(64))
     tokens = list(range(1, 65))
-    sizes = np.array(tokens)[rows].reshape(2, 8, 4)
+    sizes = np.array(tokens)[places].reshape(2, 8, 4)
     share = sizes.sum() / (sizes.max((1, 2)).sum() * 32)
     assert 0 < share < 1 and abs(useful_share(order, tokens, 2) - share) < 1e-12
