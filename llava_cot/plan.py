@@ -236,17 +236,18 @@ class Gpu:
 
     memory: float  # GiB that CUDA reports in all
     flops: float  # bf16, dense, a second
+    source: str = ""  # of the rate
 
 
 GPUS = {
-    "H100-80GB": Gpu(79.1, 989e12),
-    "H200-141GB": Gpu(139.8, 989e12),
-    "B200-180GB": Gpu(178.3, 2250e12),
-    "A100-80GB": Gpu(79.1, 312e12),
-    "A100-40GB": Gpu(39.4, 312e12),
-    "L40S-48GB": Gpu(44.4, 362e12),
-    "RTX4090-24GB": Gpu(23.6, 165e12),
-    "RTX3090-24GB": Gpu(23.6, 71e12),
+    "H100-80GB": Gpu(79.1, 989e12, "NVIDIA H100 SXM data sheet"),
+    "H200-141GB": Gpu(139.8, 989e12, "NVIDIA H200 SXM data sheet"),
+    "B200-180GB": Gpu(178.3, 2250e12, "NVIDIA DGX B200 data sheet"),
+    "A100-80GB": Gpu(79.1, 312e12, "NVIDIA A100 data sheet"),
+    "A100-40GB": Gpu(39.4, 312e12, "NVIDIA A100 data sheet"),
+    "L40S-48GB": Gpu(44.4, 362e12, "NVIDIA L40S data sheet"),
+    "RTX4090-24GB": Gpu(23.6, 165e12, "NVIDIA Ada GPU architecture whitepaper"),
+    "RTX3090-24GB": Gpu(23.6, 71e12, "NVIDIA GA102 architecture whitepaper"),
 }
 USABLE = 0.92  # share of the memory that a plan may fill
 
