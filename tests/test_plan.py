@@ -162,7 +162,7 @@ dist.init_process_group("gloo")
 mesh, half, ledger = init_device_mesh("cpu", (2,)), torch.bfloat16, Ledger()
 policy = MixedPrecisionPolicy()
 if precision == "bf16":
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
 with _one_process("no", "fsdp2", 2) as accelerator:
     model = AutoModelForImageTextToText.from_config(config)
     families.family_of(config).prepare(model)
