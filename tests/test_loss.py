@@ -73,10 +73,8 @@ def test_the_heads_gradient_in_blocks_is_as_exact_as_in_one_piece():
     right = head_gradients(torch.float64, 12_288)
     for kind, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         whole = off(head_gradients(kind, 12_288, autocast), right)
-        for few in (130, 1024):
-            parted = off(head_gradients(kind, few, autocast), right)
-            print(f"{few:5} positions' logits: {parted}, in one piece {whole}")
-            assert all(a <= 1.3 * b for a, b in zip(parted, whole))
+        parted = off(head_gradients(kind, 130, autocast), right)
+        assert all(a <= 1.3 * b for a, b in zip(parted, whole))
     assert max(off(head_gradients(torch.float32, 130), right)) < 1e-5
     assert max(off(head_gradients(torch.float32, 130, frozen=True), right[:1])) < 1e-5
 
