@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -55,6 +55,7 @@ def engine_of(accelerator: Accelerator) -> str:
 def check_engine(
     accelerator: Accelerator,
     wanted: str | None = None,  # of `ENGINES`; None: any
+    reduce: str = "float32",  # the setting, which is FSDP2's alone
 ) -> str:
     "The engine; raises `RunError` where it is not the one that was asked for."
     found, n = engine_of(accelerator), accelerator.num_processes
@@ -74,6 +75,8 @@ def check_engine(
             " run with accelerate launch --config_file and one of:"
             f" {', '.join(map(str, launch_configs().values()))}"
         )
+    if reduce != "float32" and found != "fsdp2":
+        raise RunError(f"reduce: found {reduce} with the engine {found}; only fsdp2 has the choice")
     return found
 
 # %% ../nbs/41_distributed.ipynb #l018
@@ -127,12 +130,21 @@ def shard(
     mesh: DeviceMesh | None = None,  # None: all processes
     **policy,  # of `fully_shard`: mp_policy, offload_policy, …
 ):  # the same model
-    "FSDP2 over `shard_units` and the rest."
+    "FSDP2 over `shard_units` and the rest, in mixed precision as autocast computes."
     if isinstance(model, FSDPModule):
         return model
+    mixed = policy.pop("mp_policy", MixedPrecisionPolicy())
+    as_given = replace(mixed, cast_forward_inputs=False)
+    language = {m for module in part_modules(model)["language"] for m in module.modules()}
     for unit in shard_units(model):
-        fully_shard(unit, mesh=mesh, **policy)
-    return fully_shard(model, mesh=mesh, **policy)
+        own = as_given if unit in language else mixed
+        fully_shard(unit, mesh=mesh, mp_policy=own, **policy)
+    rest = replace(as_given, param_dtype=None)
+    fully_shard(model, mesh=mesh, mp_policy=rest, **policy)
+    if mixed.param_dtype:
+        kind = next(model.parameters()).device.type
+        model.forward = torch.autocast(kind, mixed.param_dtype)(model.forward)
+    return model
 
 
 @contextlib.contextmanager
@@ -147,14 +159,17 @@ def fake_mesh(processes: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 # %% ../nbs/41_distributed.ipynb #l031b
-def fsdp_policy(accelerator: Accelerator) -> dict:
+def fsdp_policy(
+    accelerator: Accelerator,
+    reduce: str = "float32",  # the setting: in which type gradients are added up
+) -> dict:
     "What accelerate's FSDP settings say to `fully_shard`."
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return {}
-    mixed = plugin.mixed_precision_policy
-    if mixed is not None:
-        mixed = replace(mixed, output_dtype=None)  # losses stay as they are
+    mixed = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    kind = torch.bfloat16 if reduce == "bf16" else torch.float32
+    mixed = replace(mixed, reduce_dtype=kind, output_dtype=None)  # losses stay as they are
     policy = dict(
         mp_policy=mixed,
         offload_policy=plugin.cpu_offload,

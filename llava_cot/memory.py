@@ -38,7 +38,7 @@ from .batches import Reader
 from .families import family_of, layers
 from .files import write_file
 from .gate import PICTURES
-from .loss import replaced_forward, token_losses
+from .loss import makes_logits, replaced_forward, token_losses
 from .models import DTYPES, model_digest
 from .opening import in_type
 from .pixels import adopted
@@ -95,7 +95,7 @@ def hold(self: Ledger, t: torch.Tensor, kind: str | None = None) -> None:
             return
         self._strike(key)
     if kind is None:
-        is_logits = t.ndim > 1 and t.shape[-1] == self.vocabulary
+        is_logits = t.ndim > 1 and (t.shape[-1] == self.vocabulary or makes_logits())
         kind = "logits" if is_logits else "activations"
     self._enter(storage, kind)
 

@@ -97,12 +97,12 @@ def _mesh(engine: str, gpus: int) -> Iterator[DeviceMesh | None]:
         yield mesh
 
 
-def _shard(model, precision: str, mesh: DeviceMesh, ledger: Ledger) -> None:
+def _shard(model, s: Settings, mesh: DeviceMesh, ledger: Ledger) -> None:
     "The model as FSDP2 cuts it up, by the loop's own `shard` and accelerate's own policy."
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
-    if precision != "no":
+    if s.precision != "no":
         plugin.set_mixed_precision("bf16")
-    policy = fsdp_policy(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    policy = fsdp_policy(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), s.reduce)
     with ledger:
         shard(model, mesh=mesh, **policy)
 
@@ -357,7 +357,7 @@ def plan(
         numbers = _numbers(model)
         ledger = Ledger(config.get_text_config().vocab_size, mode)
         if mesh is not None:
-            _shard(model, s.precision, mesh, ledger)
+            _shard(model, s, mesh, ledger)
         phases = []
         for phase, its in zip(s.schedule, batches):
             own = phase_settings(s, phase)

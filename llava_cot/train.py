@@ -101,7 +101,7 @@ def _accelerator(settings: Settings, out) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out)
     )
-    found = distributed.check_engine(accelerator, settings.engine)
+    found = distributed.check_engine(accelerator, settings.engine, settings.reduce)
     memory.check_extras(settings.weights, settings.liger)
     if found == "zero3":
         distributed.check_zero(settings)
@@ -419,7 +419,7 @@ def _run_phases(
         config = {k: v for k, v in run.settings.to_dict().items() if isinstance(v, plain)}
         accelerator.init_trackers("llava_cot", config=config)
     if engine_of(accelerator) == "fsdp2":
-        distributed.shard(run.model, **distributed.fsdp_policy(accelerator))
+        distributed.shard(run.model, **distributed.fsdp_policy(accelerator, run.settings.reduce))
     else:
         run.model.to(accelerator.device)
     if run.before is None:

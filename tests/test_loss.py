@@ -48,6 +48,58 @@ def wordy(tiny=tiny_llava, vocabulary=128_256, **options):
     return toy, Collator(its)([encode(ex, its) for _, ex in shapes.examples(3)])
 
 
+def test_the_heads_gradient_in_blocks_is_as_exact_as_in_one_piece():
+    def head_gradients(dtype, at_a_time, autocast=False, frozen=False, n=12_288, words=2048):
+        "Of the weight and of the hidden states, as float64."
+        g = torch.Generator().manual_seed(1)
+        head = torch.nn.Linear(128, words, bias=False, dtype=dtype).requires_grad_(not frozen)
+        head.weight.data = (torch.randn(words, 128, generator=g) * 0.05).to(dtype)
+        given = (torch.randn(n, 128, generator=g) + 0.5).to(dtype).requires_grad_()
+        answers = torch.randint(0, words, (n,), generator=g)
+        with pytest.MonkeyPatch.context() as patching:
+            patching.setattr(loss, "CHUNK", at_a_time * words)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                each = loss._chunked_cross_entropy(head, head.forward, given, answers, words)
+        assert each.dtype == torch.float32
+        each.mean().backward()
+        assert given.grad.dtype == dtype and (frozen or head.weight.grad.dtype == dtype)
+        return [t.grad.double() for t in (given, head.weight) if t.grad is not None]
+
+
+    def off(found, wanted):
+        return [((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True)]
+
+
+    right = head_gradients(torch.float64, 12_288)
+    for kind, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        whole = off(head_gradients(kind, 12_288, autocast), right)
+        parted = off(head_gradients(kind, 130, autocast), right)
+        assert all(a <= 1.3 * b for a, b in zip(parted, whole))
+    assert max(off(head_gradients(torch.float32, 130), right)) < 1e-5
+    assert max(off(head_gradients(torch.float32, 130, frozen=True), right[:1])) < 1e-5
+
+
+def test_a_head_that_is_more_than_a_matrix_is_cut_by_positions():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh() * 5
+
+
+    answers = torch.arange(40) % 7
+    for make in (torch.nn.Linear, Scaled):
+        for bias in (True, False):
+            head = make(4, 7, bias=bias)
+            given = torch.randn(40, 4, generator=torch.manual_seed(0))
+            wanted = F.cross_entropy(head(given), answers, reduction="none")
+            [expected] = torch.autograd.grad(wanted.sum(), [head.weight])
+            with pytest.MonkeyPatch.context() as patching:
+                patching.setattr(loss, "CHUNK", 63)  # nine positions, or one word
+                found = loss._chunked_cross_entropy(head, head.forward, given, answers, 7)
+                found.sum().backward()
+            assert torch.allclose(found, wanted, atol=1e-6)
+            assert torch.allclose(head.weight.grad, expected, atol=1e-5)
+
+
 def test_padding_is_masked_only_where_it_can_be_seen():
     def masked(few):
         return "attention_mask" in loss.unpadded(
