@@ -16,7 +16,7 @@ import torch
 
 from .batches import find_rows, reader_of, select_rows
 from .cot import LLAVA_COT, CoTFormat, check
-from .data import load, question, split
+from .data import in_stages, load, question, split
 from .metrics import EvaluateError, is_right, normalise, reference
 from .pictures import example_at
 from .reasoning import answer_key_judge
@@ -293,6 +293,7 @@ def examination(
         folder = source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
+    held = in_stages(held, fmt) if len(held) else held  # plain text has no answer to score
     if len(held) > source["eval_n"]:
         held = held.select(range(source["eval_n"]))
     judge = answer_key_judge(folder, fmt)
