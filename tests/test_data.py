@@ -467,16 +467,16 @@ def test_plain_text_is_loaded_beside_staged_rows_and_refused_alone_or_with_a_pic
         picture(Path(made) / "a.png", "red")
         staged_row = make_row("s", "a.png", "What is it?", staged("A circle."))
 
-        def loaded(*given):
+        def loaded(*some_):
             file = Path(made) / "train.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in given))
+            file.write_text("".join(json.dumps(row) + "\n" for row in some_))
             return load(made)
 
-        for given in ((spoken("p"), staged_row), (staged_row, spoken("p"), spoken("q"))):
-            found = loaded(*given)
-            assert len(found) == len(given)
+        for told_ in ((spoken("p"), staged_row), (staged_row, spoken("p"), spoken("q"))):
+            found = loaded(*told_)
+            assert len(found) == len(told_)
             assert list(in_stages(found)["id"]) == ["s"] and in_stages(found, None) is found
-            assert [bool(row["images"]) for row in found] == ["image" in row for row in given]
+            assert [bool(row["images"]) for row in found] == ["image" in row for row in told_]
         with pytest.raises(DataError, match=r"train.jsonl:1 \(id p\): answer: .* outside the stages"):
             loaded(spoken("p"))
         with pytest.raises(DataError, match=r"train.jsonl:2 \(id p\): answer: .* outside the stages"):
