@@ -388,9 +388,9 @@ def small_memory(rows, own=token_losses):
 
 def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scored():
     with tempfile.TemporaryDirectory() as tmp:
-        file = shapes.write(Path(tmp) / "rows", 16) / "train.jsonl"
+        jsonl = shapes.write(Path(tmp) / "rows", 16) / "train.jsonl"
         said = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Good day."}]
-        with open(file, "a") as more:
+        with open(jsonl, "a") as more:
             for i in range(8):
                 spoken = dict(id=f"talk-{i}", source="talk", conversations=said)
                 more.write(json.dumps(spoken) + "\n")
@@ -401,7 +401,7 @@ def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scor
             ]
         ).to_yaml(Path(tmp) / "schedule.yaml")
         commands.train(
-            data=str(file.parent),
+            data=str(jsonl.parent),
             model="tiny_llava",
             schedule=f"{tmp}/schedule.yaml",
             out=f"{tmp}/run",
