@@ -400,16 +400,18 @@ def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scor
                 Phase("all", train={"language": 1e-3}, updates=3, data={"talk": 2, "exist": 0}),
             ]
         ).to_yaml(Path(tmp) / "schedule.yaml")
-        commands.train(
-            data=str(jsonl.parent),
-            model="tiny_llava",
-            schedule=f"{tmp}/schedule.yaml",
-            out=f"{tmp}/run",
-            batch_size=2,
-            held_out=0.3,
-            max_new_tokens=8,
-            json=True,
-        )
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            commands.train(
+                data=str(jsonl.parent),
+                model="tiny_llava",
+                schedule=f"{tmp}/schedule.yaml",
+                out=f"{tmp}/run",
+                batch_size=2,
+                held_out=0.3,
+                max_new_tokens=8,
+                json=True,
+            )
         recipe = runs.read_recipe(f"{tmp}/run")
         assert recipe["sources"]["talk"] > 0 and len(read_lines(Path(tmp) / "run/metrics.jsonl")) == 6
         scored = [line["id"] for line in read_lines(Path(tmp) / "run/answers.jsonl")]
