@@ -16,7 +16,7 @@ import torch
 
 from .batches import find_rows, reader_of, select_rows
 from .cot import LLAVA_COT, CoTFormat, check
-from .data import load, question, split
+from .data import in_stages, load, question, split
 from .distributed import gathered, my_share, together
 from .memory import halving
 from .metrics import EvaluateError, is_right, normalise, reference
@@ -325,6 +325,7 @@ def examination(
         folder = source["eval_data"]
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
+    held = in_stages(held, fmt) if len(held) else held  # plain text has no answer to score
     if len(held) > source["eval_n"]:
         held = held.select(range(source["eval_n"]))
     judge = answer_key_judge(folder, fmt)

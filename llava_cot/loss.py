@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from .blank import blank_beside, is_sharded, reach_all
 from .cot import STAGE_NAMES, STAGES
 from .schedule import Phase
 
@@ -167,8 +168,9 @@ def supervised_losses(
     def losses(hidden):
         return _chunked_cross_entropy(head, logits, hidden, targets, vocabulary)
 
-    with replaced_forward(head, losses):
-        return model(**unpadded(inputs), logits_to_keep=keep, use_cache=False).logits
+    beside = blank_beside(inner, inputs) if is_sharded(inner) else contextlib.nullcontext(inputs)
+    with replaced_forward(head, losses), beside as given:
+        return model(**unpadded(given), logits_to_keep=keep, use_cache=False).logits
 
 # %% ../nbs/33_loss.ipynb #c010
 def token_losses(
@@ -242,7 +244,7 @@ def backward(
             losses, stages = token_losses(model, batch)
             # DDP averages over processes: undo that
             share = (weights[stages] * losses).sum() * accelerator.num_processes / total
-            accelerator.backward(share)
+            accelerator.backward(reach_all(share, model, batch))
         sums += by_stage(losses, stages)
     return accelerator.reduce(sums, "sum")
 

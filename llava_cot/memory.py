@@ -35,6 +35,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from . import models
 from .batches import Reader
+from .blank import reach_all
 from .families import family_of, layers
 from .files import write_file
 from .gate import PICTURES
@@ -567,7 +568,7 @@ def try_batch(
         computing = gradient_checkpointing(model, checkpointing)
         with accelerator.autocast(), computing, adopted(model, reader.processor):
             losses, _ = token_losses(model, batch)
-        losses.sum().backward()
+        reach_all(losses.sum(), model, batch).backward()
     finally:
         for p in trained:
             p.grad = None

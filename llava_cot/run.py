@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from . import __version__, files, models
 from .batches import Order
 from .cot import FORMATS, STAGES
-from .files import write_file, writing
+from .files import LOCK, write_file, writing
 from .gate import Policy
 from .models import model_digest
 from .rowcheck import BadRow
@@ -53,7 +53,7 @@ def check_folder(out) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"out {out}: found a file, expected a new or empty folder; name another")
-    if out.exists() and any(f.name != "data" for f in out.iterdir()):
+    if out.exists() and any(f.name not in ("data", LOCK) for f in out.iterdir()):
         hint = ""
         if (out / "recipe.yaml").exists():
             hint = f", or go on with the run in it: llava-cot train --resume {out}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
 from . import checkpoint, distributed, memory, models, pixels
@@ -516,10 +516,11 @@ def fit(
         run.settings = _fit_batch_sizes(s, model, reads, accelerator, progress)
     recipe = dict(source=source, exam=exam.digests()) | runs.rows_facts(data)
     skipped = {name: f.skipped for name, f in found.items()}
-    runs.start_run(run, accelerator, recipe, found["data"].dropped, progress, skipped)
-    if not (source or {}).get("model"):  # it cannot be opened again by name
-        checkpoint.save_checkpoint(run, accelerator)
-    return _run_phases(run, reads, sound, accelerator, progress)
+    with distributed.run_folder(accelerator, out):
+        runs.start_run(run, accelerator, recipe, found["data"].dropped, progress, skipped)
+        if not (source or {}).get("model"):  # it cannot be opened again by name
+            checkpoint.save_checkpoint(run, accelerator)
+        return _run_phases(run, reads, sound, accelerator, progress)
 
 # %% ../nbs/45_train.ipynb #c052b
 def _rows_again(out, recipe: dict, data, exam: Validation, s: Settings):
@@ -558,12 +559,15 @@ def resume(
     exam = Validation(held_out, retain, measure, ability, after_phase)
     s = runs.settings_from(recipe["settings"])
     accelerator = _accelerator(s, out)
+    with distributed.run_folder(accelerator, out):
+        distributed.on_main(accelerator, lambda: checkpoint.remove_leftovers(out))
+        return _go_on(out, recipe, s, data, exam, accelerator, progress)
+
+
+def _go_on(out, recipe: dict, s: Settings, data, exam, accelerator, progress) -> Run:
+    "The rest of a run, in a folder that is locked."
     rows = _rows_again(out, recipe, data, exam, s)
-    newest = None
-    if accelerator.is_main_process:
-        checkpoint.remove_leftovers(out)
-        newest = checkpoint.newest_checkpoint(out)
-    [newest] = broadcast_object_list([newest])
+    newest = distributed.on_main(accelerator, lambda: checkpoint.newest_checkpoint(out))
     if newest:
         run, state = checkpoint.reopen_checkpoint(out, newest, s)
     else:

@@ -457,6 +457,35 @@ def times_taken(spec, weights, seed):
     return Counter(id.split("#")[0] for id in mix([made], known, seed)["id"])
 
 
+def test_plain_text_is_loaded_beside_staged_rows_and_refused_alone_or_with_a_picture():
+    def spoken(id, **more):
+        told = [{"from": "human", "value": "How are you?"}, {"from": "gpt", "value": "Fine, and you?"}]
+        return dict(id=id, conversations=told, source="talk", **more)
+
+
+    with tempfile.TemporaryDirectory() as made:
+        picture(Path(made) / "a.png", "red")
+        staged_row = make_row("s", "a.png", "What is it?", staged("A circle."))
+
+        def loaded(*some_):
+            file = Path(made) / "train.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in some_))
+            return load(made)
+
+        for told_ in ((spoken("p"), staged_row), (staged_row, spoken("p"), spoken("q"))):
+            found = loaded(*told_)
+            assert len(found) == len(told_)
+            assert list(in_stages(found)["id"]) == ["s"] and in_stages(found, None) is found
+            assert [bool(row["images"]) for row in found] == ["image" in row for row in told_]
+        with pytest.raises(DataError, match=r"train.jsonl:1 \(id p\): answer: .* outside the stages"):
+            loaded(spoken("p"))
+        with pytest.raises(DataError, match=r"train.jsonl:2 \(id p\): answer: .* outside the stages"):
+            loaded(staged_row, spoken("p", image="a.png"))
+        staged_text = make_row("t", "a.png", "What is it?", staged("A circle."))
+        del staged_text["image"]
+        assert len(loaded(staged_text)) == 1 and len(load(made, fmt=None)) == 1
+
+
 def test_load_keeps_order_turns_and_text():
     with tempfile.TemporaryDirectory() as d:
         loaded = load(write(d))

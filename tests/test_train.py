@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from llava_cot import data, families, loss, memory, models, shapes, train, validation
+from llava_cot import commands, data, families, loss, memory, models, shapes, train, validation
 from llava_cot import run as runs
 from llava_cot.batches import Order
 from llava_cot.checkpoint import list_checkpoints, newest_checkpoint
@@ -387,6 +387,39 @@ def small_memory(rows, own=token_losses):
     return losses_replaced(losses_of)
 
 
+def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scored():
+    with tempfile.TemporaryDirectory() as tmp:
+        jsonl = shapes.write(Path(tmp) / "rows", 16) / "train.jsonl"
+        said = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Good day."}]
+        with open(jsonl, "a") as more:
+            for i in range(8):
+                spoken = dict(id=f"talk-{i}", source="talk", conversations=said)
+                more.write(json.dumps(spoken) + "\n")
+        Schedule(
+            [
+                Phase("align", train={"projector": 1e-3}, updates=3),  # some batches are text alone
+                Phase("all", train={"language": 1e-3}, updates=3, data={"talk": 2, "exist": 0}),
+            ]
+        ).to_yaml(Path(tmp) / "schedule.yaml")
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            commands.train(
+                data=str(jsonl.parent),
+                model="tiny_llava",
+                schedule=f"{tmp}/schedule.yaml",
+                out=f"{tmp}/run",
+                batch_size=2,
+                held_out=0.3,
+                max_new_tokens=8,
+                json=True,
+            )
+        recipe = runs.read_recipe(f"{tmp}/run")
+        assert recipe["sources"]["talk"] > 0 and len(read_lines(Path(tmp) / "run/metrics.jsonl")) == 6
+        scored = [line["id"] for line in read_lines(Path(tmp) / "run/answers.jsonl")]
+        assert scored and not any(id.startswith("talk") for id in scored)
+        assert not (Path(tmp) / "run/.lock").exists()
+
+
 def test_batch_8x1_and_1x8_give_equal_weights():
     phase = Schedule([Phase("all", train=dict(vision=1e-4, projector=1e-4, language=1e-4), updates=8)])
     for tiny in (tiny_llava, tiny_mllama):
@@ -441,13 +474,17 @@ def test_a_killed_run_ends_as_if_never_killed():
             out = jobs.folder / str(update)
             pid = jobs.start("fit", out.name)
             until(lambda: log_length(out) >= update)
+            if update == 2:
+                with pytest.raises(FileError, match=rf"{out.name}: process {pid} on .* works in it"):
+                    train.resume(out, progress=False)
             (os.killpg if number == signal.SIGINT else os.kill)(pid, number)
             assert (
                 jobs.wait(pid) == code
                 and update <= log_length(out) < 19
                 and (code < 0 or list_checkpoints(out)[-1].name.endswith(f"{log_length(out):07d}"))
             )
-            assert jobs.wait(jobs.start("resume", out.name)) == 0
+            assert (out / ".lock").exists() == (code == -9)
+            assert jobs.wait(jobs.start("resume", out.name)) == 0 and not (out / ".lock").exists()
         assert jobs.wait(whole) == 0
         for update in (2, 6, 11):
             same(jobs.folder / str(update), jobs.folder / "whole")
