@@ -348,13 +348,55 @@ def _ends_well(file) -> bool:
     marks = ((_PNG, b"IEND"), (_JPEG, b"\xff\xd9"))
     return any(start.startswith(head) and tail in end for head, tail in marks)
 
+# %% ../nbs/04_pictures.ipynb #pictures-unpacks
+_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # a PNG's kind of colour → values of a pixel
 
+
+def _packed(raw: memoryview) -> list[memoryview]:
+    "The packed pixels of a PNG of one picture, chunk by chunk; none where something follows them."
+    found, at, ended = [], 8, False
+    while at < len(raw):
+        length, kind = struct.unpack(">I4s", raw[at : at + 8])
+        if kind == b"IEND":
+            return found
+        if kind == b"acTL" or (found and kind != b"IDAT"):
+            return []
+        if kind == b"IDAT":
+            found.append(raw[at + 8 : at + 8 + length])
+        at += length + 12
+    return []
+
+
+def _unpacks(image: Image.Image) -> bool:
+    "Whether a PNG, opened and its checksums right, surely decodes."
+    if image.format != "PNG":
+        return False
+    raw = memoryview(image.fp.getvalue())
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", raw[16:29])
+    if raw[12:16] != b"IHDR" or interlaced or colour not in _CHANNELS:
+        return False
+    line, at, unpack = (width * _CHANNELS[colour] * depth + 7) // 8 + 1, 0, zlib.decompressobj()
+    try:
+        for packed in _packed(raw):
+            while packed and at <= line * height:
+                lines = unpack.decompress(packed, 2**20)
+                packed = unpack.unconsumed_tail
+                if any(filter > 4 for filter in lines[-at % line :: line]):
+                    return False
+                at += len(lines)
+    except zlib.error:
+        return False
+    return unpack.eof and at == line * height
+
+# %% ../nbs/04_pictures.ipynb #pictures-whole
 def whole_size(
     picture: dict | bytes | str | os.PathLike,  # {bytes, path}, its bytes, its path or URL
 ) -> tuple[int, int]:  # width and height in pixels, upright
-    "The size of a picture that was decoded to its end. Raises `PictureError`."
+    "The size of a picture that can be decoded to its end. Raises `PictureError`."
     with opened(picture) as image:
         size = upright_size(image)
+        if _unpacks(image):
+            return size
         if image.mode == "F":  # perhaps no value is a number
             rgb(image)
         image.draft(image.mode, (1, 1))

@@ -432,6 +432,41 @@ def test_damage_is_found_and_a_whole_picture_is_not_refused():
     assert "number" in why_unreadable(nowhere, thorough=True)
 
 
+def test_a_png_that_unpacks_is_one_that_decodes_and_its_pixels_are_not_made():
+    grains_ = Image.effect_noise((61, 43), 90)
+    kinds = {mode: saved(grains_.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
+    kinds["deep"] = saved(Image.fromarray(np.asarray(grains_).astype(np.uint16) * 256), "PNG")
+    for kind, raw in kinds.items():
+        with mock.patch.object(PngImagePlugin.PngImageFile, "load", side_effect=AssertionError(kind)):
+            assert pictures.whole_size(raw) == (61, 43)
+    lines = np.insert(np.asarray(grains_.convert("RGB")).reshape(43, -1), 0, 0, 1)
+    odd = lines.copy()
+    odd[17, 0] = 5  # no such filter
+    packed, seen = zlib.compress(lines.tobytes()), []
+    for inside in (
+        packed,
+        packed + b"more",
+        packed[:-1],
+        packed[:-300],
+        zlib.compress(lines[:-1].tobytes()),
+        zlib.compress(np.vstack([lines, lines]).tobytes()),
+        zlib.compress(odd.tobytes()),
+        b"",
+    ):
+        head = struct.pack(">IIBBBBB", 61, 43, 8, 2, 0, 0, 0)
+        raw = b"\x89PNG\r\n\x1a\n"
+        for kind, body in ((b"IHDR", head), (b"IDAT", inside), (b"IEND", b"")):
+            raw += struct.pack(">I", len(body)) + kind + body
+            raw += struct.pack(">I", zlib.crc32(kind + body))
+        try:
+            decodes = bool(read_picture(raw))
+        except PictureError:
+            decodes = False
+        assert decodes == (why_unreadable(raw, thorough=True) is None)
+        seen.append(decodes)
+    assert seen[0] and not any(seen[3:5])
+
+
 def test_a_row_is_read_alike_from_every_kind_of_rows():
     raws = [saved(photo(seed=i / 9), kind) for i, kind in enumerate(("PNG", "JPEG", "WEBP"))]
     alpha = Image.new("RGBA", (5, 5), (0, 0, 0, 0))
