@@ -464,7 +464,7 @@ def test_a_png_that_unpacks_is_one_that_decodes_and_its_pixels_are_not_made():
             decodes = False
         assert decodes == (why_unreadable(raw, thorough=True) is None)
         seen.append(decodes)
-    assert seen[0] and not any(seen[3:5])
+    assert seen[0] and not (seen[3] or seen[-1])
 
 
 def test_a_row_is_read_alike_from_every_kind_of_rows():
