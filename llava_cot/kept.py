@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .cot import InputWarning
-from .files import ZipImages, flush, parts_of
+from .files import DataError, ZipImages, flush, parts_of
 
 # %% ../nbs/03_kept.ipynb #kept-folder
 CACHE = "LLAVA_COT_CACHE"  # an environment variable: a folder, or none
@@ -85,7 +85,10 @@ def _file_stamp(path: str) -> str | None:
 
 def _zip_stamp(archive: str) -> str | None:
     "The stamps of all parts of a zip as one; None where one of them has none."
-    found = [_file_stamp(part) for part in parts_of(unquote(archive))]
+    try:
+        found = [_file_stamp(part) for part in parts_of(unquote(archive))]
+    except DataError:  # who reads it says what is wrong
+        return None
     return None if None in found else "; ".join(found)
 
 

@@ -6,30 +6,20 @@
 __all__ = ['BadRow', 'BadRows', 'RowCheck', 'check_rows']
 
 # %% ../nbs/28_rowcheck.ipynb #rowcheck-imports
-import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pyarrow.compute as pc
-from datasets import Image as Stored
+from .measured import Measured, measure
 from PIL import Image
 from transformers import ProcessorMixin
 
 from .copies import progress_bar
 from .cot import LLAVA_COT, CoTFormat, InputError
-from llava_cot.pictures import (
-    PictureError,
-    example_at,
-    pictures_of,
-    place_of,
-    whole_size,
-    why_unfit,
-)
+from .pictures import PictureError, example_at, why_unfit
 from .rows import in_workers
-from .template import TokensError
-from .tokens import TooLong, encode, image_tokens, text_length
+from .tokens import TooLong, encode, image_tokens
 
 # %% ../nbs/28_rowcheck.ipynb #br1
 @dataclass(frozen=True)
@@ -54,99 +44,9 @@ def _short(path: str) -> str:
     return path.removeprefix(os.path.join(os.getcwd(), ""))
 
 
-def _look(stored, k: int) -> tuple[str, str, tuple | None]:
-    "Of a row's k-th picture: what is wrong with it, if anything; its file; its size, if any."
-    try:
-        if isinstance(stored, Image.Image):
-            return "", "", pictures_of({"images": [stored]})[0].size
-        return "", _file(stored), whole_size(stored)
-    except PictureError as e:
-        return _unusable(e.reason, e.file, k), e.file, None
-    except TypeError:
-        return _unusable(f"found {type(stored).__name__}, expected a picture", "", k), "", None
-
-
-def _file(stored: dict | bytes | str | os.PathLike) -> str:
-    "Where a picture is stored; nothing where a table holds it."
-    if isinstance(stored, dict):
-        return place_of(stored)
-    return os.fspath(stored) if isinstance(stored, (str, os.PathLike)) else ""
-
-
 def _unusable(why: str, file: str, k: int) -> str:
     "That a row's k-th picture cannot be used, and why."
     return str(PictureError(why, _short(file), "", k + 1))
-
-# %% ../nbs/28_rowcheck.ipynb #br4
-def _are_stored(rows) -> bool:
-    "Whether a dataset's pictures can be had as they are stored."
-    images = getattr(rows, "features", {}).get("images")
-    return isinstance(getattr(images, "feature", None), Stored)
-
-
-def _as_stored(rows, places: range) -> list[dict]:
-    "Some rows, their pictures not decoded."
-    if not _are_stored(rows):
-        return [rows[i] for i in places]
-    return rows.with_format("arrow")[places.start : places.stop].to_pylist()
-
-# %% ../nbs/28_rowcheck.ipynb #c026p
-def _picture_keys(rows, n: int = 50) -> Iterator[tuple[range, list]]:
-    "`n` rows at a time, and what each of their pictures is known by: its path, or its place."
-    if not _are_stored(rows):
-        for start in range(0, len(rows), n):
-            some = range(start, min(start + n, len(rows)))
-            yield some, [[(i, k) for k in range(len(rows[i].get("images") or ()))] for i in some]
-        return
-    start = 0
-    for table in rows.select_columns("images").with_format("arrow").iter(n):
-        column = table["images"].combine_chunks()
-        flat, counts = column.flatten(), pc.list_value_length(column).fill_null(0).to_pylist()
-        paths = iter(pc.struct_field(flat, "path").to_pylist())
-        held = iter(pc.struct_field(flat, "bytes").is_valid().to_pylist())
-        some = range(start, start + len(counts))
-        yield some, [_row_keys(i, count, paths, held) for i, count in zip(some, counts)]
-        start = some.stop
-
-
-def _row_keys(i: int, count: int, paths: Iterator, held: Iterator) -> list:
-    "Of row i's pictures, the next `count`: the path, or the place where a table holds it."
-    keys = []
-    for k in range(count):
-        path, inside = next(paths), next(held)
-        keys.append((i, k) if inside or path is None else path)
-    return keys
-
-# %% ../nbs/28_rowcheck.ipynb #c026p2
-def _portions(rows, keys: list, leave_out: set) -> Iterator[tuple[range, list]]:
-    "Rows, and which of their pictures no earlier row has; `keys` takes what is known of each row."
-    taken = set()
-    for some, known in _picture_keys(rows):
-        new = []
-        for i, row in zip(some, known):
-            firsts = {} if i in leave_out else {key: k for k, key in enumerate(row)}
-            new.append([k for key, k in firsts.items() if key not in taken])
-            taken.update(firsts)
-        keys += known
-        yield some, new
-
-
-def _tokens_of(row: dict, *how) -> int | str:
-    "Tokens of a row, each picture one; or why it cannot be read."
-    try:
-        return text_length(row, *how)
-    except TokensError as e:
-        return str(e).removeprefix(f"{row.get('id')}: ")
-
-
-def _look_at(given: tuple, portion: tuple) -> list[tuple]:
-    "In a worker: of each row its id, its tokens, and what there is to say of its new pictures."
-    (rows, *how), (some, new) = given, portion
-    found = []
-    for row, ks in zip(_as_stored(rows, some), new):
-        looks = {k: _look(row["images"][k], k) for k in ks}
-        found.append((str(row.get("id")), _tokens_of(row, *how), looks))
-    return found
 
 # %% ../nbs/28_rowcheck.ipynb #c026p3
 def _is_thin(size: tuple[int, int]) -> bool:
@@ -205,7 +105,7 @@ def _reason(text: int | str, looks: list, cost: dict) -> tuple[str, str]:
     "Why a row cannot be read, and the picture at fault; nothing where it can."
     for k, (reason, file, size) in enumerate(looks):
         if reason or isinstance(cost[size], str):
-            return reason or _unusable(cost[size], file, k), file
+            return _unusable(reason or cost[size], file, k), file
     return (text, "") if isinstance(text, str) else ("", "")
 
 
@@ -226,32 +126,19 @@ def _shortens(rows, i: int, *how) -> bool:
     return True
 
 # %% ../nbs/28_rowcheck.ipynb #c026p5
-@contextlib.contextmanager
-def _quiet_tokenizers() -> Iterator[None]:
-    "Inside, tokenizers do not warn that they will not use threads in a process that was forked."
-    name = "TOKENIZERS_PARALLELISM"
-    known = name in os.environ
-    os.environ.setdefault(name, "false")
-    try:
-        yield
-    finally:
-        if not known:
-            del os.environ[name]
+def _shortened(given: tuple, some: list[int]) -> list[tuple[int, bool]]:
+    "In a worker: which rows fit once their REASONING is shortened."
+    rows, *how = given
+    return [(i, _shortens(rows, i, *how)) for i in some]
 
 
-def _look_at_all(rows, keys: list, leave_out: set, how: tuple, workers, progress: bool) -> tuple:
-    "`(id, tokens)` of all rows, and of each key what there is to say of its picture."
-    if not _are_stored(rows):
-        workers = 0  # pictures in memory, some perhaps an open file
-    seen, read = {}, []
-    with _quiet_tokenizers():
-        portions = _portions(rows, keys, leave_out)
-        looked = in_workers(_look_at, portions, (rows, *how), workers)
-        bar = progress_bar(looked, len(rows), "checking rows", progress)
-        for i, (id, text, looks) in enumerate(bar):
-            seen |= {keys[i][k]: look for k, look in looks.items()}
-            read.append((id, text))
-    return read, seen
+def _all_shortened(rows, places: list[int], workers, progress: bool, *how) -> dict[int, bool]:
+    "The same of all rows that are too long."
+    portions = (places[i : i + 8] for i in range(0, len(places), 8))
+    if not hasattr(rows, "with_format"):
+        workers = 0
+    found = in_workers(_shortened, portions, (rows, *how), workers)
+    return dict(progress_bar(found, len(places), "shortening rows", progress))
 
 # %% ../nbs/28_rowcheck.ipynb #c026p5b
 def check_rows(
@@ -265,30 +152,33 @@ def check_rows(
     leave_out: Iterable[int] = (),  # rows that are not looked at
     workers: int | None = None,  # processes; default one per core, none for small sets
     progress: bool | str = False,  # show a bar
+    measured: Measured | None = None,  # of these rows, where it is known
 ) -> RowCheck:
     "Looks at every row and every picture, each picture once."
-    keys, leave_out, limits = [], set(leave_out), _Limits(max_length, context, too_long)
-    how = (processor, fmt, control_tokens)
-    read, seen = _look_at_all(rows, keys, leave_out, how, workers, bool(progress))
-    cost = _tokens_by_size(processor, {size for _, _, size in seen.values() if size})
-    check = RowCheck([0] * len(read), [], [])
-    for i, (id, text) in enumerate(read):
+    leave_out, limits = set(leave_out), _Limits(max_length, context, too_long)
+    found = measured or measure(
+        rows, processor, fmt, control_tokens, leave_out, workers, bool(progress)
+    )
+    cost = _tokens_by_size(processor, {size for _, _, size in found.looks.values() if size})
+    check, over = RowCheck([0] * len(found.ids), [], []), {}
+    for i, (id, text) in enumerate(zip(found.ids, found.texts)):
         if i in leave_out:
             continue
-        looks = [seen[key] for key in keys[i]]
+        looks = [found.looks[key] for key in found.keys[i]]
         reason, picture = _reason(text, looks, cost)
         if reason:
             check.bad.append(BadRow(i, id, reason, picture))
             continue
-        n = text + sum(cost[size] - 1 for _, _, size in looks)
+        check.lengths[i] = text + sum(cost[size] - 1 for _, _, size in looks)
+        if limits.beyond(check.lengths[i]):
+            over[i] = check.lengths[i]
+    how = (processor, fmt, limits.least, False, too_long, control_tokens)
+    asked = list(over) if too_long == "shorten" else []
+    fits = _all_shortened(rows, asked, workers, bool(progress), *how)
+    for i, n in over.items():
         kind = limits.beyond(n)
-        shortens = kind and too_long == "shorten"
-        if shortens and _shortens(
-            rows, i, processor, fmt, limits.least, False, too_long, control_tokens
-        ):
-            n, kind = limits.least, ""
-        if kind:
-            getattr(check, kind).append(BadRow(i, id, _told_length(n, limits, kind)))
-        else:
-            check.lengths[i] = n
+        check.lengths[i] = limits.least if fits.get(i) else 0
+        if not fits.get(i):
+            getattr(check, kind).append(BadRow(i, found.ids[i], _told_length(n, limits, kind)))
+    check.bad.sort(key=lambda row: row.index)
     return check

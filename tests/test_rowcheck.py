@@ -5,19 +5,15 @@ import io
 import json
 import os
 import random
-import struct
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 from unittest import mock
 
 import datasets
 from PIL import Image
 
-from llava_cot import data, rowcheck, shapes
-from llava_cot.pictures import PictureError, read_picture
-from llava_cot.rowcheck import _look
+from llava_cot import data, measured, rowcheck, shapes
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import encode, image_tokens
 
@@ -42,55 +38,6 @@ def asked(question, answer, id, images=()):
     said.append([{"type": "text", "text": answer}])
     turns = [dict(role=role, content=c) for role, c in zip(("user", "assistant"), said)]
     return dict(id=id, images=list(images), messages=turns, source="")
-
-
-def test_a_picture_is_unreadable_exactly_where_it_cannot_be_decoded():
-    def decodes(raw):
-        "Whether training could read a picture."
-        try:
-            read_picture(raw)
-        except PictureError:
-            return False
-        return True
-
-
-    draw, found = random.Random(0), []
-    kinds = [("PNG", {}), ("JPEG", {}), ("JPEG", dict(progressive=True)), ("WEBP", {})]
-    kinds += [("WEBP", dict(lossless=True)), ("GIF", {}), ("BMP", {}), ("TIFF", {})]
-    for kind, how in kinds:
-        raw = packed(kind, **how)
-        assert _look({"bytes": raw, "path": None}, 0)[0] == ""
-        for _ in range(12):
-            at = draw.randrange(20, len(raw))
-            holed = raw[:at] + bytes(min(4096, len(raw) - at)) + raw[at + 4096 :]
-            for bad in (raw[:at], holed, raw[:at] + draw.randbytes(64) + raw[at + 64 :]):
-                reason, fine = _look({"bytes": bad, "path": None}, 0)[0], decodes(bad)
-                assert bool(reason) != fine, (kind, at, reason)
-                found.append(bool(reason))
-    assert 60 < sum(found) < len(found)
-    for odd in (b"", b"<html>gone</html>", b"version https://git-lfs.github.com/spec/v1", None, 7, {}):
-        assert "image 1 cannot be used: " in _look({"bytes": odd, "path": None}, 0)[0]
-        assert _look(odd, 0)[0]
-    empty = io.BytesIO()
-    Image.new("F", (9, 9), float("nan")).save(empty, "TIFF")
-    assert "none of its values is a number" in _look({"bytes": empty.getvalue(), "path": None}, 0)[0]
-    raw = packed("PNG")
-    start, end = raw.index(b"IDAT"), raw.rindex(b"IEND") - 4
-    for inside in (raw[start + 4 : end - 900], draw.randbytes(900), b""):  # checksums are right
-        chunk = b"IDAT" + inside
-        piece = struct.pack(">I", len(inside)) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        bad = raw[: start - 4] + piece + raw[end:]
-        assert _look({"bytes": bad, "path": None}, 0)[0] and not decodes(bad)
-
-
-def test_an_upright_size_is_that_of_the_decoded_picture():
-    for turn in range(1, 9):
-        for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
-            exif, file = Image.Exif(), io.BytesIO()
-            exif[0x0112] = turn
-            noisy((90, 60)).save(file, kind, exif=exif)
-            stored = {"bytes": file.getvalue(), "path": None}
-            assert _look(stored, 0)[2] == read_picture(stored).size
 
 
 def test_every_kind_of_bad_row_is_found_and_no_other():
@@ -150,7 +97,7 @@ def test_a_picture_that_many_rows_show_is_looked_at_once():
         [dict(id=str(i), images=stored, messages=turns, source="") for i in range(400)],
         features=data.FEATURES,
     )
-    with mock.patch.object(rowcheck, "whole_size", wraps=rowcheck.whole_size) as looked:
+    with mock.patch.object(measured, "whole_size", wraps=measured.whole_size) as looked:
         assert not rowcheck.check_rows(many, tiny_llava()[1], workers=0).bad
     assert looked.call_count == 1
     (folder_ / "a.png").write_bytes(b"gone")
