@@ -8,11 +8,13 @@ __all__ = ['FEATURES', 'load', 'home_of', 'row_key', 'Ids', 'question', 'answer_
 # %% ../nbs/08_data.ipynb #data-imports
 import hashlib
 import io
+import json
 import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_da
 from . import cot
 from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, InputWarning, Problem
 from .files import DataError, read_bytes, without_gc
+from .kept import digest, file_digest, keep_folder, kept_table
 from .pictures import Picture, why_unreadable
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 
@@ -52,6 +55,34 @@ def load(
 ) -> Dataset:  # id, images (decoded on access), messages, source; in the file's order
     "A dataset of any layout. Raises `DataError` naming the first bad row."
     source = open_rows(path, images, columns)
+    if check == "text" and isinstance(source, JsonRows):
+        texts, told = _kept_texts(source, fmt, workers)
+        found = Dataset(_placed(source, texts), info=DatasetInfo(features=FEATURES))
+    else:
+        looks, told = _all_looked(source, fmt, check, workers)
+        found = _assembled(source, looks)
+    for said in told:
+        warnings.warn(said, InputWarning, stacklevel=3)
+    found.info.homepage = _home(path)
+    return found
+
+# %% ../nbs/08_data.ipynb #data-home
+def _home(path: str | os.PathLike) -> str:
+    "Where rows come from, as a URL; nothing where it is no folder."
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return folder.absolute().as_uri() if Path(path).exists() else ""
+
+
+def home_of(rows) -> str | None:
+    "The folder that a dataset was loaded from, or what was made of it; None where it is not known."
+    home = (getattr(getattr(rows, "info", None), "homepage", None) or "").partition("\n")[0]
+    return unquote(urlparse(home).path) if home.startswith("file://") else None
+
+# %% ../nbs/08_data.ipynb #data-all-looked
+def _all_looked(
+    source: JsonRows | TableRows, fmt: CoTFormat | None, check: bool | str, workers: int | None
+) -> tuple[list["_Look"], list[str]]:
+    "All portions of a source, and what is to be said of them. Raises `DataError`."
     ids, looks, notes = Ids(source), [], []
     for look in in_workers(_looked, source.portions(1000), (source, fmt, check), workers):
         given = []
@@ -69,27 +100,12 @@ def load(
         looks.append(look._replace(table=table, rows=[]))
     if not looks:
         raise DataError(f"{source.name} holds no rows, expected one JSON object a line")
-    _warn(source, notes)
-    found = _assembled(source, looks)
-    found.info.homepage = _home(path)
-    return found
+    return looks, _told(source, notes)
 
 
-def _home(path: str | os.PathLike) -> str:
-    "Where rows come from, as a URL; nothing where it is no folder."
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return folder.absolute().as_uri() if Path(path).exists() else ""
-
-
-def home_of(rows) -> str | None:
-    "The folder that a dataset was loaded from, or what was made of it; None where it is not known."
-    home = (getattr(getattr(rows, "info", None), "homepage", None) or "").partition("\n")[0]
-    return unquote(urlparse(home).path) if home.startswith("file://") else None
-
-
-def _warn(source: JsonRows | TableRows, notes: list[tuple]) -> None:
-    "One `InputWarning` for each kind of note and each unread key: the first, and how many."
-    by_kind = {}
+def _told(source: JsonRows | TableRows, notes: list[tuple]) -> list[str]:
+    "One warning for each kind of note and each unread key: the first, and how many."
+    by_kind, told = {}, []
     for row, note in notes:
         kind = note.message.partition(":")[0] if note.kind == "unread_key" else note.kind
         by_kind.setdefault(kind, []).append(
@@ -97,7 +113,8 @@ def _warn(source: JsonRows | TableRows, notes: list[tuple]) -> None:
         )
     for said in by_kind.values():
         more = f" (and {len(said) - 1:,} more like it)" if len(said) > 1 else ""
-        warnings.warn(said[0] + more, InputWarning, stacklevel=4)
+        told.append(said[0] + more)
+    return told
 
 # %% ../nbs/08_data.ipynb #data-looked-code
 class _Seen(NamedTuple):
@@ -151,9 +168,9 @@ def _looked(given: tuple, portion: Sequence) -> _Look:
     for read in source.examples(portion):
         example, wrong, placed = read.example, read.problems, []
         if example:
-            placed = [(image, source.find(image)) for image in example["images"]]
-            if check == "text":
-                placed = [(image, path or _expected(source, image)) for image, path in placed]
+            as_named = check == "text" and isinstance(source, JsonRows)  # found later
+            find = (lambda image: image) if as_named else source.find
+            placed = [(image, find(image)) for image in example["images"]]
             if check:
                 for image, path in placed if check != "text" else ():
                     if image not in seen:
@@ -213,6 +230,52 @@ def _assembled(source: JsonRows | TableRows, looks: list[_Look]) -> Dataset:
             table = table.set_column(1, FEATURES.arrow_schema.field("images"), images)
         tables.append(table)
     return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=FEATURES))
+
+# %% ../nbs/08_data.ipynb #data-kept
+_LEAST = 2**21  # bytes of a file of rows that is worth it
+
+
+def _kept_texts(
+    source: JsonRows, fmt: CoTFormat | None, workers: int | None
+) -> tuple[pa.Table, list[str]]:
+    "All rows, their pictures as they name them, and what is to be said of them."
+    worth = os.path.getsize(source.file) >= _LEAST
+    its = file_digest(source.file) if worth else ""
+
+    def make() -> pa.Table:
+        looks, told = _all_looked(source, fmt, "text", workers)
+        table = pa.concat_tables(look.table for look in looks)
+        return table.replace_schema_metadata({"told": json.dumps(told)})
+
+    def same(table: pa.Table) -> bool:
+        "No picture lies in the rows, and the file is still what it was."
+        held = pc.struct_field(table["images"].combine_chunks().flatten(), "bytes")
+        return held.null_count == len(held) and file_digest(source.file) == its
+
+    how = (source.file.name, fmt and repr(vars(fmt)), repr(sorted(source.columns.items())))
+    folder = keep_folder(source.file.parent) if worth else None
+    table = kept_table(folder, "rows", digest(its, *how), make, most=2, worth=same)
+    return table, json.loads(table.schema.metadata[b"told"])
+
+
+def _placed(source: JsonRows, texts: pa.Table) -> pa.Table:
+    "The rows, each picture at the place where it lies."
+    at = texts.schema.get_field_index("images")
+    column = texts["images"].combine_chunks()
+    held, names = column.flatten().flatten()
+    names = names.dictionary_encode()
+
+    def find(name: str) -> str:
+        return str(source.find(name) or _expected(source, name))
+
+    with ThreadPoolExecutor(16) as pool:  # a disk far away answers many at once
+        places = list(pool.map(find, names.dictionary.to_pylist(), chunksize=64))
+    paths = pa.array(places, pa.string()).take(names.indices)
+    both = pa.StructArray.from_arrays([held, paths], ["bytes", "path"])
+    offsets = np.r_[0, np.cumsum(pc.list_value_length(column))].astype(np.int32)
+    lists = pa.ListArray.from_arrays(offsets, both)
+    field = FEATURES.arrow_schema.field("images")
+    return texts.set_column(at, field, lists).replace_schema_metadata(None)
 
 # %% ../nbs/08_data.ipynb #data-ids
 def row_key(example: dict) -> bytes:

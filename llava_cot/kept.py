@@ -174,9 +174,10 @@ def kept_table(
     folder: Path | None,  # None: nothing is kept
     kind: str,  # begins its name
     key: str,  # a `digest` of all that decides it
-    make: Callable[[], pa.Table | None],  # None: nothing to keep
+    make: Callable[[], pa.Table],
     most: int = 4,  # of this kind are left
-) -> pa.Table | None:
+    worth: Callable[[pa.Table], bool] = bool,  # whether what was made is to be kept
+) -> pa.Table:
     "A table from where it is kept, or made and kept; of many processes one makes it."
     if folder is None:
         return make()
@@ -189,8 +190,9 @@ def kept_table(
     with alone(file):
         found = recall(file)
         if found is None:
-            found = make()
-            if found is not None:
-                keep(file, found)
+            made = make()
+            if worth(made):
+                keep(file, made)
                 prune(folder, kind, most)
-    return found
+                found = recall(file)  # in the memory that processes share
+    return made if found is None else found

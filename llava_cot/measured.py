@@ -35,11 +35,10 @@ from .tokens import text_length
 # %% ../nbs/28_measured.ipynb #measured-text
 def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
     "Whether no turn holds a control token, and each answer begins where a token does."
-    for place, token in enumerate(encoding.ids):
-        if token in specials:
-            start, stop = encoding.token_to_chars(place)
-            if any(start < turn.stop and turn.start < stop for turn in turns):
-                return False
+    for place in [place for place, token in enumerate(encoding.ids) if token in specials]:
+        start, stop = encoding.token_to_chars(place)
+        if any(start < turn.stop and turn.start < stop for turn in turns):
+            return False
     for turn in turns:
         if turn.role == "assistant":
             first = encoding.char_to_token(turn.first)

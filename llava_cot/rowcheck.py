@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .measured import Measured, measure
 from PIL import Image
 from transformers import ProcessorMixin
 
 from .copies import progress_bar
 from .cot import LLAVA_COT, CoTFormat, InputError
+from .measured import Measured, measure
 from .pictures import PictureError, example_at, why_unfit
 from .rows import in_workers
 from .tokens import TooLong, encode, image_tokens

@@ -100,4 +100,6 @@ print(kept_table(Path(sys.argv[1]), "t", "k", make)["n"].to_pylist())
         for key in "abcdef":
             kept_table(Path(d), "t", key, lambda: TABLE)
         assert sorted(f.name for f in Path(d).glob("t-*.kept")) == [f"t-{k}.kept" for k in "cdef"]
-        assert kept_table(None, "t", "a", lambda: None) is None
+        assert kept_table(None, "t", "a", lambda: TABLE) is TABLE
+        assert kept_table(Path(d), "t", "z", lambda: TABLE, worth=lambda _: False) is TABLE
+        assert not (Path(d) / "t-z.kept").exists()

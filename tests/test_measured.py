@@ -10,10 +10,10 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from llava_cot.measured import _look, measure, text_lengths
 from PIL import Image
 
 from llava_cot import data, kept, measured, shapes
+from llava_cot.measured import _look, measure, text_lengths
 from llava_cot.pictures import PictureError, read_picture
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
