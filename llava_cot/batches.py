@@ -13,7 +13,7 @@ import hashlib
 import math
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -25,6 +25,7 @@ from . import augment as augmentation
 from . import data as datasource
 from .cot import LLAVA_COT, CoTFormat, InputError
 from .gate import Policy
+from .measured import Measured, measure
 from .pictures import example_at, limits
 from .pixels import budget_of, with_budget
 from .rowcheck import BadRow, BadRows, RowCheck, check_rows
@@ -180,9 +181,16 @@ class Reader(torch.utils.data.Dataset):
                     return encoded
         return self.encode(example)
 
-    def check(self, leave_out: Iterable[int] = (), progress: bool | str = False) -> RowCheck:
-        "What `check_rows` finds of the rows."
-        how = dict(self.options, leave_out=leave_out, progress=progress)
+    def measure(self, leave_out: Iterable[int] = (), progress: bool | str = False) -> Measured:
+        "What `measure` finds of the rows, which no pixel budget and no limit changes."
+        control_tokens = self.options.get("control_tokens", "refuse")
+        how = (self.fmt, control_tokens, leave_out)
+        with limits(**self.limits):
+            return measure(self.rows, self.processor, *how, progress=bool(progress))
+
+    def check(self, leave_out: Iterable[int] = (), progress: bool | str = False, **how) -> RowCheck:
+        "What `check_rows` finds of the rows; `measured` may be given."
+        how |= dict(self.options, leave_out=leave_out, progress=progress)
         given = (self.rows, self.processor, self.fmt, self.max_length, self.context)
         with limits(**self.limits):
             return check_rows(*given, **how)
@@ -378,6 +386,10 @@ class FoundRows:
     lengths: list[int]  # tokens of each
     dropped: list[str]  # ids of those that are too long
     skipped: list[BadRow]  # those that cannot be trained on
+    measured: Measured | None = field(default=None, compare=False)  # of all rows, where at hand
+
+    def __getstate__(self):
+        return vars(self) | dict(measured=None)  # no other process needs it
 
     def __repr__(self):
         left = f"{len(self.dropped)} dropped, {len(self.skipped)} skipped"
@@ -396,16 +408,21 @@ def find_rows(
     known: list[BadRow] | None = None,  # left out when the run began; no others may be then
     advice: str = _MEND,
     progress: bool | str = False,  # show a bar
+    among: list[int] | None = None,  # only these are looked at; default all
+    measured: Measured | None = None,  # of all rows, where it is known
 ) -> FoundRows:
     "Checks rows, and chooses. Raises `BadRows`, or `TooLong`."
     if not len(reader):
         return FoundRows([], [], [], [])
-    left_out = [row.index for row in known or ()]
-    check = reader.check(left_out, progress)
+    left_out = {row.index for row in known or ()}
+    if among is not None:
+        left_out |= set(range(len(reader))).difference(among)
+    measured = measured or reader.measure(left_out, progress)
+    check = reader.check(left_out, progress, measured=measured)
     policy = bad_rows if known is None else "refuse"
     keep, dropped = rows_that_fit(reader, check, policy, name, advice)
     skipped = check.bad if known is None else known
-    return FoundRows(keep, [check.lengths[i] for i in keep], dropped, skipped)
+    return FoundRows(keep, [check.lengths[i] for i in keep], dropped, skipped, measured)
 
 
 def find_all(
@@ -444,21 +461,16 @@ def find_in_phases(
             tokens[budget] = dict(zip(found.keep, found.lengths))
         elif budget not in tokens:
             made = phase_processor(settings, phase, processor)
-            reader = reader_of(settings, select_rows(rows, found.keep), made, context)
+            reader = reader_of(settings, rows, made, context)
             name, known = f"data in phase {phase.name!r}", [] if again else None
-            more = find_rows(reader, settings.bad_rows, name, known, **how)
-            found = _within(found, more)
-            tokens[budget] = dict(zip(found.keep, more.lengths))
+            its = dict(among=found.keep, measured=found.measured, **how)
+            more = find_rows(reader, settings.bad_rows, name, known, **its)
+            tokens[budget] = dict(zip(more.keep, more.lengths))
+            gone = dict(dropped=found.dropped + more.dropped, skipped=found.skipped + more.skipped)
+            found = replace(found, keep=more.keep, **gone)
     lengths = [tokens[tuple(budget_of(p, settings).items())] for p in settings.schedule]
     lengths = [[its[row] for row in found.keep] for its in lengths]
-    return replace(found, lengths=lengths[0]), lengths
-
-
-def _within(found: FoundRows, more: FoundRows) -> FoundRows:
-    "What is left of found rows, of which some more are left out; their lengths are another's."
-    keep = [found.keep[i] for i in more.keep]
-    skipped = [replace(row, index=found.keep[row.index]) for row in more.skipped]
-    return FoundRows(keep, [], found.dropped + more.dropped, found.skipped + skipped)
+    return replace(found, lengths=lengths[0], measured=None), lengths
 
 # %% ../nbs/34_batches.ipynb #c029a
 def phase_rows(

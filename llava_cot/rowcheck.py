@@ -125,6 +125,22 @@ def _shortens(rows, i: int, *how) -> bool:
         return False
     return True
 
+# %% ../nbs/28_rowcheck.ipynb #c026p5a
+def _costed(found: Measured, processor: ProcessorMixin, leave_out: set) -> RowCheck:
+    "What can be read, and how long it is: each picture as many tokens as under a pixel budget."
+    cost = _tokens_by_size(processor, {size for _, _, size in found.looks.values() if size})
+    check = RowCheck([0] * len(found.ids), [], [])
+    for i, (id, text) in enumerate(zip(found.ids, found.texts)):
+        if i in leave_out:
+            continue
+        looks = [found.looks[key] for key in found.keys[i]]
+        reason, picture = _reason(text, looks, cost)
+        if reason:
+            check.bad.append(BadRow(i, id, reason, picture))
+        else:
+            check.lengths[i] = text + sum(cost[size] - 1 for _, _, size in looks)
+    return check
+
 # %% ../nbs/28_rowcheck.ipynb #c026p5
 def _shortened(given: tuple, some: list[int]) -> list[tuple[int, bool]]:
     "In a worker: which rows fit once their REASONING is shortened."
@@ -159,19 +175,8 @@ def check_rows(
     found = measured or measure(
         rows, processor, fmt, control_tokens, leave_out, workers, bool(progress)
     )
-    cost = _tokens_by_size(processor, {size for _, _, size in found.looks.values() if size})
-    check, over = RowCheck([0] * len(found.ids), [], []), {}
-    for i, (id, text) in enumerate(zip(found.ids, found.texts)):
-        if i in leave_out:
-            continue
-        looks = [found.looks[key] for key in found.keys[i]]
-        reason, picture = _reason(text, looks, cost)
-        if reason:
-            check.bad.append(BadRow(i, id, reason, picture))
-            continue
-        check.lengths[i] = text + sum(cost[size] - 1 for _, _, size in looks)
-        if limits.beyond(check.lengths[i]):
-            over[i] = check.lengths[i]
+    check = _costed(found, processor, leave_out)
+    over = {i: n for i, n in enumerate(check.lengths) if limits.beyond(n)}
     how = (processor, fmt, limits.least, False, too_long, control_tokens)
     asked = list(over) if too_long == "shorten" else []
     fits = _all_shortened(rows, asked, workers, bool(progress), *how)

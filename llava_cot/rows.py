@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -473,8 +474,15 @@ def answer_problems(
 _WORKER = {}  # in a worker process: what it works with, set once when the process starts
 
 
+def _follow_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start(given):
     _WORKER["given"] = given
+    # else it would wait for work for ever, and hold what was locked when it began
+    threading.Thread(target=_follow_parent, daemon=True).start()
     gc.freeze()  # what was inherited stays: walking along it would cost time, and copy its memory
     gc.enable()
 
