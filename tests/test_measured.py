@@ -272,6 +272,19 @@ def test_what_is_measured_is_kept_and_only_what_changed_is_measured_again():
             assert counted(some_, its)[1:] == (48, 12)
 
 
+def test_a_processor_saved_and_opened_again_reads_texts_by_the_same_key():
+    digests_ = []
+    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+        its = tiny()[1]
+        with tempfile.TemporaryDirectory() as d:
+            its.save_pretrained(d)
+            again = type(its).from_pretrained(d)
+        its.tokenizer("a", truncation=True, max_length=4)  # a state that a call leaves behind
+        digests_.append(measured._reader_digest(its))
+        assert measured._reader_digest(again) == digests_[-1]
+    assert len(set(digests_)) == 4
+
+
 def test_of_two_processes_one_reads_and_measures():
     SCRIPT = """
 import os, sys
