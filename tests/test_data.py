@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -33,6 +34,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from torch.utils.data import DataLoader
 
+from llava_cot import data
 from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, CoT, InputError, InputWarning, parse, render
 from llava_cot.data import _looked
 from llava_cot.doctor import check
@@ -857,6 +859,49 @@ def test_rows_that_share_an_id_are_numbered_and_a_row_that_is_there_twice_is_ref
             assert list(load(Path(d) / "t2")["id"]) == ["x", "x#2"]
             with pytest.raises(DataError, match=r"t3\[2\] \(id x\): id 'x' is that of row 0 too"):
                 load(Path(d) / "t3")
+
+
+def test_rows_that_were_read_before_are_the_same_and_no_changed_file_is_taken_for_the_old_one():
+    def read_twice(home, **how):
+        "The rows, loaded as if large; whether a line of the file was parsed; what was warned of."
+        with (
+            mock.patch.object(data, "_LEAST", 1),
+            mock.patch.object(data, "_looked", wraps=data._looked) as parsed,
+            warnings.catch_warnings(record=True) as told,
+        ):
+            warnings.simplefilter("always")
+            found = data.load(home, check="text", **how)
+        return found[:]["messages"], found["images"][:], parsed.called, [str(w.message) for w in told]
+
+
+    with tempfile.TemporaryDirectory() as d:
+        home = write(Path(d) / "home", [*FOUR, FOUR[0] | {"id": "a2", "note": "unread"}])
+        at_first, again = read_twice(home), read_twice(home)
+        assert at_first[2] and not again[2] and len(again[3]) == 1
+        assert (at_first[0], at_first[3]) == (again[0], again[3])
+        assert data.load(home, check="text")[:]["messages"] == again[0]
+        assert data.home_of(data.load(home).select([1])) == str(home) and data.home_of([]) is None
+        for change in (dict(fmt=None), {}):
+            assert read_twice(home, **change)[2] == bool(change), change
+        (home / "image").mkdir()
+        (home / "drawn").rename(home / "image/drawn")  # where a picture lies is looked up anew
+        moved = read_twice(home)
+        assert not moved[2] and moved[1][0][0].size == (96, 64)
+        rows_file, then = home / "train.jsonl", (home / "train.jsonl").stat()
+        rows_file.write_bytes(rows_file.read_bytes().replace(b"What colour", b"Which shade"))
+        os.utime(rows_file, ns=(then.st_atime_ns, then.st_mtime_ns))
+        assert "Which shade" in str(read_twice(home)[0]) and not read_twice(home)[2]
+        for file in (home / ".llava_cot").glob("rows-*.kept"):
+            file.write_bytes(file.read_bytes()[:-1])
+        assert read_twice(home)[2] and not read_twice(home)[2]
+        rows_file.write_text("{")
+        for _ in range(2):  # an error is not kept
+            with pytest.raises(DataError, match="train.jsonl"):
+                read_twice(home)
+        (Path(d) / "inside").mkdir()
+        drawn_ = base64.b64encode((home / "photo/blue.jpg").read_bytes()).decode()
+        (Path(d) / "inside/train.jsonl").write_text(json.dumps(FOUR[0] | {"image": drawn_}))
+        assert read_twice(Path(d) / "inside")[2] and read_twice(Path(d) / "inside")[2]
 
 
 def test_a_json_list_is_loaded_or_refused_by_index():

@@ -61,10 +61,10 @@ def repeated(home, times=4):
 def counted(rows, its, **how):
     "What is measured, how many texts were read and how many pictures looked at for it."
     with (
-        mock.patch.object(measured, "text_lengths", wraps=text_lengths) as read,
-        mock.patch.object(measured, "_look", wraps=_look) as looked,
+        mock.patch.object(measured, "text_lengths", wraps=measured.text_lengths) as read,
+        mock.patch.object(measured, "_look", wraps=measured._look) as looked,
     ):
-        found_ = measure(rows, its, workers=0, **how)
+        found_ = measured.measure(rows, its, workers=0, **how)
     return found_, sum(len(call.args[0]) for call in read.call_args_list), looked.call_count
 
 WORDS = (
@@ -235,8 +235,8 @@ def test_what_is_measured_is_kept_and_only_what_changed_is_measured_again():
         its, home = tiny_llava()[1], Path(d) / "s"
         some_ = repeated(home)
         first_, *counts = counted(some_, its)
-        assert counts == [48, 12] and first_ == measure(list(some_), its).__class__(
-            first_.ids, measure(list(some_), its).texts, first_.keys, first_.looks
+        assert counts == [48, 12] and first_ == measured.measure(list(some_), its).__class__(
+            first_.ids, measured.measure(list(some_), its).texts, first_.keys, first_.looks
         )
         assert counted(some_, its) == (first_, 0, 0)  # a second run
         assert counted(data.load(home), tiny_llava()[1]) == (first_, 0, 0)  # in another process
@@ -314,7 +314,7 @@ print(sum(measured.measure(rows, tiny_llava()[1]).texts))
             [sys.executable, *words, f"{d}/two.py", d], capture_output=True, text=True, check=True
         )
         sums = [int(line) for line in done.stdout.split()]
-        assert sums == [sum(measure(rows_, tiny_llava()[1]).texts)] * 2
+        assert sums == [sum(measured.measure(rows_, tiny_llava()[1]).texts)] * 2
         assert (Path(d) / "_looked").read_text() == "x"  # a portion of up to a thousand rows
         assert (Path(d) / "text_lengths").read_text() == "xxxxx"  # 240 rows, fifty at a time
 
