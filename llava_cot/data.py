@@ -129,9 +129,10 @@ def _told(source: JsonRows | TableRows, notes: list[tuple]) -> list[str]:
 # %% ../nbs/09_data.ipynb #data-plain
 def _refuse_only_plain(source: JsonRows | TableRows, found: Dataset, fmt: CoTFormat) -> None:
     "Plain text is welcome beside staged answers, and no dataset by itself."
-    wrong = list(answer_problems(found[0]["messages"], fmt))
+    first = found.remove_columns("images")[0]  # which would be decoded
+    wrong = list(answer_problems(first["messages"], fmt))
     if wrong and all(is_plain_text(messages) for messages in found["messages"]):
-        place = source.where(1, found[0]["id"])
+        place = source.where(1, first["id"])
         raise DataError([replace(p, message=f"{place}: {p.message}") for p in wrong])
 
 

@@ -163,9 +163,8 @@ def test_a_lock_is_refused_while_its_process_lives_and_a_killed_one_hinders_nobo
 import os, sys, time
 from llava_cot.files import locked
 with locked(sys.argv[1]):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
     with tempfile.TemporaryDirectory() as made:

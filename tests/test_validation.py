@@ -73,8 +73,8 @@ def test_the_batch_is_halved_where_the_memory_is_full_and_the_loss_stays():
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return token_losses(model, batch)
 
-        whole = held_out_loss(toy, reader, cpu, 7)
+        whole = validation.held_out_loss(toy, reader, cpu, 7)
         with mock.patch.object(validation, "token_losses", tight):
-            halved = held_out_loss(toy, reader, cpu, 7)
+            halved = validation.held_out_loss(toy, reader, cpu, 7)
         assert seen == [7, 3, 1, 1, 1, 1, 1, 1, 1] and halved["supervised"] == whole["supervised"]
         assert halved["loss"] == pytest.approx(whole["loss"], rel=1e-6)
