@@ -392,7 +392,9 @@ def test_rounding_by_chance_is_right_on_average_and_the_same_again():
 
 
 def test_torchao_that_is_missing_is_one_clear_line():
-    with mock.patch.dict(sys.modules, {"torchao": None, "torchao.optim": None}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchao", None)
+        patch.setitem(sys.modules, "torchao.optim", None)
         with pytest.raises(RunError, match="needs torchao.*pip install"):
             memory.stochastic_rounding(torch.optim.AdamW([torch.nn.Parameter(ONES)]), 0)
 
@@ -418,16 +420,19 @@ def test_liger_is_asked_for_its_kernels_without_its_loss_or_refused_in_a_line():
     )
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
     package = (types.ModuleType("a"), types.ModuleType("b"), found)
-    with mock.patch.object(torch.cuda, "is_available", lambda: True):
-        with mock.patch.dict(sys.modules, dict.fromkeys(names)):
-            with pytest.raises(RunError, match="pip install"):
-                memory.fuse_kernels(model)
-        with mock.patch.dict(sys.modules, dict(zip(names, package))):
+    with pytest.MonkeyPatch.context() as patch:  # which leaves other modules where they are
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in names:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(RunError, match="pip install"):
             memory.fuse_kernels(model)
-            with pytest.raises(RunError, match="found a model of type llava, which"):
-                memory.fuse_kernels(tiny_llava()[0])
-            with pytest.raises(RunError, match="kernels for qwen2_5_vl do not fit.*LigerOutput"):
-                memory.fuse_kernels(tiny_qwen2_5_vl()[0])
+        for name, module in zip(names, package):
+            patch.setitem(sys.modules, name, module)
+        memory.fuse_kernels(model)
+        with pytest.raises(RunError, match="found a model of type llava, which"):
+            memory.fuse_kernels(tiny_llava()[0])
+        with pytest.raises(RunError, match="kernels for qwen2_5_vl do not fit.*LigerOutput"):
+            memory.fuse_kernels(tiny_qwen2_5_vl()[0])
     assert seen == [dict(model=model, fused_linear_cross_entropy=False, cross_entropy=False)]
 
 

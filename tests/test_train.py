@@ -1144,9 +1144,10 @@ def test_a_phase_the_model_cannot_serve_is_refused_before_anything_is_written():
                 )
         lora = Schedule([ok, Phase("later", train={"language": 1e-3}, lora={})])
         with (
-            mock.patch.dict(sys.modules, {"peft": None}),
+            pytest.MonkeyPatch.context() as patch,
             pytest.raises(ValueError, match="lora needs the package peft.*pip install"),
         ):
+            patch.setitem(sys.modules, "peft", None)
             train.fit(*tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
         with (
             mock.patch.object(train, "engine_of", lambda accelerator: "fsdp2"),
