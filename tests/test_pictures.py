@@ -3,6 +3,7 @@ from llava_cot.pictures import *
 
 import contextlib
 import html
+import importlib
 import io
 import json
 import pickle
@@ -591,6 +592,7 @@ def test_no_command_ends_in_a_traceback_for_a_picture():
     forms = png_forms() | jpeg_forms() | other_forms()
     model = tiny_llava()
     few = {form: forms[form] for form in list(forms)[1::4]}
+    importlib.import_module("llava_cot.train")  # now: it would keep what stands in for `open_model`
     with (
         tempfile.TemporaryDirectory() as made,
         mock.patch("llava_cot.tiny.open_model", lambda *_: model),
