@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 # %% ../nbs/60_choices.ipynb #choice-05
 _SET = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|boxed|fbox)\s*\{([^{}]*)\}"
-    r"|\$+([^$]*)\$+|\\\((.*?)\\\)|\\\[(.*?)\\\]"
+    r"|\$+([^$]*)\$+|\\\((.{0,200}?)\\\)|\\\[(.{0,200}?)\\\]"
 )
 
 
@@ -151,8 +151,10 @@ def mcq(
     options: Mapping[str, str] | Sequence[str],  # letter → text, or the texts from A on
 ) -> str | None:
     "The letter that a careful reader takes; `None` where there is none, or more than one."
-    options = lettered(options)
-    letters, plain = "".join(options), unmarked(text)
+    options, plain = lettered(options), unmarked(text)
+    letters = "".join(letter for letter in options if letter.isalnum() and len(letter) == 1)
+    if not letters:
+        return None
     bare = plain.strip(" .,:;!()[]'\n")
     if bare.upper() in options:
         return bare.upper()

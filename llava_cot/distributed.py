@@ -424,8 +424,8 @@ def _holds_whole(model) -> bool:
     if not torch.cuda.is_available():
         return True
     groups = [g for m in model.modules() for g in _groups_of(m)]
-    sizes = [p._orig_size.numel() * (p.param_dtype or p.orig_dtype).itemsize
-             for g in groups for p in g.fsdp_params]  # fmt: skip
+    held = [p for g in groups for p in g.fsdp_params]
+    sizes = [p._orig_size.numel() * (p.param_dtype or p.orig_dtype).itemsize for p in held]
     torch.cuda.empty_cache()
     room = 0.8 * torch.cuda.mem_get_info()[0] - sum(sizes)  # the rest is for the questions
     least = torch.tensor(room, device="cuda")

@@ -19,7 +19,7 @@ from .cot import LLAVA_COT, CoTFormat, check
 from .data import in_stages, load, question, split
 from .distributed import gathered, my_share, together
 from .memory import halving
-from .metrics import EvaluateError, is_right, normalise, reference
+from .metrics import EvaluateError, is_right, metric_for, normalise, reference
 from .pictures import example_at
 from .reasoning import answer_key_judge
 from .search import Answer, Greedy, answer
@@ -42,6 +42,7 @@ class ScoredRow:
     format_problems: tuple  # of `Problem`
     problems: tuple | None  # the judge's; None without a judge
     blind_right: bool | None = None  # the same question without the picture
+    metric: str = "exact"  # of `METRICS`: how it was compared
 
     @property
     def valid(self) -> bool:
@@ -64,21 +65,23 @@ def _mark(
     blind: Answer | None,
 ) -> ScoredRow:
     "One answer, marked."
-    wanted = reference(example, fmt)
+    wanted, asked = reference(example, fmt), question(example)
+    chosen = metric_for(wanted, asked)
     group = kind(example) if kind else example.get("source") or "all"
     return ScoredRow(
         index=i,
         id=example["id"],
         kind=str(group),
-        question=question(example),
+        question=asked,
         reference=wanted,
         text=given.text,
         finished=given.finished,
         tokens=given.tokens,
-        right=is_right(given, wanted, fmt),
+        right=is_right(given, wanted, fmt, chosen),
         format_problems=tuple(check(given.text, fmt)),
         problems=None if judge is None else tuple(judge(example, given.text)),
-        blind_right=None if blind is None else is_right(blind, wanted, fmt),
+        blind_right=None if blind is None else is_right(blind, wanted, fmt, chosen),
+        metric=chosen.name,
     )
 
 # %% ../nbs/66_evaluate.ipynb #c026
@@ -144,6 +147,7 @@ class Report:
     sound_if_right: float | None  # the same among the right ones
     mean_tokens: float  # length of an answer
     per_kind: dict  # kind -> the same figures
+    metrics: dict = field(default_factory=dict)  # of `METRICS` -> rows that it compared
     seed: int = 0
     fmt: CoTFormat = LLAVA_COT
     rows: list = field(default_factory=list, repr=False)  # of `ScoredRow`
@@ -173,8 +177,8 @@ def score(
         rows.append(_mark(i, example_at(examples, i), given, fmt, judge, kind, control))
     kinds = sorted({r.kind for r in rows})
     per_kind = {k: scores([r for r in rows if r.kind == k], seed) for k in kinds}
-    found = scores(rows, seed)
-    return Report(**found, per_kind=per_kind, seed=seed, fmt=fmt, rows=rows, examples=examples)
+    more = dict(per_kind=per_kind, metrics=dict(Counter(r.metric for r in rows)), seed=seed)
+    return Report(**scores(rows, seed), **more, fmt=fmt, rows=rows, examples=examples)
 
 
 def _check_answers(examples: Sequence, answers: Sequence, blind: Sequence | None) -> None:

@@ -263,21 +263,6 @@ def _quiet_tokenizers() -> Iterator[None]:
             del os.environ[name]
 
 
-def _look_at_all(rows, keys: list, leave_out: set, how: tuple, workers, progress: bool) -> tuple:
-    "`(id, tokens)` of all rows, and of each key what there is to say of its picture."
-    if not _are_stored(rows):
-        workers = 0  # pictures in memory, some perhaps an open file
-    seen, read = {}, []
-    with _quiet_tokenizers():
-        portions = _portions(rows, keys, leave_out)
-        looked = in_workers(_look_at, portions, (rows, *how), workers)
-        bar = progress_bar(looked, len(rows), "checking rows", progress)
-        for i, (id, text, looks) in enumerate(bar):
-            seen |= {keys[i][k]: look for k, look in looks.items()}
-            read.append((id, text))
-    return read, seen
-
-
 def _look_at(given: tuple, portion: tuple) -> list[tuple]:
     "In a worker: of each row its place, its tokens if they are wanted, and looks at new pictures."
     (rows, texts, *how), (some, new) = given, portion

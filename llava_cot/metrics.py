@@ -231,8 +231,7 @@ METRICS = {
 
 # %% ../nbs/62_metrics.ipynb #metr-25
 def options_in(question: str) -> dict[str, str]:
-    "The options that a question lists, `A. …` or `(A) …` or `A: …`, by letter; nothing for"
-    " fewer than two."
+    "The options that a question lists, `A. …`, `(A) …` or `A: …`, by letter, if two or more."
     marks, expected = [], "A"
     for m in re.finditer(r"(?:(?<=^)|(?<=[\s(,;]))\(?([A-Z])[).:]\s+(?=\S)", question):
         if m[1] == expected:
@@ -281,8 +280,7 @@ def conclusion_of(
     fmt: CoTFormat = LLAVA_COT,
     plain: bool = False,  # take a text without stages for its conclusion
 ) -> tuple[str | None, str]:
-    "The conclusion, and where it is from: `stages`, `plain text`; or none, `truncated`,"
-    " `unparsed`."
+    "The conclusion and `stages` or `plain text`; or none and why: `truncated`, `unparsed`."
     if not given.finished:
         return None, "truncated"
     if not check(given.text, fmt):

@@ -17,9 +17,9 @@ from .plan import PhasePlan, Plan
 from .show import size_text
 
 # %% ../nbs/47_node.ipynb #nd-margin
-CONTEXT = 2**29  # bytes: CUDA's context and kernels, of each process
-EXCHANGE = 2**29  # bytes: NCCL's buffers, where there are several
-SLACK = 0.05  # of the peak: gaps between the allocator's blocks
+CONTEXT = 800 * 2**20  # bytes: CUDA's context and kernels, of each process
+EXCHANGE = 2**29  # bytes: NCCL's buffers, where there are several; an assumption
+SLACK = 0.08  # of the peak: gaps between the allocator's blocks
 
 
 def on_card(
@@ -37,7 +37,7 @@ FILE = 5 * 10**9  # bytes of the largest file of a model, as `save_pretrained` c
 def host_memory(
     weights: int,  # bytes of the whole model in the type that it is kept in
     processes: int,  # of the node
-    each: bool = False,  # every process opens the whole model
+    each: bool = True,  # every process opens the whole model, as here; else one does, for all
 ) -> int:  # bytes
     "The most that the processes of a node hold together while a model is opened onto cards."
     opened = processes * weights if each else min(weights, FILE)
@@ -52,15 +52,14 @@ def checkpoint_bytes(
     p: PhasePlan,
     engine: str,  # single, ddp or fsdp2
     gpus: int,
-) -> tuple[int, int]:  # bytes in all, and of the process that writes the most
+) -> int:  # bytes
     "How large a checkpoint in a phase is."
-    own = p.weights + p.optimizer
-    return (own * gpus, own) if engine == "fsdp2" else (own, own)
+    return (p.weights + p.optimizer) * (gpus if engine == "fsdp2" else 1)
 
 
 def write_seconds(
     size: int,  # bytes
-    bandwidth: float,  # bytes a second that the disk takes from all processes together
+    bandwidth: float,  # bytes a second that the disk takes
 ) -> float:
     "The time that a disk takes. Raises `NodeError`."
     if not bandwidth > 0:
@@ -91,25 +90,23 @@ class Node:
     on_card: int  # with the margins
     host: int  # while the weights are opened
     checkpoint: int  # of the phase whose checkpoint is largest
-    own: int  # the part of it that one process writes
-    seconds: float  # for the whole of it
+    seconds: float  # to write it
 
     def __str__(self) -> str:
         return (
             f"a card should have {size_text(self.on_card)}, the host {size_text(self.host)}"
             f" while the weights are opened; a checkpoint is {size_text(self.checkpoint)},"
-            f" {size_text(self.own)} by each process that writes, {self.seconds:,.0f} s"
+            f" {self.seconds:,.0f} s"
         )
 
 
 def node(
     made: Plan,
-    bandwidth: float = 2e9,  # bytes a second that the disk takes from all processes together
+    bandwidth: float = 2e9,  # bytes a second that the disk takes
 ) -> Node:
     "What a node needs for a plan. Raises `NodeError`."
     engine, gpus = made.setting["engine"], made.setting["gpus"]
-    sizes = [checkpoint_bytes(p, engine, gpus) for p in made]
-    size, own = max(sizes)
+    size = max(checkpoint_bytes(p, engine, gpus) for p in made)
     weights = made[0].weights * (gpus if engine == "fsdp2" else 1)
     seconds = write_seconds(size, bandwidth)
-    return Node(on_card(made.peak, gpus), host_memory(weights, gpus), size, own, seconds)
+    return Node(on_card(made.peak, gpus), host_memory(weights, gpus), size, seconds)

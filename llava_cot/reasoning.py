@@ -78,8 +78,7 @@ def detection_auc(
     spoilt: Sequence[int],  # problems found in each spoilt answer
     true: Sequence[int],  # and in each true one
 ) -> float:
-    "Area under the ROC curve of telling spoilt from true by a number of problems. Raises"
-    " `ValueError`."
+    "Area under the ROC curve of telling spoilt from true by their problems. Raises `ValueError`."
     if not spoilt or not true:
         raise ValueError("detection_auc: found no answers of one kind, expected some of both")
     pairs = [(a > b) + 0.5 * (a == b) for a in spoilt for b in true]

@@ -108,6 +108,31 @@ def test_hand_made_answers_score_as_they_should():
     assert report.per_kind["count"]["accuracy"] == 1 and report.per_kind["colour"]["accuracy"] == 0
 
 
+def test_a_letter_is_right_where_the_question_lists_options():
+    def posed(asked, said):
+        turns = [
+            dict(role=role, content=[dict(type="text", text=text)])
+            for role, text in (("user", asked), ("assistant", said))
+        ]
+        return dict(id=asked, images=[], source="", messages=turns)
+
+
+    def concluding(end):
+        return answer_text(next(shapes.examples(1))[1]).rpartition("<CONCLUSION>")[0] + (
+            f"<CONCLUSION> {end} </CONCLUSION>"
+        )
+
+
+    listed = [posed("Which?\nA. cat\nB. dog", "B"), posed("How many?", "3"), posed("Which?", "B")]
+    said = [
+        Answer(ex["id"], concluding(end), True, 9)
+        for ex, end in zip(listed, ("It is (B).", "three", "It is (B)."))
+    ]
+    marked = score(listed, said)
+    assert [row.right for row in marked.rows] == [True, True, False]
+    assert marked.metrics == dict(mcq=1, number=1, exact=1) == marked.to_dict()["metrics"]
+
+
 def test_order_does_not_matter():
     pairs = list(shapes.examples(5, seed=1))
     answers, judge = hand_made(pairs)
