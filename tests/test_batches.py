@@ -33,16 +33,6 @@ def padding(batches, lengths):
     size = sum(max(lengths[r] for _, r in b) * len(b) for b in batches)
     return 1 - sum(lengths[r] for b in batches for _, r in b) / size
 
-def useful(order, lengths):
-    "Tokens of rows over what all processes could compute while the slowest is at it."
-    used = spent = 0
-    for u in range(order.start, order.stop):
-        each = [[lengths[row] for _, row in b] for b in order.at(u)]
-        for i in range(0, len(each), order.world):
-            used += sum(map(sum, each[i : i + order.world]))
-            spent += order.world * max(len(b) * max(b) for b in each[i : i + order.world])
-    return used / spent
-
 def talkative(n, seed=0):
     "Rows whose answers are as long as `long_tailed` says, about, without a picture."
     draw, words = (
@@ -169,8 +159,14 @@ def test_hardly_any_process_waits_where_updates_are_of_like_length():
     lengths_ = long_tailed(40_000)
     for size, times, world in ((4, 1, 8), (4, 2, 8), (4, 1, 16)):
         how = (len(lengths_), size, times, 0, 0, 0, 400, 0, world)
-        assert useful(batches.Order(*how, lengths=lengths_), lengths_) >= 0.97
-        assert useful(batches.Order(*how, within=lengths_), lengths_) < 0.8
+        assert batches.useful_share(batches.Order(*how, lengths=lengths_), lengths_) >= 0.97
+        assert batches.useful_share(batches.Order(*how, within=lengths_), lengths_) < 0.8
+
+
+    alike = batches.Order(64, 4, 2, 0, world=2)
+    assert batches.useful_share(alike, [7] * 64, 4) == 1
+    half = batches.useful_share(batches.Order(4, 1, 1, 0, world=4), [1, 1, 1, 5], 1)
+    assert half == 8 / 20
 
 
     @given(
@@ -235,7 +231,7 @@ def test_a_batch_of_tokens_is_never_larger_and_every_row_is_read_once():
     check_tokens()
     lengths_ = long_tailed(20_003)
     tokened = batches.TokenOrder(lengths_, 6000, 2, 1, stop=200, world=4)
-    assert useful(tokened, lengths_) > 0.94 and padding(tokened, lengths_) < 0.05
+    assert batches.useful_share(tokened, lengths_) > 0.94 and padding(tokened, lengths_) < 0.05
     first, later = ({frozenset(u) for u in tokened.epoch(e)} for e in (0, 1))
     assert len(first & later) < 0.1 * len(first)  # other updates, not only in another order
     with pytest.raises(RunError, match="row 0 has 50"):
