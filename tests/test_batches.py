@@ -158,9 +158,9 @@ def test_the_rows_of_an_update_are_sorted_and_stay_the_same_rows():
 def test_hardly_any_process_waits_where_updates_are_of_like_length():
     lengths_ = long_tailed(40_000)
     for size, times, world in ((4, 1, 8), (4, 2, 8), (4, 1, 16)):
-        how = (len(lengths_), size, times, 0, 0, 0, 400, 0, world)
-        assert batches.useful_share(batches.Order(*how, lengths=lengths_), lengths_) >= 0.97
-        assert batches.useful_share(batches.Order(*how, within=lengths_), lengths_) < 0.8
+        place = (len(lengths_), size, times, 0, 0, 0, 400, 0, world)
+        assert batches.useful_share(batches.Order(*place, lengths=lengths_), lengths_) >= 0.97
+        assert batches.useful_share(batches.Order(*place, within=lengths_), lengths_) < 0.8
 
 
     alike = batches.Order(64, 4, 2, 0, world=2)
