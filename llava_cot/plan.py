@@ -277,6 +277,16 @@ def _asked(schedule, gpus: int, mfu: float, settings: dict) -> Settings:
     return replace(s, engine=_engine(s, gpus))
 
 
+def _by_rows(s: Settings, length: int) -> Settings:
+    "The settings with as many rows in a batch as `batch_tokens` holds. Raises `PlanError`."
+    if not s.batch_tokens:
+        return s
+    if s.batch_tokens < length:
+        found = f"found {s.batch_tokens:,} and rows of {length:,} tokens"
+        raise PlanError(f"batch_tokens: {found}; expected room for one row")
+    return replace(s, batch_tokens=None, batch_size=s.batch_tokens // length)
+
+
 def _engine(s: Settings, gpus: int) -> str:
     "The engine that is asked for, or fits. Raises `PlanError` for one that cannot be planned."
     adapted = [p.name for p in s.schedule if p.lora]
@@ -347,6 +357,7 @@ def plan(
     gpu, card = _gpu(gpu)
     config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
+    s = _by_rows(s, length)
     check_fixed(family_of(config), s)
     if family_of(config).budget.fixed:
         config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))

@@ -32,8 +32,8 @@ from llava_cot.batches import (
     context_of,
     find_all,
     find_in_phases,
-    length_options,
     loader,
+    order_of,
     phase_processor,
     phase_settings,
     reader_of,
@@ -279,6 +279,7 @@ def _update(loop: _Loop, batches) -> None:
         s.stage_weights,
         loop.clock,
         suspect,
+        loop.reads.divisor,
     )
     run.update += 1
     run.done += 1
@@ -321,18 +322,9 @@ def _save(loop: _Loop) -> None:
 # %% ../nbs/45_train.ipynb #c045
 def _order(run: Run, s: Settings, reads: PhaseRows, accelerator: Accelerator) -> Order:
     "The rows of each update that is left of the phase under way."
-    return Order(
-        len(reads.reader),
-        s.batch_size,
-        s.accumulate,
-        s.seed,
-        first_epoch=run.epoch,
-        start=run.update,
-        stop=reads.updates,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        **length_options(s, reads.reader, accelerator.num_processes),
-    )
+    at = dict(start=run.update, first_epoch=run.epoch)
+    of = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+    return order_of(s, reads.reader, reads.updates, **at, **of)
 
 # %% ../nbs/45_train.ipynb #c045m
 def one_phase(

@@ -653,6 +653,25 @@ def test_all_options_together_and_a_resumed_run():
             assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
 
 
+def test_a_run_by_length_or_by_tokens_goes_on_as_it_was_whatever_reads_ahead():
+    by_length, by_tokens = dict(group_by_length=True, batch_size=4), dict(batch_tokens=400)
+    for asked_, ways in ((by_length, ((0, 8), (1, 5), (4, 11))), (by_tokens, ((1, 8),))):
+        ends = []
+        for workers, stop in ((0, 99), *ways):
+            how = dict(asked_, workers=workers, save_every=4, augment=STRONG, progress=False)
+            with tempfile.TemporaryDirectory() as tmp:
+                out = Path(tmp) / "run"
+                try:
+                    with interrupted(stop):
+                        ended = train.fit(*tiny_llava(seed=0), ROWS, BOTH, out, **how)
+                except KeyboardInterrupt:
+                    ended = train.resume(out, ROWS, progress=False)
+                ends.append((weights(ended.model), (out / "metrics.jsonl").read_text()))
+        assert len(ends[0][1].splitlines()) == 12
+        for w, lines_ in ends[1:]:
+            assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
+
+
 def test_dropped_rows_are_named():
     with tempfile.TemporaryDirectory() as tmp:
         toy, its = tiny_llava(seed=0)
