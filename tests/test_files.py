@@ -18,10 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llava_cot.checkpoint import list_checkpoints, newest_checkpoint, remove_leftovers
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint, remove_leftovers
 from llava_cot.files import DataError, _archives, _member, _members, _opened, find_images
 
 def mount(size, place):
