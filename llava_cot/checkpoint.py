@@ -87,11 +87,9 @@ def newest_checkpoint(out) -> Path | None:
     return None
 
 # %% ../nbs/43_checkpoint.ipynb #ck-own
-def _key(model, name: str) -> str:
-    "The key of a weight in a checkpoint: its name in a model's file, or that of an adapter."
-    if ".lora_" in name:
-        return f"adapters/{name}"
-    return family_of(model).stored(model.config, name.replace(".base_layer.", "."))
+def _key(name: str) -> str:
+    "The key of a weight in a checkpoint: its name in a model without adapters, or an adapter's."
+    return f"adapters/{name}" if ".lora_" in name else name.replace(".base_layer.", ".")
 
 
 def own_state(
@@ -99,7 +97,7 @@ def own_state(
     optimizer=None,  # prepared or not
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     "`(tensors, numbers)` by key, each process its own share. All processes must call it."
-    found = {_key(run.model, name): w for name, w in own_weights(run.model).items()}
+    found = {_key(name): w for name, w in own_weights(run.model).items()}
     found = dict(sorted(found.items(), key=lambda item: item[0].startswith("adapters/")))
     moments = optimizer_moments(run.model, optimizer) if optimizer else {}
     for kind, named in (("moments", moments), ("carried", run.carried or {})):
@@ -335,7 +333,7 @@ def _read_moments(
 def load_checkpoint(run: Run, folder: Path) -> None:
     "Fills the weights of a model in its place, and what the last phase has left for the next."
     named = own_weights(run.model).items()
-    _read({_key(run.model, name): w for name, w in named}, folder)
+    _read({_key(name): w for name, w in named}, folder)
     run.carried = _read_moments(run.model, folder, "carried") or None
 
 # %% ../nbs/43_checkpoint.ipynb #ck-load-optimizer
@@ -426,6 +424,7 @@ def _in_files(weights: dict[str, torch.Tensor], world: int, most: int = 5 * 10**
 def _write_my_files(run: Run, accelerator: Accelerator, folder: Path, dtype: torch.dtype) -> None:
     "Puts each weight together; writes those of each file whose turn is this process's."
     weights, error = own_weights(run.model), None
+    name_of, config = family_of(run.model).stored, run.model.config
     files = _in_files(weights, accelerator.num_processes)
     for i, names in enumerate(files):
         mine, held = i % accelerator.num_processes == accelerator.process_index, {}
@@ -433,7 +432,7 @@ def _write_my_files(run: Run, accelerator: Accelerator, folder: Path, dtype: tor
             for name in names:
                 w = whole(weights[name])
                 if mine and not error:
-                    held[_key(run.model, name)] = models.narrowed(name, w.cpu(), dtype).contiguous()
+                    held[name_of(config, name)] = models.narrowed(name, w.cpu(), dtype).contiguous()
             if mine and not error:
                 to = folder / f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
                 save_file(held, to, metadata=dict(format="pt"))

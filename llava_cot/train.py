@@ -469,9 +469,10 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
         # dissolved: opened again from the checkpoint that ended the phase
         run.saver.wait()
         newest = checkpoint.list_checkpoints(run.out)[-1]
-        whole, _ = models.load(newest, memory.weights_dtype(s.weights))
-        whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
-        run.model = whole.to(accelerator.device)
+        again = checkpoint.reopen_checkpoint(run.out, newest, s)
+        distributed.place(again.model, accelerator.device)
+        checkpoint.load_checkpoint(again, newest)
+        run.model = again.model
     named = trained_parameters(run.model, phase).values()
     trained = sum(p.numel() for group in named for _, p in group)
     runs.keep_adapter(run, phase, accelerator)
