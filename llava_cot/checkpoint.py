@@ -129,7 +129,7 @@ def _my_part(
 def _files_of(
     tensors: dict[str, torch.Tensor],  # from `own_state`
     world: int,  # processes
-    most: int = 2**28,  # bytes that one process puts into a file
+    most: int = 2**26,  # bytes that one process puts into a file
 ) -> dict[str, int]:
     "Key → the file it goes to, counted from 1; weights, adapters and moments apart."
     found, last, filled, n = {}, None, 0, 0
