@@ -377,7 +377,8 @@ def _update(loop: _Loop, batches) -> None:
 # %% ../nbs/45_train.ipynb #c045g
 def _stop_requested(run: Run, stop, accelerator: Accelerator) -> bool:
     "Whether any process was asked to stop, or a checkpoint could not be written."
-    asked = bool(stop.signal) or run.saver.failed
+    failed = run.saver is not None and run.saver.failed
+    asked = bool(stop.signal) or failed
     if accelerator.num_processes == 1:
         return asked
     count = torch.tensor(float(asked), device=accelerator.device)
@@ -455,7 +456,7 @@ def one_phase(
             if asked or loop.over or run.done % s.save_every == 0:
                 _save(loop)
             if asked:
-                run.saver.wait()
+                checkpoint.wait_for_last(run)
                 raise KeyboardInterrupt
             clock.pause()
 
@@ -467,7 +468,7 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     accelerator.free_memory()
     if distributed.is_zero(run.model):
         # dissolved: opened again from the checkpoint that ended the phase
-        run.saver.wait()
+        checkpoint.wait_for_last(run)
         newest = checkpoint.list_checkpoints(run.out)[-1]
         again = checkpoint.reopen_checkpoint(run.out, newest, s)
         distributed.place(again.model, accelerator.device)

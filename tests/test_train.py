@@ -813,9 +813,9 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
                 assert all(getattr(pictures, name) == value for name, value in promised.items())
                 [best] = (out / "best").iterdir()
                 models.load(best)
-                checkpoint = models.load_processor(out / "checkpoints" / "0-0000003")
+                its_kept = models.load_processor(out / "checkpoints" / "0-0000003")
                 first = budget_of(phases[0], Settings(phases, **asked))
-                assert fields_of(checkpoint, model) == fields_of(with_budget(toy()[1], **first), model)
+                assert fields_of(its_kept, model) == fields_of(with_budget(toy()[1], **first), model)
         for w, metrics, evals in ends[1:]:
             assert metrics == ends[0][1] and evals == ends[0][2]
             assert all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
