@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from . import __version__, files, models
 from .batches import Order
 from .cot import FORMATS, STAGES
-from .files import write_file, writing
+from .files import LOCK, write_file, writing
 from .gate import Policy
 from .models import model_digest
 from .rowcheck import BadRow
@@ -53,7 +53,7 @@ def check_folder(out) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"out {out}: found a file, expected a new or empty folder; name another")
-    if out.exists() and any(f.name != "data" for f in out.iterdir()):
+    if out.exists() and any(f.name not in ("data", LOCK) for f in out.iterdir()):
         hint = ""
         if (out / "recipe.yaml").exists():
             hint = f", or go on with the run in it: llava-cot train --resume {out}"
@@ -86,16 +86,22 @@ def versions() -> dict:
     )
 
 # %% ../nbs/42_run.ipynb #c052
+def _column(rows, name: str) -> list[str | None]:
+    "A column of texts; row by row it would take seconds."
+    if not hasattr(rows, "column_names"):
+        return [row.get(name) for row in rows]
+    return rows.select_columns(name).with_format("arrow")[:][name].to_pylist()
+
+
 def rows_digest(rows) -> str:
     "A short digest of a dataset's ids in order: a resumed run must read the same rows."
-    ids = rows["id"] if hasattr(rows, "column_names") else [r["id"] for r in rows]
+    ids = _column(rows, "id")
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def rows_facts(rows) -> dict:
     "What a recipe says of the rows: their digest, and how many came from each source."
-    named = rows["source"] if hasattr(rows, "column_names") else [r.get("source") for r in rows]
-    counts = Counter(source or "" for source in named)
+    counts = Counter(source or "" for source in _column(rows, "source"))
     return dict(rows=rows_digest(rows), sources=dict(sorted(counts.items())))
 
 

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 
 from llava_cot import checkpoint, shapes
@@ -150,6 +151,7 @@ def test_a_checkpoint_gives_back_every_number_and_nothing_else():
         with tempfile.TemporaryDirectory() as tmp:
             now, adamw = begun(tiny, tmp)
             rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: 1 / (1 + k))
+            adamw.step()
             rates.step()
             checkpoint.save_checkpoint(now, Accelerator(cpu=True), adamw, scheduler=rates)
             kept = checkpoint.newest_checkpoint(tmp)
@@ -197,6 +199,27 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before()
         with contextlib.redirect_stderr(io.StringIO()) as told:
             assert checkpoint.newest_checkpoint(tmp).name == "0-0000001"
         assert "0-0000002 is refused: shard-00001" in told.getvalue()
+
+
+def test_a_result_that_cannot_be_written_keeps_no_process_waiting():
+    with tempfile.TemporaryDirectory() as tmp:
+        now, _ = begun(tiny_llava, tmp)
+        names, asked = checkpoint.own_weights(now.model), []
+
+        def counted(w):
+            asked.append(w)
+            return w
+
+        for name, error in (("save_file", SafetensorError("no room")), ("narrowed", ValueError("no"))):
+            where = checkpoint if name == "save_file" else checkpoint.models
+            with (
+                mock.patch.object(checkpoint, "whole", counted),
+                mock.patch.object(where, name, side_effect=error),
+                pytest.raises(type(error), match="no"),
+            ):
+                checkpoint._write_my_files(now, Accelerator(cpu=True), Path(tmp), torch.bfloat16)
+            assert len(asked) == len(names)  # each is put together by all, whoever has failed
+            asked.clear()
 
 
 def test_another_number_of_processes_makes_the_same_updates_or_none():

@@ -580,9 +580,9 @@ def test_adapters_stand_in_their_part_and_nowhere_else():
 
 def test_without_peft_lora_is_an_error_of_one_line():
     toy, _ = tiny_llava()
-    missing = mock.patch.dict(sys.modules, {"peft": None})
     message = r"needs the package peft.*pip install 'llava_cot\[lora\]'"
-    with missing, pytest.raises(ModelError, match=message):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ModelError, match=message):
+        patch.setitem(sys.modules, "peft", None)
         add_adapters(toy, linear_layers(toy, ["language"])["language"])
     script = (
         "import sys; sys.modules['peft'] = None;"

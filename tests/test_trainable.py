@@ -2,7 +2,6 @@
 from llava_cot.trainable import *
 
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -229,9 +228,10 @@ def test_a_schedule_is_checked_before_its_first_phase():
     nowhere = "phase 'a': lora finds no linear layer in 'language' by .'c_attn'.; expected .*q_proj"
     with pytest.raises(ScheduleError, match=nowhere):
         check_schedule(fresh, [Phase("a", train={"language": 1.0}, lora={"modules": ["c_attn"]})])
-    no_peft = mock.patch.dict(sys.modules, {"peft": None})
-    with no_peft, pytest.raises(ModelError, match="needs the package peft"):
-        check_schedule(fresh, [half])
+    with pytest.MonkeyPatch.context() as patch:  # which leaves other modules where they are
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ModelError, match="needs the package peft"):
+            check_schedule(fresh, [half])
     fine = Phase("a", train={"language": 1.0})
     lacks = Phase("b", train={"cross_attention": 1.0})
     with pytest.raises(ScheduleError, match="phase 'b'.*cross_attention.*this llava has none"):
