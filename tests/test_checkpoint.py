@@ -6,11 +6,14 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +47,7 @@ def begun(tiny, out):
     ), adamw
 
 SCRIPT = """
-import contextlib, os, sys
+import contextlib, json, os, sys, traceback
 from pathlib import Path
 from unittest import mock
 import torch
@@ -52,54 +55,97 @@ from llava_cot import data, tiny, train
 from llava_cot.schedule import Phase, Schedule
 
 torch.set_num_threads(1)
-folder, name, engine, stop = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-rows, left, own = data.load(folder / "shapes"), iter(range(stop)), train.one_update
 
 
-def update(*args, **options):
-    if next(left, None) is None:
-        raise KeyboardInterrupt
-    return own(*args, **options)
+def work(folder, name, engine, stop, **_):
+    rows, left, own = data.load(folder / "shapes"), iter(range(stop)), train.one_update
+
+    def update(*args, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(train, "one_update", update))
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        if engine == "fsdp2":
+            stack.enter_context(mock.patch.object(train, "engine_of", lambda accelerator: "fsdp2"))
+        if (folder / name / "recipe.yaml").exists():
+            train.resume(folder / name, rows, progress=False)
+        else:
+            model, processor = tiny.tiny_llava(seed=0)
+            schedule = Schedule.from_yaml(folder / "schedule.yaml")
+            how = dict(batch_size=2, accumulate=1, save_every=2, progress=False)
+            train.fit(model, processor, rows, schedule, folder / name, **how)
 
 
-with contextlib.ExitStack() as stack:
-    stack.enter_context(mock.patch.object(train, "one_update", update))
-    stack.enter_context(contextlib.suppress(KeyboardInterrupt))
-    if engine == "fsdp2":
-        stack.enter_context(mock.patch.object(train, "engine_of", lambda accelerator: "fsdp2"))
-    if (folder / name).exists():
-        train.resume(folder / name, rows, progress=False)
-    else:
-        model, processor = tiny.tiny_llava(seed=0)
-        schedule = Schedule.from_yaml(folder / "schedule.yaml")
-        how = dict(batch_size=2, accumulate=1, save_every=2, progress=False)
-        train.fit(model, processor, rows, schedule, folder / name, **how)
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+def process(rank, job):
+    os.dup2(2, 1)
+    if job["processes"] > 1:
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=job["processes"])
+        names |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
+        os.environ |= {name: str(its) for name, its in names.items()}
+    try:
+        work(Path(sys.argv[1]), **job)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+for line in sys.stdin:  # imported once, forked for each process
+    job, children = json.loads(line), []
+    for rank in range(job["processes"]):
+        children.append(os.fork())
+        if not children[-1]:
+            process(rank, job)
+    print(*children, flush=True)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 """
 
 
-def torchrun(processes, folder, *words):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    (folder / "script.py").write_text(SCRIPT)
-    begin = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        port,
-    ]
-    begin = begin if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *begin, str(folder / "script.py"), str(folder), *words],
-        env=os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+class Jobs:
+    "Runs on some processes, in a folder with rows and a schedule."
+
+    def __init__(self, folder, updates=6):
+        self.folder = folder
+        shapes.write(folder / "shapes", 24)
+        every = dict(vision=1e-3, projector=1e-3, language=1e-3)
+        first = Phase("align", {"projector": 2e-3}, updates=3)
+        second = Phase("all", every, updates=updates, optimizer="carry")
+        Schedule([first, second]).to_yaml(folder / "schedule.yaml")
+
+    def __enter__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(self.folder)],
+            env=os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(self.folder / "errors.txt", "w"),
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *exc):
+        self.server.communicate()
+
+    def line(self):
+        return [int(n) for n in self.server.stdout.readline().split()]
+
+    def start(self, processes, name, engine="fsdp2", stop=99):
+        "The ids of the processes."
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            job = dict(processes=processes, name=name, engine=engine, stop=stop)
+            job["port"] = s.getsockname()[1]
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return self.line()
+
+    def run(self, *words, **more):
+        "To its end."
+        self.start(*words, **more)
+        assert not any(self.line()), (self.folder / "errors.txt").read_text()[-4000:]
 
 
 def ended(out):
@@ -235,23 +281,60 @@ def test_another_number_of_processes_makes_the_same_updates_or_none():
 
 @pytest.mark.slow
 def test_four_processes_go_on_as_four_two_or_one():
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)
-        shapes.write(folder / "shapes", 24)
-        every = dict(vision=1e-3, projector=1e-3, language=1e-3)
-        first = Phase("align", {"projector": 2e-3}, updates=3)
-        Schedule([first, Phase("all", every, updates=6, optimizer="carry")]).to_yaml(
-            folder / "schedule.yaml"
-        )
-        torchrun(4, folder, "whole", "fsdp2", "99")
-        torchrun(4, folder, "cut", "fsdp2", "5")
-        weights, losses = ended(folder / "whole")
+    with tempfile.TemporaryDirectory() as tmp, Jobs(Path(tmp)) as jobs:
+        jobs.run(4, "whole")
+        jobs.run(4, "cut", stop=5)
+        weights, losses = ended(jobs.folder / "whole")
         for n, engine in ((4, "fsdp2"), (2, "fsdp2"), (1, "single"), (2, "ddp")):
             name = f"{n}-{engine}"
-            shutil.copytree(folder / "cut", folder / name)
-            torchrun(n, folder, name, engine, "99")
-            found, told = ended(folder / name)
+            shutil.copytree(jobs.folder / "cut", jobs.folder / name)
+            jobs.run(n, name, engine)
+            found, told = ended(jobs.folder / name)
             apart = max((found[k] - w).abs().max().item() for k, w in weights.items())
             gap = max(abs(a - b) for a, b in zip(losses, told, strict=True))
             print(f"{name:8} weights {apart:.0e}  losses {gap:.0e}")
             assert max(apart, gap) <= (0 if n == 4 else 1e-6)
+
+
+@pytest.mark.slow
+def test_killed_at_25_random_moments_while_processes_write_their_shards():
+    def files_of(out):
+        "What a run left that must not differ."
+        return {f.name: f.read_bytes() for f in [out / "metrics.jsonl", *out.glob("model/model*")]}
+
+
+    def killed(jobs, processes, name, draw):
+        "A run killed at a random update or within a save: whether it was, and whether a save was cut."
+        out, lines = jobs.folder / name, jobs.folder / name / "metrics.jsonl"
+        begun = len(lines.read_bytes().splitlines()) if lines.exists() else 0
+        at, in_save = begun + draw.randint(0, 6), draw.random() < 0.5
+        children = jobs.start(processes, name)
+
+        def reached():
+            if in_save and any(out.glob("checkpoints/.tmp-*/shard-*")):
+                return True
+            return lines.exists() and len(lines.read_bytes().splitlines()) >= at and not in_save
+
+        end = time.monotonic() + 60
+        while not reached() and not (out / "model").exists() and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(0.05 * draw.random())
+        draw.shuffle(children)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        return -signal.SIGKILL in jobs.line(), any(out.glob("checkpoints/.tmp-*"))
+
+
+    with tempfile.TemporaryDirectory() as tmp, Jobs(Path(tmp), 12) as jobs:
+        draw, found = random.Random(0), []
+        for processes in (2, 4):
+            whole = f"whole{processes}"
+            jobs.run(processes, whole)
+            for k in range(4):
+                name = f"{processes}-{k}"
+                for _ in range(3 + (k == 3 and processes == 2)):
+                    found.append(killed(jobs, processes, name, draw))
+                jobs.run(processes, name)
+                assert files_of(jobs.folder / name) == files_of(jobs.folder / whole)
+        print(f"killed {kills} times, {cut} of them while a checkpoint was written")
+        assert kills == 25 and cut >= 5
