@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LLAVA_TEMPLATE', 'load', 'load_config', 'load_processor', 'load_skeleton', 'find_device', 'find_dtype',
-           'fingerprint', 'check_preprocessing', 'remember_preprocessing', 'save', 'stored_dtype', 'linear_layers',
-           'adapter_layers', 'need_peft', 'add_adapters', 'merged_state', 'merge_adapters', 'load_adapters',
-           'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
+           'fingerprint', 'check_preprocessing', 'remember_preprocessing', 'save', 'save_files', 'stored_dtype',
+           'narrowed', 'linear_layers', 'adapter_layers', 'need_peft', 'add_adapters', 'merged_state', 'merge_adapters',
+           'load_adapters', 'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
 
 # %% ../nbs/22_models.ipynb #models-imports
 import hashlib
@@ -289,9 +289,26 @@ def save(
             model.save_pretrained(new, state_dict=weights, max_shard_size="5GB")
         if apart and adapter_layers(model):
             save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
-        processor.save_pretrained(new)
-        _open_to_both(new, dtype, processor.tokenizer)
-        write_file(new / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
+        _save_rest(processor, new, dtype)
+
+
+def save_files(
+    model: PreTrainedModel,  # unwrapped
+    processor: ProcessorMixin,  # its processor
+    folder: Path,  # that is there
+    dtype: torch.dtype | None = None,  # of the weights that will join them
+) -> None:
+    "Write all that `save` writes but the weights."
+    with quietly():
+        model.save_pretrained(folder, state_dict={})
+    _save_rest(processor, folder, dtype or model.dtype)
+
+
+def _save_rest(processor: ProcessorMixin, folder: Path, dtype: torch.dtype) -> None:
+    "The processor, its fingerprint, and what both versions of transformers read."
+    processor.save_pretrained(folder)
+    _open_to_both(folder, dtype, processor.tokenizer)
+    write_file(folder / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
 
 
 def _may_be_replaced(folder: Path) -> bool:
@@ -315,7 +332,7 @@ def stored_dtype(
     return min(model.dtype, opened, key=lambda t: t.itemsize)
 
 
-def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "A weight in a type, made on the CPU. Raises `ModelError` where a number is too large."
     if not weight.is_floating_point() or weight.dtype == dtype:
         return weight
@@ -334,7 +351,7 @@ def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype) -> dict:
     for name, w in state.items():
         place = (w.data_ptr(), w.shape)
         if place not in made:
-            made[place] = _narrowed(name, w, dtype)
+            made[place] = narrowed(name, w, dtype)
     named = {n: made[w.data_ptr(), w.shape] for n, w in state.items()}
     return {name_of(model.config, n): w for n, w in named.items()}
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'EXCHANGE', 'SLACK', 'IMPORTS', 'FILE', 'on_card', 'host_memory', 'NodeError', 'checkpoint_bytes',
-           'write_seconds', 'Node', 'node']
+           'saving_memory', 'write_seconds', 'Node', 'node']
 
 # %% ../nbs/47_node.ipynb #nd-imports
 from dataclasses import dataclass
 
+from .checkpoint import SHARD_FILE
 from .cot import InputError
 from .plan import PhasePlan, Plan
 from .show import size_text
@@ -34,7 +35,7 @@ FILE = 5 * 10**9  # bytes of the largest file of a model, as `save_pretrained` c
 def host_memory(
     weights: int,  # bytes of the whole model in the type that it is kept in
     processes: int,  # of the node
-    each: bool = True,  # every process opens the whole model, as here; else one does, for all
+    each: bool = True,  # every process opens the whole model, as at a start; else one, for all
 ) -> int:  # bytes
     "The most that the processes of a node hold together while a model is opened onto cards."
     opened = processes * weights if each else min(weights, FILE)
@@ -54,6 +55,14 @@ def checkpoint_bytes(
     return (p.weights + p.optimizer) * (gpus if engine == "fsdp2" else 1)
 
 
+def saving_memory(
+    size: int,  # bytes of the checkpoint
+    processes: int,  # of the node
+) -> int:  # bytes
+    "The most that the processes of a node hold together while a checkpoint is written."
+    return processes * (IMPORTS + SHARD_FILE) + size
+
+
 def write_seconds(
     size: int,  # bytes
     bandwidth: float,  # bytes a second that the disk takes
@@ -69,14 +78,14 @@ class Node:
     "What a node needs for a plan, in bytes and seconds."
 
     on_card: int  # with the margins
-    host: int  # while the weights are opened
+    host: int  # while the weights are opened, or a checkpoint is written
     checkpoint: int  # of the phase whose checkpoint is largest
     seconds: float  # to write it
 
     def __str__(self) -> str:
         return (
             f"a card should have {size_text(self.on_card)}, the host {size_text(self.host)}"
-            f" while the weights are opened; a checkpoint is {size_text(self.checkpoint)},"
+            f" while the weights are opened or saved; a checkpoint is {size_text(self.checkpoint)},"
             f" {self.seconds:,.0f} s"
         )
 
@@ -90,4 +99,5 @@ def node(
     size = max(checkpoint_bytes(p, engine, gpus) for p in made)
     weights = made[0].weights * (gpus if engine == "fsdp2" else 1)
     seconds = write_seconds(size, bandwidth)
-    return Node(on_card(made.peak, gpus), host_memory(weights, gpus), size, seconds)
+    host = max(host_memory(weights, gpus), saving_memory(size, gpus))
+    return Node(on_card(made.peak, gpus), host, size, seconds)

@@ -65,6 +65,7 @@ def test_margins_host_memory_and_checkpoints_are_by_rule():
     assert host_memory(43 * 10**9, 8) > 8 * 43 * 10**9
     assert host_memory(10**9, 4, each=False) == 4 * IMPORTS + 10**9
     assert host_memory(43 * 10**9, 8, each=False) < 60e9
+    assert saving_memory(10**9, 4) - saving_memory(0, 4) == 10**9
     whole = plan(tiny_llava()[0], "two_phase", length=128)[1]
     shard = plan(tiny_llava()[0], "two_phase", length=128, gpus=4, engine="fsdp2")[1]
     size = checkpoint_bytes(shard, "fsdp2", 4)
