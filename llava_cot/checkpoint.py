@@ -416,7 +416,8 @@ def same_update(
                 f" {now} processes, among which {batches} batches cannot be divided; go on with one"
                 f" of {', '.join(fit)}"
             )
-        phases.append(replace(phase, batch_size=own.batch_size, accumulate=batches // now))
+        rows = None if s.batch_tokens else own.batch_size
+        phases.append(replace(phase, batch_size=rows, accumulate=batches // now))
     return replace(s, schedule=Schedule(phases))
 
 # %% ../nbs/43_checkpoint.ipynb #ck-result-write
