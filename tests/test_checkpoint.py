@@ -158,6 +158,11 @@ def ended(out):
     return net.state_dict(), [line["loss"] for line in lines]
 
 
+def files_of(out):
+    "What a run left that must not differ."
+    return {f.name: f.read_bytes() for f in [out / "metrics.jsonl", *out.glob("model/model*")]}
+
+
 def test_the_newest_whole_one_is_taken_and_what_lies_beyond_it_goes():
     with tempfile.TemporaryDirectory() as tmp:
 
@@ -301,11 +306,6 @@ def test_four_processes_go_on_as_four_two_or_one():
 
 @pytest.mark.slow
 def test_killed_at_25_random_moments_while_processes_write_their_shards():
-    def files_of(out):
-        "What a run left that must not differ."
-        return {f.name: f.read_bytes() for f in [out / "metrics.jsonl", *out.glob("model/model*")]}
-
-
     def killed(jobs, processes, name, draw):
         "A run killed at a random update or within a save: whether it was, and whether a save was cut."
         out, lines = jobs.folder / name, jobs.folder / name / "metrics.jsonl"
@@ -343,3 +343,29 @@ def test_killed_at_25_random_moments_while_processes_write_their_shards():
         kills, cut = map(sum, zip(*found))
         print(f"killed {kills} times, {cut} of them while a checkpoint was written")
         assert len(found) == 25 and kills >= 22 and cut >= 5
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_of_four_and_a_damaged_shard_lose_nothing():
+    with tempfile.TemporaryDirectory() as tmp, Jobs(Path(tmp)) as jobs:
+        jobs.run(4, "whole")
+        out, errors = jobs.folder / "full", jobs.folder / "errors.txt"
+        jobs.start(4, "full", full=3)  # the third of them, at the fourth update
+        assert jobs.line() == [1, 1, 1, 1]
+        told = "FileError: checkpoint 1-0000004 could not be written"
+        assert errors.read_text().count(told) == 4
+        names = sorted(f.name for f in (out / "checkpoints").iterdir())
+        assert names == ["0-0000002", "0-0000003"]
+        for damage in ("none", "flipped", "missing"):
+            again = jobs.folder / damage
+            shutil.copytree(out, again)
+            shard = sorted((again / "checkpoints/0-0000003").glob("shard-*"))[2]
+            if damage == "flipped":
+                shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+            if damage == "missing":
+                shard.unlink()
+            jobs.run(4, damage)
+            assert files_of(again) == files_of(jobs.folder / "whole")
+        told = [line for line in errors.read_text().splitlines() if "0-0000003 is refused" in line]
+        print(*told, sep="\n")
+        assert len(told) == 2 and "was changed" in told[0] and "is missing" in told[1]
