@@ -8,12 +8,18 @@ __all__ = ['SearchError', 'Answer', 'Greedy', 'end_tokens', 'left_as_found', 'pr
 # %% ../nbs/50_search.ipynb #search-imports
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+)
 
 from .cot import InputError
 from .models import check_preprocessing
@@ -34,6 +40,7 @@ class Answer:
     text: str  # without the prompt and the control tokens, every space as the model wrote it
     finished: bool  # did the model end it? False when it ran into `max_new_tokens`
     tokens: int  # how many it took, the end token included
+    logprob: float | None = field(default=None, compare=False)  # mean log-probability of these
 
 # %% ../nbs/50_search.ipynb #c014
 @dataclass(frozen=True)
@@ -116,6 +123,21 @@ class _FinishedCounter(StoppingCriteria):
         counted = 0 if self.done is None else int(self.done.sum())
         self.bar.update(rows - counted)
 
+# %% ../nbs/50_search.ipynb #c030q
+class _LogProbs(LogitsProcessor):
+    "Changes nothing: notes the log-probability of the likeliest token at each step."
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.amax(-1).float() - scores.float().logsumexp(-1))
+        return scores
+
+    def all(self) -> torch.Tensor:  # (B, N)
+        "Those of all steps."
+        return torch.stack(self.steps, dim=1)
+
 # %% ../nbs/50_search.ipynb #c031
 @patch
 def write(
@@ -125,8 +147,8 @@ def write(
     ends: list[int],  # ids that end an answer
     pad: int,  # id that fills up rows that have ended
     bar: tqdm,  # advances by a row as it ends
-) -> torch.Tensor:  # `(B, N)` new ids, N ≤ `max_new_tokens`
-    "The continuations of a batch of prompts."
+) -> tuple[torch.Tensor, torch.Tensor]:  # `(B, N)` new ids, N ≤ `max_new_tokens`; log-probs
+    "The continuations of a batch of prompts, and the log-probability of each of their tokens."
     config = GenerationConfig(
         max_new_tokens=self.max_new_tokens,
         do_sample=False,
@@ -137,10 +159,12 @@ def write(
     ready = {}
     for name, value in batch.items():
         ready[name] = value.to(model.device, model.dtype if value.is_floating_point() else None)
-    witness = _FinishedCounter(bar, ends)
-    out = model.generate(**ready, generation_config=config, stopping_criteria=[witness])
+    witness, noting = _FinishedCounter(bar, ends), _LogProbs()
+    out = model.generate(
+        **ready, generation_config=config, stopping_criteria=[witness], logits_processor=[noting]
+    )
     witness.close(len(out))
-    return out[:, batch["input_ids"].shape[1] :]
+    return out[:, batch["input_ids"].shape[1] :], noting.all()
 
 # %% ../nbs/50_search.ipynb #c033
 def read_answer(
@@ -148,6 +172,7 @@ def read_answer(
     ends: list[int],  # ids that end an answer
     processor: ProcessorMixin,
     name: str = "",  # the example's id
+    logprobs: Sequence[float] | None = None,  # of the ids
 ) -> Answer:
     "The answer in a continuation."
     at = [i for i, token in enumerate(ids) if token in ends]
@@ -155,7 +180,9 @@ def read_answer(
     text = processor.tokenizer.decode(
         written, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    return Answer(name, text, finished=bool(at), tokens=at[0] + 1 if at else len(ids))
+    tokens = at[0] + 1 if at else len(ids)
+    mean = sum(logprobs[:tokens]) / tokens if logprobs and tokens else None
+    return Answer(name, text, finished=bool(at), tokens=tokens, logprob=mean)
 
 # %% ../nbs/50_search.ipynb #c037
 def answer(
@@ -180,7 +207,7 @@ def answer(
     with left_as_found(model), bar:
         for rows in prompt_batches(examples, processor, batch_size, alter):
             batch = collate([row for _, row in rows])
-            new = method.write(model, batch, ends, collate.pad, bar)
-            for (i, _), ids in zip(rows, new.tolist()):
-                answers[i] = read_answer(ids, ends, processor, id_at(examples, i))
+            new, sure = method.write(model, batch, ends, collate.pad, bar)
+            for (i, _), ids, each in zip(rows, new.tolist(), sure.tolist()):
+                answers[i] = read_answer(ids, ends, processor, id_at(examples, i), each)
     return answers
