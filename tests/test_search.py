@@ -87,7 +87,6 @@ def test_the_log_probability_is_that_of_a_forward_over_prompt_and_answer():
         model, processor = build(seed=1)
         model.double().eval()
         two = [ex for _, ex in shapes.examples(2)]
-        last, end = Answer, processor.tokenizer.eos_token_id
         said = answer(model, processor, two, Greedy(9), progress=False)
         alone = answer(model, processor, two, Greedy(9), batch_size=1, progress=False)
         for ex, found, single in zip(two, said, alone):
@@ -95,15 +94,14 @@ def test_the_log_probability_is_that_of_a_forward_over_prompt_and_answer():
             batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
             with torch.no_grad():
                 ids = model.generate(**batch, max_new_tokens=9, do_sample=False)
-                start, its = batch["input_ids"].shape[1], dict(batch)
+                start, whole_ = batch["input_ids"].shape[1], dict(batch)
                 more = ids.shape[1] - start
-                its["input_ids"] = ids
+                whole_["input_ids"] = ids
                 for name in ("attention_mask", "cross_attention_mask", "mm_token_type_ids"):
-                    if name in its:
-                        rest = its[name][:, -1:] if name.startswith("cross") else its[name][:, -1:]
-                        rest = rest if name != "attention_mask" else torch.ones_like(rest)
-                        its[name] = torch.cat([its[name], *[rest] * more], dim=1)
-                logs = model(**its).logits[0, start - 1 : -1].log_softmax(-1)
+                    if name in whole_:
+                        rest = whole_[name][:, -1:]
+                        whole_[name] = torch.cat([whole_[name], *[rest] * more], dim=1)
+                logs = model(**whole_).logits[0, start - 1 : -1].log_softmax(-1)
             wanted = logs.gather(1, ids[0, start:, None])[: found.tokens].mean()
             assert abs(found.logprob - wanted.item()) < 1e-5 > abs(found.logprob - single.logprob)
             assert found.logprob < 0
