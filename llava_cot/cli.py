@@ -164,6 +164,9 @@ def _add(group, o: Option, positional: bool) -> None:
         )
         return
     more = dict(metavar="{" + ",".join(o.choices) + "}") if o.choices else {}
+    if o.type == list[str] | None:  # several words behind the option
+        group.add_argument(f"--{o.name}", type=str, nargs="+", default=o.default, help=o.help)
+        return
     if positional:
         group.add_argument(o.name, type=o.type, help=o.help)
     elif o.default is inspect.Parameter.empty:

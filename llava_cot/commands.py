@@ -249,6 +249,8 @@ def summary(
     lo, hi = report["accuracy_ci"]
     blind, sound = _percent(report.get("blind_accuracy")), _percent(report.get("sound"))
     valid, cut = _percent(report["format_valid"]), _percent(report["truncated"])
+    judged = f" (judge: {report['judge']})" if report.get("judge") else ""
+    unread = _percent(report.get("unparsed"))
     kinds = (f"{kind} {k['accuracy']:.1%}" for kind, k in report["per_kind"].items())
     return "\n".join(
         [
@@ -256,7 +258,8 @@ def summary(
             "",
             f"accuracy {_percent(report['accuracy'])} [{lo:.1%}, {hi:.1%}]"
             f"   without the picture {blind}",
-            f"sound    {sound}   valid format {valid}   truncated {cut}",
+            f"sound    {sound}{judged}   valid format {valid}",
+            f"truncated {cut}   unparsed {unread}",
             "   ".join(kinds),
         ]
     )
@@ -502,6 +505,9 @@ def evaluate(
     n: int = 1000,  # at most so many rows
     max_new_tokens: int = 1024,  # longest answer
     blind: bool = True,  # also with the picture zeroed
+    other: bool = False,  # also with another row's picture
+    plain: bool = False,  # take an answer without stages for its conclusion
+    compare: list[str] | None = None,  # further models, to be compared on the same rows
     seed: int = 0,  # of the intervals
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
@@ -511,7 +517,7 @@ def evaluate(
 ) -> dict:  # what `report.json` holds
     "Score a model's answers and reasoning on a folder of questions."
     from llava_cot import data as source
-    from llava_cot.evaluate import Examiner
+    from llava_cot.evaluate import Examiner, compare_models
     from llava_cot.reasoning import answer_key_judge
     from llava_cot.report import write_report
     from llava_cot.run import check_folder, new_folder
@@ -521,16 +527,28 @@ def evaluate(
     if out:
         check_folder(out)
     rows = source.load(data, fmt, columns=columns)
-    net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
     rows = rows.select(range(min(n, len(rows))))
     examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
-    report = examiner.scores(net, processor, rows, blind, progress=not json)
+
+    def opened(name):
+        return open_model(name, dtype, device)
+
+    def examine(net, processor):
+        how = (net, processor, rows, blind, not json)
+        return examiner.scores(*how, other=other, plain=plain)
+
+    found = compare_models([model, *(compare or ())], opened, examine, seed)
+    report, more = found.reports[model], {}
+    if compare:
+        more = dict(comparison=found.to_dict())
     if out:
-        result = write_report(new_folder(out), report, seconds=time.time() - start)
+        result = write_report(new_folder(out), report, seconds=time.time() - start, **more)
+        for name in compare or ():
+            found.reports[name].save(Path(out) / "compared" / name.strip("/").replace("/", "_"))
     else:
-        result = report.to_dict() | {"phases": []}
-    say(summary(result), json=json)
+        result = report.to_dict() | {"phases": []} | more
+    say("\n".join([summary(result), *map(str, found.pairs)]), json=json)
     if json:
         print(json_module.dumps(result))
     return result

@@ -295,9 +295,10 @@ def is_right(
     wanted: str,  # the reference's conclusion
     fmt: CoTFormat = LLAVA_COT,
     chosen: Chosen | None = None,  # from `metric_for`; left out: by the reference's form
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> bool:
     "Whether an answer ended, is whole, and concludes what was wanted."
-    said, _ = conclusion_of(given, fmt)
+    said, _ = conclusion_of(given, fmt, plain)
     if said is None:
         return False
     chosen = chosen or metric_for(wanted)

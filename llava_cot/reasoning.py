@@ -155,6 +155,7 @@ def answer_key_judge(
             )
         return verify(text, key[example["id"]], question(example), fmt)
 
+    judge.name = "scene"  # as reports say it
     return judge
 
 # %% ../nbs/66_reasoning.ipynb #reasoning-spoil

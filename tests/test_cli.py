@@ -461,6 +461,24 @@ def test_a_pixel_budget_reaches_every_command():
         assert code == 2 and "max_pixels: found no model" in error
 
 
+def test_models_are_compared_on_the_command_line():
+    with tempfile.TemporaryDirectory() as tmp:
+        data, out_ = shapes.write(Path(tmp) / "d", 6, progress=False), Path(tmp) / "e"
+        asked = ["eval", "--data", data, "--max_new_tokens", 4, "--model", "tiny_llava", "--no_blind"]
+        code, out, error = here(
+            *asked, "--compare", "tiny_base", "tiny_mllama", "--out", out_, "--other"
+        )
+        assert code == 0 and "tiny_llava − tiny_base: right +0.0 points" in out, error
+        report = json.loads((out_ / "report.json").read_text())
+        told = report["comparison"]
+        assert told["models"] == ["tiny_llava", "tiny_base", "tiny_mllama"]
+        assert len(told["pairs"]) == 6 and {p["measure"] for p in told["pairs"]} == {"right", "sound"}
+        assert report["judge"] == "scene" and report["other_accuracy"] == 0
+        assert len((out_ / "compared/tiny_mllama/answers.jsonl").read_text().splitlines()) == 6
+        code, _, error = here(*asked, "--compare", "tiny_llava")
+        assert code == 2 and error.strip().count("\n") == 0 and "tiny_llava twice" in error
+
+
 def test_train_takes_every_option_of_the_loss_and_the_batches():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
