@@ -19,7 +19,7 @@ from .cot import LLAVA_COT, CoTFormat, check
 from .data import in_stages, load, question, split
 from .distributed import gathered, my_share, together
 from .memory import halving
-from .metrics import EvaluateError, is_right, metric_for, normalise, reference
+from .metrics import EvaluateError, chosen_for, is_right, normalise, reference, score_of
 from .pictures import example_at
 from .reasoning import answer_key_judge
 from .search import Answer, Greedy, answer
@@ -43,6 +43,7 @@ class ScoredRow:
     problems: tuple | None  # the judge's; None without a judge
     blind_right: bool | None = None  # the same question without the picture
     metric: str = "exact"  # of `METRICS`: how it was compared
+    score: float = 0.0  # what it gave, between 0 and 1
 
     @property
     def valid(self) -> bool:
@@ -66,7 +67,8 @@ def _mark(
 ) -> ScoredRow:
     "One answer, marked."
     wanted, asked = reference(example, fmt), question(example)
-    chosen = metric_for(wanted, asked)
+    chosen = chosen_for(example, wanted)
+    found = score_of(given, wanted, fmt, chosen)
     group = kind(example) if kind else example.get("source") or "all"
     return ScoredRow(
         index=i,
@@ -77,11 +79,12 @@ def _mark(
         text=given.text,
         finished=given.finished,
         tokens=given.tokens,
-        right=is_right(given, wanted, fmt, chosen),
+        right=found == 1,
         format_problems=tuple(check(given.text, fmt)),
         problems=None if judge is None else tuple(judge(example, given.text)),
         blind_right=None if blind is None else is_right(blind, wanted, fmt, chosen),
         metric=chosen.name,
+        score=found,
     )
 
 # %% ../nbs/73_evaluate.ipynb #c026
