@@ -270,6 +270,12 @@ def illusions():
     yield {"HallusionBench.tsv": [row | dict(question="Is it?", image=written())]}
 
 
+def easy():
+    "easy-VQA in its one layout."
+    asked = [["what is the red shape?", "circle", 0], ["is there a circle?", "yes", 0]]
+    yield {"easy_vqa/data/test/questions.json": asked, "easy_vqa/data/test/images/0.png": png()}
+
+
 PUBLISHED = {
     "ChartQA": charts,
     "DocVQA": documents,
@@ -280,6 +286,7 @@ PUBLISHED = {
     "MMStar": stars,
     "MMBench": circles,
     "HallusionBench": illusions,
+    "easy-VQA": easy,
 }
 
 
@@ -354,9 +361,9 @@ def test_each_layout_of_each_benchmark_is_read_and_scored_from_end_to_end():
                         i not in blank
                     )
                 read[name, nth] = [question(row) for row in posed]
-    assert layouts == 24 and {name for name, _ in read} == set(BENCHMARKS)
+    assert layouts == 25 and {name for name, _ in read} == set(BENCHMARKS)
     for name in BENCHMARKS:  # the layouts of a benchmark say the same
-        if name not in ("ScienceQA", "MMStar", "HallusionBench"):
+        if name not in ("ScienceQA", "MMStar", "HallusionBench", "easy-VQA"):
             assert read[name, 0][0] == read[name, 1][0], name
 
 
@@ -500,6 +507,17 @@ def test_a_benchmark_is_answered_and_scored_by_the_command():
             "tiny_llava", str(folder_), benchmark="scienceqa", metric="exact", n=1, max_new_tokens=2
         )
         assert found["metrics"] == {"exact": 1}
+        asked = ["How many?", "What colour?"]
+        bare = [dict(id=str(i), image="a.png", question=q, answer="2") for i, q in enumerate(asked)]
+        (Path(d) / "bare").mkdir()
+        (Path(d) / "bare/a.png").write_bytes(png())
+        lines = "\n".join(map(json.dumps, bare))
+        (Path(d) / "bare/train.jsonl").write_text(lines)
+        rows = questions(f"{d}/bare", metric="relaxed_number")
+        assert reference(rows[1]) == "2" and rows["metric"] == ["relaxed_number"] * 2
+        (Path(d) / "bare/train.jsonl").write_text(lines.replace(' "2"', ' "<SUMMARY> 2"'))
+        with pytest.raises(DataError, match="train.jsonl:1"):
+            questions(f"{d}/bare")
         for wrong in (dict(benchmark="science"), dict(metric="bleu"), dict(columns=dict(question="q"))):
             with pytest.raises(DataError, match="expected one of|leave them out"):
                 eval_command("tiny_llava", str(folder_), **{"benchmark": "ScienceQA"} | wrong)
