@@ -29,7 +29,7 @@ from .files import DataError, first_line
 from .metrics import METRICS, options_in
 from .pictures import why_unreadable
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-06
+# %% ../nbs/70_benchmarks.ipynb #benchm-07
 def _percent(scores: Iterable[float]) -> float | None:
     "The mean in percent; None where there is nothing."
     scores = list(scores)
@@ -48,7 +48,7 @@ def by_group(
     means = {value: _percent(some) for value, some in sorted(its.items())}
     return {"overall": _percent(scores), **means}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-09
+# %% ../nbs/70_benchmarks.ipynb #benchm-10
 def by_rotation(
     groups: Sequence[dict],  # of each row: its question, category and number of options
     scores: Sequence[float],  # of each row
@@ -62,7 +62,7 @@ def by_rotation(
     found = by_group([{"category": its[0][0]["category"]} for its in whole], right)
     return found | {"each rotation by itself": _percent(scores)}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-12
+# %% ../nbs/70_benchmarks.ipynb #benchm-13
 def by_figure(
     groups: Sequence[dict],  # of each row: category, set, figure, question, picture
     scores: Sequence[float],  # of each row
@@ -77,7 +77,7 @@ def by_figure(
         found |= {f"{name} of all rows": every[name] for name in ("aAcc", "qAcc")}
     return found
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-15
+# %% ../nbs/70_benchmarks.ipynb #benchm-16
 @dataclass(frozen=True)
 class Benchmark:
     "How a benchmark is published, asked and scored."
@@ -98,7 +98,7 @@ class Benchmark:
 _SAME = "question answer image hint category subject unit precision question_type answer_type"
 COLUMNS = {"id": "index"} | {name: name for name in _SAME.split()}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-17
+# %% ../nbs/70_benchmarks.ipynb #benchm-18
 def _author(cells: dict) -> dict:
     "Who asks about a chart: people (0) or a program (1)."
     told = str(cells["author"] if cells["author"] is not None else cells["file"])
@@ -143,7 +143,7 @@ def _figure(cells: dict) -> dict:
     category = f"{cells['category']} {cells['subcategory']}"
     return {"category": category, **named, "picture": _pictured(cells)}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-19
+# %% ../nbs/70_benchmarks.ipynb #benchm-20
 _FORMS = {
     "text": "provide the correct option letter, e.g., A, B, C, D, at the end.",
     "integer": "provide the final value, a whole number, e.g., 1, 2, 3, at the end.",
@@ -168,7 +168,7 @@ def _number(value) -> float | None:
     except ValueError:
         raise DataError(f"found {value!r}, expected a number") from None
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-21
+# %% ../nbs/70_benchmarks.ipynb #benchm-22
 _LETTER = "Answer with the option's letter from the given choices directly."
 _CHART = Benchmark(
     name="ChartQA",
@@ -233,7 +233,7 @@ _SCIENCE = Benchmark(
     blank=True,
 )
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-22
+# %% ../nbs/70_benchmarks.ipynb #benchm-23
 _KNOWLEDGE = Benchmark(
     name="A-OKVQA",
     published="github.com/allenai/aokvqa (multiple choice); HuggingFaceM4/A-OKVQA",
@@ -328,7 +328,7 @@ _EASY = Benchmark(
 _ALL = (_CHART, _DOCUMENT, _DIAGRAM, _SCIENCE, _KNOWLEDGE, _MATHS, _STAR, _CIRCULAR, _ILLUSION)
 BENCHMARKS = {its.name: its for its in (*_ALL, _EASY)}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-25
+# %% ../nbs/70_benchmarks.ipynb #benchm-26
 def _named(name: str) -> Benchmark:
     "The row of the table. Raises `DataError`."
     plain = {re.sub(r"\W|_", "", known).casefold(): its for known, its in BENCHMARKS.items()}
@@ -368,7 +368,7 @@ def _found(its: Benchmark, folder: Path) -> tuple[str, list[Path]]:
     expected = ", or ".join(patterns.replace(" ", " and ") for patterns in its.layouts)
     raise DataError(f"{its.name}: {folder} {held}; expected {expected} ({its.published})")
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-27
+# %% ../nbs/70_benchmarks.ipynb #benchm-28
 def _json_rows(file: Path) -> list[dict]:
     "The rows of a JSON file: a list, a list under `data`, rows by their key, or lists of three."
     given = json.loads(file.read_text("utf-8-sig"))
@@ -411,7 +411,7 @@ def _rows_in(its: Benchmark, file: Path) -> tuple[list[dict], pa.ChunkedArray | 
         return table.to_pylist(), None
     return table.drop_columns(own).to_pylist(), picture_lists(table[own[0]])
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-28
+# %% ../nbs/70_benchmarks.ipynb #benchm-29
 def _is_empty(value) -> bool:
     "Is there nothing in a cell? Tables write it as null, as nan, or as an empty text."
     return value is None or str(value).strip().casefold() in ("", "nan")
@@ -459,7 +459,7 @@ def _check_columns(its: Benchmark, file: Path, names: Iterable[str]) -> None:
             found = ", ".join(sorted(names))[:200]
             raise DataError(f"{its.name}: {file.name} has no column {expected}; found {found}")
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-30
+# %% ../nbs/70_benchmarks.ipynb #benchm-31
 def _written(value: str, by_id: dict[str, str]) -> list[dict]:
     "Pictures that a cell of a TSV file holds as base64, or names by the row that does."
     found = []
@@ -494,7 +494,7 @@ def _check_pictures(its: Benchmark, pictures: list[dict]) -> None:
         if why:
             raise DataError(f"its picture cannot be read: {why}")
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-32
+# %% ../nbs/70_benchmarks.ipynb #benchm-33
 def _choice(cells: dict) -> tuple[str, dict]:
     "The right letter, and the options, which may stand in the question only."
     said, options = str(cells["answer"]).strip(), cells["options"]
@@ -542,7 +542,7 @@ def _maths(cells: dict) -> tuple[str, dict]:
 _ANSWERS = dict(mcq=_choice, anls=_answers, exact=_text, relaxed_official=_text)
 _ANSWERS |= dict(yes_no=_said_yes, mathvista=_maths)
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-33
+# %% ../nbs/70_benchmarks.ipynb #benchm-34
 def _asked(its: Benchmark, cells: dict, suffix: str | None) -> str:
     "A question as it is asked: hint, question, options, and what is said after them."
     if suffix is None:
@@ -571,7 +571,7 @@ def _example(its: Benchmark, cells: dict, suffix: str | None) -> dict:
     found |= dict(source=next(filter(None, group.values()), its.name), metric=its.metric)
     return found | {k: v for k, v in dict(facts=facts, group=group).items() if v}
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-35
+# %% ../nbs/70_benchmarks.ipynb #benchm-36
 def _part(its: Benchmark, beside: str, file: Path, suffix: str | None, before: int):
     "The rows of one file, and their pictures. Raises `DataError`."
     rows, stored = _rows_in(its, file)
@@ -603,7 +603,7 @@ def _part(its: Benchmark, beside: str, file: Path, suffix: str | None, before: i
         pictures.append(cells["pictures"])
     return kept, pictures if stored is None else stored
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-36
+# %% ../nbs/70_benchmarks.ipynb #benchm-37
 def benchmark(
     name: str,  # of `BENCHMARKS`, in any spelling: chartqa, a-okvqa, …
     folder: str | Path,  # where its files lie as they are published; or the one file of rows
@@ -629,7 +629,7 @@ def benchmark(
     features = Features({name: FEATURES.get(name, own[name]) for name in table.column_names})
     return Dataset(table, info=DatasetInfo(features=features))
 
-# %% ../nbs/70_benchmarks.ipynb #benchm-37
+# %% ../nbs/70_benchmarks.ipynb #benchm-38
 def figures(
     name: str,  # of `BENCHMARKS`
     examples: Dataset | Sequence[dict],  # its rows

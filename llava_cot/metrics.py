@@ -330,9 +330,10 @@ def score_of(
     wanted: str,  # the reference's conclusion
     fmt: CoTFormat = LLAVA_COT,
     chosen: Chosen | None = None,  # from `chosen_for`; left out: by the reference's form
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> float:
     "The metric's score of an answer, between 0 and 1; 0 where it did not end or is not whole."
-    said, _ = conclusion_of(given, fmt)
+    said, _ = conclusion_of(given, fmt, plain)
     if said is None:
         return 0.0
     chosen = chosen or metric_for(wanted)
@@ -344,6 +345,7 @@ def is_right(
     wanted: str,  # the reference's conclusion
     fmt: CoTFormat = LLAVA_COT,
     chosen: Chosen | None = None,  # from `chosen_for`; left out: by the reference's form
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> bool:
     "Whether an answer ended, is whole, and concludes what was wanted."
-    return score_of(given, wanted, fmt, chosen) == 1
+    return score_of(given, wanted, fmt, chosen, plain) == 1
