@@ -499,10 +499,12 @@ def demo(
 def evaluate(
     model: str,  # folder or hub name, or tiny_base, …
     data: str,  # folder or file of rows in any layout
+    benchmark: str | None = None,  # ChartQA, MMBench, …: data is its folder, as it is published
+    metric: str | None = None,  # mcq, number, …: of every row; left out: as rows say, or their form
     out: str | None = None,  # new folder for report.json and report.html
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers
-    n: int = 1000,  # at most so many rows
+    n: int | None = None,  # at most so many rows; left out: 1000, or a whole benchmark
     max_new_tokens: int = 1024,  # longest answer
     blind: bool = True,  # also with the picture zeroed
     other: bool = False,  # also with another row's picture
@@ -516,7 +518,7 @@ def evaluate(
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # what `report.json` holds
     "Score a model's answers and reasoning on a folder of questions."
-    from llava_cot import data as source
+    from llava_cot import benchmarks
     from llava_cot.evaluate import Examiner, compare_models
     from llava_cot.reasoning import answer_key_judge
     from llava_cot.report import write_report
@@ -526,9 +528,8 @@ def evaluate(
     start, fmt = time.time(), format_of(fmt)
     if out:
         check_folder(out)
-    rows = source.load(data, fmt, columns=columns)
+    rows = benchmarks.questions(data, fmt, columns, benchmark, metric, n)
     judge = answer_key_judge(data, fmt)
-    rows = rows.select(range(min(n, len(rows))))
     examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
 
     def opened(name):
@@ -539,16 +540,18 @@ def evaluate(
         return examiner.scores(*how, other=other, plain=plain)
 
     found = compare_models([model, *(compare or ())], opened, examine, seed)
-    report, more = found.reports[model], {}
+    report = found.reports[model]
+    more = benchmarks.reported(benchmark, rows, report.rows) if benchmark else {}
     if compare:
-        more = dict(comparison=found.to_dict())
+        more |= dict(comparison=found.to_dict())
     if out:
         result = write_report(new_folder(out), report, seconds=time.time() - start, **more)
         for name in compare or ():
             found.reports[name].save(Path(out) / "compared" / name.strip("/").replace("/", "_"))
     else:
         result = report.to_dict() | {"phases": []} | more
-    say("\n".join([summary(result), *map(str, found.pairs)]), json=json)
+    told = [summary(result), *benchmarks.in_words(result), *map(str, found.pairs)]
+    say("\n".join(told), json=json)
     if json:
         print(json_module.dumps(result))
     return result

@@ -26,11 +26,11 @@ from .distributed import gathered, my_share, together
 from .memory import halving
 from llava_cot.metrics import (
     EvaluateError,
+    chosen_for,
     conclusion_of,
-    is_right,
-    metric_for,
     normalise,
     reference,
+    score_of,
 )
 from .pictures import example_at
 from .reasoning import answer_key_judge, soundness
@@ -70,6 +70,7 @@ class ScoredRow:
     read: str = "stages"  # or plain text; truncated, unparsed: then there is no conclusion
     logprob: float | None = None  # mean log-probability of its tokens
     other_right: bool | None = None  # the same question with another row's picture
+    score: float = 0.0  # what it gave, between 0 and 1
 
     @property
     def valid(self) -> bool:
@@ -95,10 +96,10 @@ def _mark(
 ) -> ScoredRow:
     "One answer, marked."
     wanted, asked = reference(example, fmt), question(example)
-    chosen, source = metric_for(wanted, asked), example.get("source") or ""
+    chosen, source = chosen_for(example, wanted), example.get("source") or ""
 
-    def right(said: Answer | None) -> bool | None:
-        return None if said is None else is_right(said, wanted, fmt, chosen, plain)
+    def scored(said: Answer) -> float:
+        return score_of(said, wanted, fmt, chosen, plain)
 
     return ScoredRow(
         index=i,
@@ -109,7 +110,7 @@ def _mark(
         text=given.text,
         finished=given.finished,
         tokens=given.tokens,
-        right=right(given),
+        right=scored(given) == 1,
         format_problems=tuple(check(given.text, fmt)),
         problems=None if judge is None else tuple(judge(example, given.text)),
         metric=chosen.name,
@@ -117,7 +118,8 @@ def _mark(
         cluster=cluster,
         read=conclusion_of(given, fmt, plain)[1],
         logprob=given.logprob,
-        **{name: right(said) for name, said in controls.items()},
+        **{name: None if a is None else scored(a) == 1 for name, a in controls.items()},
+        score=scored(given),
     )
 
 # %% ../nbs/73_evaluate.ipynb #c031
