@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_TOKENS', 'EndpointError', 'Refusal', 'completion', 'served', 'Endpoint', 'retry_after', 'Spent',
-           'BudgetError', 'instructed', 'greyed', 'endpoint_answers']
+           'BudgetError', 'kept_answer', 'instructed', 'greyed', 'endpoint_answers']
 
 # %% ../nbs/52_endpoint.ipynb #endpoi-02
 import json
@@ -526,6 +526,25 @@ def _ask(self: Endpoint, prompt: str, example: dict, n: int, schema, stop) -> di
 _ENDED = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # servers' words for it
 
 
+def kept_answer(
+    line: dict,  # of `Replies`
+    id: str,  # of the example
+) -> Answer:
+    "A kept reply as an answer; `tokens` as the server counts them."
+    return Answer(id, line["text"], line["reason"] in _ENDED, line["tokens"][1])
+
+
+@patch
+def key(
+    self: Endpoint,
+    example: dict,  # as it is sent
+    max_new_tokens: int,
+) -> str:
+    "The hash under which the reply to an example is kept."
+    how = dict(model=self.model, max_new_tokens=max_new_tokens, temperature=0)
+    return prompt_hash(example, **how)
+
+
 @patch
 def answer(
     self: Endpoint,
@@ -536,14 +555,19 @@ def answer(
     progress: bool = False,  # show a bar
 ) -> list[Answer]:  # in the order of `examples`; `tokens` as the server counts them
     "Answers to the last question of each example. Raises `EndpointError`."
-    stop, how = threading.Event(), dict(max_new_tokens=max_new_tokens, temperature=0)
+    stop, failed = threading.Event(), []
 
     def one(i: int) -> Answer:
-        example = example_at(examples, i)
-        example = alter(example) if alter else example
-        prompt = prompt_hash(example, model=self.model, **how)
-        line = self._once(prompt, lambda: self._ask(prompt, example, max_new_tokens, schema, stop))
-        return Answer(example["id"], line["text"], line["reason"] in _ENDED, line["tokens"][1])
+        try:
+            example = example_at(examples, i)
+            example = alter(example) if alter else example
+            prompt, how = self.key(example, max_new_tokens), (max_new_tokens, schema, stop)
+            line = self._once(prompt, lambda: self._ask(prompt, example, *how))
+            return kept_answer(line, example["id"])
+        except BaseException as e:
+            failed.append(e)
+            stop.set()
+            raise
 
     bar = tqdm(total=len(examples), desc="asking", unit="answer", disable=not progress)
     with bar, ThreadPoolExecutor(self.concurrency) as pool:
@@ -552,10 +576,10 @@ def answer(
             for done in as_completed(asked):
                 done.result()
                 bar.update()
-        except BaseException:
+        except BaseException as e:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            raise (failed or [e])[0] from None  # the first, which stopped the others
     return [done.result() for done in asked]
 
 # %% ../nbs/52_endpoint.ipynb #endpoi-58
