@@ -502,6 +502,8 @@ def evaluate(
     n: int = 1000,  # at most so many rows
     max_new_tokens: int = 1024,  # longest answer
     blind: bool = True,  # also with the picture zeroed
+    endpoint: str | None = None,  # ask a server, model being its name there: URL, or a YAML file
+    instruct: bool = False,  # tell it how to write stages; left out: it is asked as in training
     seed: int = 0,  # of the intervals
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
@@ -520,20 +522,37 @@ def evaluate(
     start, fmt = time.time(), format_of(fmt)
     if out:
         check_folder(out)
-    rows = source.load(data, fmt, columns=columns)
-    net, processor = open_model(model, dtype, device)
+    rows, facts = source.load(data, fmt, columns=columns), {}
+    if not endpoint:
+        net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
     rows = rows.select(range(min(n, len(rows))))
-    examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
-    report = examiner.scores(net, processor, rows, blind, progress=not json)
-    if out:
-        result = write_report(new_folder(out), report, seconds=time.time() - start)
+    examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed, not json)
+    if endpoint:
+        report, facts = _asked_there(examiner, endpoint, model, out, blind, instruct, json)
     else:
-        result = report.to_dict() | {"phases": []}
+        report = examiner.scores(net, processor, rows, blind, progress=not json)
+    if out:
+        result = write_report(new_folder(out), report, seconds=time.time() - start, **facts)
+    else:
+        result = report.to_dict() | {"phases": []} | facts
     say(summary(result), json=json)
     if json:
         print(json_module.dumps(result))
     return result
+
+# %% ../nbs/80_commands.ipynb #commands-endpoint
+def _asked_there(examiner, endpoint, model, out, blind, instruct, json) -> tuple:
+    "The report of a model behind an endpoint, and what the report's file says of it."
+    from llava_cot.endpoint import Endpoint
+    from llava_cot.evaluate import scored_endpoint
+
+    kept = f"{out}.replies.jsonl" if out else None
+    asked = Endpoint.of(endpoint, model, store=kept)
+    where = f"{asked.model} at {asked.url}"
+    say(f"asking {where}; replies are kept in {asked.store or 'memory'}", json=json)
+    report = scored_endpoint(examiner, asked, blind, instruct)
+    return report, dict(endpoint=where, spent=vars(asked.spent))
 
 # %% ../nbs/80_commands.ipynb #c018
 @limited

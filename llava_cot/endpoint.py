@@ -513,9 +513,9 @@ def _ask(self: Endpoint, prompt: str, example: dict, n: int, schema, stop) -> di
                 break
             except Refusal as e:
                 self._leave_out(body, e)
-        took = found["tokens"] or need
+        took, counted = found["tokens"] or need, found["tokens"] is not None
         line = dict(prompt=prompt, id=example["id"], model=self.model, **found)
-        return self._replies.add(line | dict(tokens=took))
+        return self._replies.add(line | dict(tokens=took, counted=counted))
     except Refusal as e:
         e.args = (f"{e} (asked: {example['id']})",)
         raise
@@ -530,8 +530,9 @@ def kept_answer(
     line: dict,  # of `Replies`
     id: str,  # of the example
 ) -> Answer:
-    "A kept reply as an answer; `tokens` as the server counts them."
-    return Answer(id, line["text"], line["reason"] in _ENDED, line["tokens"][1])
+    "A kept reply as an answer; its `tokens` as the server counts them, 0 where it does not."
+    tokens = line["tokens"][1] if line.get("counted", True) else 0
+    return Answer(id, line["text"], line["reason"] in _ENDED, tokens)
 
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScoredRow', 'bootstrap_interval', 'scores', 'Report', 'score', 'zero_pixels', 'shared_answers', 'evaluate',
-           'Examiner', 'examination', 'measured', 'leave_out_bad', 'leave_out']
+           'Examiner', 'scored_endpoint', 'examination', 'measured', 'leave_out_bad', 'leave_out']
 
 # %% ../nbs/73_evaluate.ipynb #evaluate-imports
 from collections import Counter
@@ -18,6 +18,7 @@ from .batches import find_rows, reader_of, select_rows
 from .cot import LLAVA_COT, CoTFormat, check
 from .data import in_stages, load, question, split
 from .distributed import gathered, my_share, together
+from .endpoint import Endpoint, endpoint_answers
 from .memory import halving
 from .metrics import EvaluateError, is_right, metric_for, normalise, reference
 from .pictures import example_at
@@ -310,6 +311,23 @@ class Examiner:
             return dict(accuracy=found.accuracy, sound=found.sound)
 
         return measure
+
+# %% ../nbs/73_evaluate.ipynb #endpoint-scored
+def scored_endpoint(
+    examiner: Examiner,
+    endpoint: Endpoint,
+    blind: bool = True,  # ask again with grey pictures
+    instruct: bool = False,  # say in the prompt how an answer is written
+) -> Report:
+    "Asks an endpoint, and scores. Raises `EvaluateError` before asking, and `EndpointError`."
+    rows, fmt = examiner.rows, examiner.fmt
+    for i in range(len(rows)):
+        reference(rows.remove_columns("images")[i], fmt)
+    how = (rows, endpoint, fmt if instruct else None, examiner.max_new_tokens)
+    given = endpoint_answers(*how, progress=examiner.progress)
+    control = endpoint_answers(*how, blind=True, progress=examiner.progress) if blind else None
+    more = dict(judge=examiner.judge, blind=control, seed=examiner.seed)
+    return score(rows, given, fmt=fmt, **more)
 
 # %% ../nbs/73_evaluate.ipynb #c009b
 def examination(

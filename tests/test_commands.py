@@ -2,8 +2,10 @@
 from llava_cot.commands import *
 
 import importlib
+import io
+import json
 import tempfile
-from contextlib import chdir
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from llava_cot import commands, data, shapes, tiny
+from llava_cot.endpoint import EndpointError, served
 from llava_cot.families import ModelError
+from llava_cot.replies import chat
 from llava_cot.tokens import TooLong, lengths
 
 
@@ -33,6 +37,46 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
             train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
         with pytest.raises(TooLong, match="longer|max_length"):
             train(data=str(folders[1]), eval_data=str(folders[0]), **run)
+
+
+def test_an_endpoint_is_scored_as_a_model_is_and_goes_on_after_a_stop():
+    refusals = []
+
+
+    def from_key(request):
+        if len(refusals) < 1 and len(asked) == 5:
+            refusals.append(request)
+            return 402, {}, "no credit"
+        asked.append(request)
+        return known.get(json.dumps(request["messages"]), "I see nothing.")
+
+
+    def quietly(*args, **options):
+        with redirect_stdout(io.StringIO()):
+            return evaluate(*args, **options)
+
+
+    asked = []
+    with tempfile.TemporaryDirectory() as d, served(from_key) as url:
+        rows = data.load(shapes.write(f"{d}/rows", 8, 0))
+        known = {json.dumps(chat(row)): data.answer_text(row) for row in rows}
+        how = dict(data=f"{d}/rows", endpoint=url, out=f"{d}/report")
+        with pytest.raises(EndpointError, match="HTTP 402 no credit"):
+            quietly("m", **how)
+        assert not Path(d, "report").exists()
+        found = quietly("m", **how)
+        assert len(asked) == 16 and len({json.dumps(r["messages"]) for r in asked}) == 16
+        assert (found["accuracy"], found["sound"], found["blind_accuracy"]) == (1.0, 1.0, 0.0)
+        told = json.loads(Path(d, "report", "report.json").read_text())
+        assert told["endpoint"] == f"m at {url}" and told["spent"]["replies"] == 16
+        assert quietly("m", **how | dict(out=None), instruct=True)["accuracy"] == 0
+        assert "<CAPTION>" in json.dumps(asked[-1]["messages"])
+        Path(d, "gone.yaml").write_text("url: http://127.0.0.1:9/v1\nretries: 1\nbackoff: 0.01")
+        with pytest.raises(EndpointError, match="127.0.0.1:9/v1: Connection refused .tried 2 times"):
+            quietly("m", f"{d}/rows", endpoint=f"{d}/gone.yaml")
+        for wrong in ("localhost", f"{d}/none.yaml"):
+            with pytest.raises(EndpointError, match="url: found"):
+                quietly("m", f"{d}/rows", endpoint=wrong)
 
 
 def test_the_advice_for_a_full_gpu_is_the_plans():

@@ -177,8 +177,10 @@ def test_a_budget_stops_before_the_request_that_would_exceed_it():
                 assert again.spent.replies == len(desk.asked) <= n + 1
     desk = Desk(reply=dict(choices=[dict(message=dict(content="yes"), finish_reason="stop")]))
     with served(desk) as url, pytest.raises(BudgetError):  # no usage: the bound counts
-        quick(url, max_tokens_total=9_000).answer(some(4), max_new_tokens=50)
-    assert len(desk.asked) == 2
+        silent = quick(url, max_tokens_total=9_000)
+        silent.answer(some(4), max_new_tokens=50)
+    assert len(desk.asked) == 2 and silent.spent.tokens_out == 100
+    assert silent.answer(some(1), max_new_tokens=50)[0].tokens == 0  # of the answer nobody knows
 
 
 def test_a_server_that_takes_less_is_asked_for_less():
