@@ -471,9 +471,15 @@ def _leave_out(self: Endpoint, body: dict, error: Refusal) -> None:
     self._left_out.update(found)
 
 # %% ../nbs/52_endpoint.ipynb #endpoi-37
-def _texts(example: dict) -> list[str]:
-    "All texts of an example."
-    return [item.get("text") or "" for m in example["messages"] for item in m["content"]]
+def _most_tokens(messages: list[dict]) -> int:
+    "More tokens than a server will count in messages, pictures included."
+    most = 100  # what a template adds
+    for m in messages:
+        texts = [m["content"]] if isinstance(m["content"], str) else m["content"]
+        for item in texts:
+            text = item if isinstance(item, str) else item.get("text")
+            most += PICTURE_TOKENS if text is None else len(text.encode("utf-8", "replace"))
+    return most
 
 
 @patch
@@ -502,9 +508,7 @@ def _once(self: Endpoint, prompt: str, ask: Callable[[], dict]) -> dict:
 def _ask(self: Endpoint, prompt: str, example: dict, n: int, schema, stop) -> dict:
     "The line to keep for the server's reply."
     messages = chat(example)
-    size = 100 + PICTURE_TOKENS * len(example["images"])  # 100: what a template adds
-    size += sum(len(t.encode("utf-8", "replace")) for t in _texts(example))
-    need, took = self._reserve([size, n]), [0, 0]
+    need, took = self._reserve([_most_tokens(messages), n]), [0, 0]
     try:
         while True:
             body = self._body(messages, n, schema)

@@ -65,7 +65,7 @@ def sums(n):
 
 def judge_at(url, store=None, attempts=3, **more):
     "A judge with little patience."
-    how = dict(timeout=0.2, retries=3, backoff=0.01, concurrency=2) | more
+    how = dict(timeout=9.0, retries=3, backoff=0.01, concurrency=2) | more
     return Judge(Endpoint(url, "m", store=store, **how), attempts=attempts)
 
 
@@ -103,16 +103,16 @@ def test_the_right_verdict_through_every_fault_of_a_server():
 
 
     def late(request):
-        time.sleep(0.3)
+        time.sleep(0.8)
         return scored(3)
 
 
     faults_ = [late, (429, {"Retry-After": "0.05"}, ""), (500, {}, ""), (200, {}, '{"cho')]
     faults_ += ["", "a 3", scored(7), scored(3) + "!", completion(scored(3), "length"), '{"score": 3}']
     for fault_ in faults_:
-        desk = Desk(fault_, reply=honest)
+        desk, tired = Desk(fault_, reply=honest), dict(timeout=0.5) if fault_ is late else {}
         with served(desk) as url_:
-            found_ = judge_at(url_, concurrency=1).verdicts([row_], [wrong_])[0]
+            found_ = judge_at(url_, concurrency=1, **tired).verdicts([row_], [wrong_])[0]
         assert [v.score for v in found_] == [3, 3, 1, 3] and len(desk.asked) == 5, fault_
         assert [v.passed for v in found_] == [True, True, False, True]
         sent_back = len(desk.asked[-1]["messages"]) == 3
@@ -173,7 +173,7 @@ def test_a_schema_is_asked_for_where_the_server_takes_it():
 
 def test_a_judge_that_was_killed_asks_nothing_twice():
     def judge_all(url_, store):
-        judge_at(url_, store, timeout=5.0).verdicts([r for r, *_ in rows_], [t for _, t, _ in rows_])
+        judge_at(url_, store).verdicts([r for r, *_ in rows_], [t for _, t, _ in rows_])
 
 
     rows_, answered, killed = list(sums(6)), [], threading.Event()
