@@ -164,15 +164,19 @@ def _check(given: "Endpoint") -> None:
 
 def _address(url: str) -> str:
     "The address below which a server answers. Raises `EndpointError`, showing no password."
-    parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        plain = re.fullmatch(r"[!-~]+", parts.geturl()) and parts.port != 0
+    except ValueError:  # a port, or brackets, that cannot be
+        parts, plain = urlsplit(""), False
     if parts.username or parts.password or parts.query or parts.fragment:
         raise EndpointError(
             "url: expected an address without user, password or ?…; a key belongs into the"
             " environment variable that key_env names"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
         raise EndpointError(f"url: found {url!r}, expected such as http://localhost:8000/v1")
-    return url.strip().rstrip("/").removesuffix("/chat/completions")
+    return url.rstrip("/").removesuffix("/chat/completions")
 
 # %% ../nbs/52_endpoint.ipynb #endpoi-16
 @patch(cls_method=True)
@@ -183,8 +187,11 @@ def of(
     **more,  # other fields, where the file does not say them
 ) -> Endpoint:
     "An endpoint from a command line. Raises `EndpointError`, and `FileError`."
-    if not Path(given).is_file():
+    if "://" in given:
         return cls(given, model, **more)
+    if not Path(given).is_file():
+        expected = "an address such as http://localhost:8000/v1, or a YAML file"
+        raise EndpointError(f"endpoint: found {given!r}, expected {expected}")
     told, known = read_yaml(given), [f.name for f in fields(cls)]
     if not isinstance(told, dict):
         raise EndpointError(f"{given}: expected an endpoint's fields: {', '.join(known)}")
@@ -295,7 +302,7 @@ def _try(self: Endpoint, body: bytes) -> dict | _Again:
     key = self._key()
     try:
         status, headers, text = _sent(f"{self.url}/chat/completions", body, key, self.timeout)
-    except (OSError, HTTPException) as e:
+    except (OSError, HTTPException, UnicodeError) as e:
         why = e.reason if isinstance(e, URLError) else e
         if isinstance(why, ssl.SSLCertVerificationError):
             told = f"{self.url}: its certificate is not valid ({why.reason})"

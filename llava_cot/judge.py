@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastcore.basics import patch
 from tqdm.auto import tqdm
@@ -233,7 +233,7 @@ class Judge:
     "Another model that scores answers. Raises `JudgeError` for what is no judge."
 
     asked: Endpoint | LocalModel
-    rubrics: dict[str, Rubric] = field(default_factory=lambda: dict(RUBRICS))  # by stage
+    rubrics: dict[str, Rubric] | None = None  # by stage; None: `RUBRICS`
     fmt: CoTFormat = LLAVA_COT  # of the answers
     attempts: int = 3  # replies that are read before there is no verdict
     max_new_tokens: int = 300  # longest reply
@@ -242,11 +242,13 @@ class Judge:
     def __post_init__(self):
         if not (hasattr(self.asked, "answer") and hasattr(self.asked, "key")):
             raise JudgeError(f"asked: found {self.asked!r}, expected an Endpoint or a LocalModel")
-        for stage in self.rubrics:
-            if stage not in self.fmt.stages:
-                known = ", ".join(self.fmt.stages)
+        if self.rubrics is None:
+            self.rubrics = {s: RUBRICS[s] for s in self.fmt.stages if s in RUBRICS}
+        for stage, rubric in self.rubrics.items():
+            if stage not in self.fmt.stages or not isinstance(rubric, Rubric):
+                expected = f"a Rubric for stages of the format: {', '.join(self.fmt.stages)}"
                 raise JudgeError(
-                    f"rubrics: found {stage!r}, expected stages of the format: {known}"
+                    f"rubrics: found {stage!r}: {str(rubric)[:40]!r}, expected {expected}"
                 )
         if not is_whole(self.attempts):
             raise JudgeError(f"attempts: found {self.attempts!r}, expected a whole number above 0")
@@ -277,6 +279,8 @@ def _settle(self: Judge, prompts: list[dict], name: str, allowed: Sequence) -> l
     "Asks until each prompt has a reply that can be read, or had its attempts."
     prompts, found, todo = list(prompts), {}, range(len(prompts))
     for attempt in range(1, self.attempts + 1):
+        if not todo:
+            break
         rows, broken = [prompts[i] for i in todo], []
         how = dict(schema=_schema(name, allowed), progress=self.progress)
         for i, given in zip(todo, self.asked.answer(rows, self.max_new_tokens, **how)):
@@ -361,7 +365,7 @@ def _problem(v: Verdict, rubric: Rubric, start: int) -> Problem:
     said = f"{v.stage} scored {v.score} of {len(rubric.levels)}, expected at least {rubric.passes}"
     return Problem("judged", v.stage, f"{said}: {v.reason}", start)
 
-# %% ../nbs/65_judge.ipynb #judge-35
+# %% ../nbs/65_judge.ipynb #judge-36
 @dataclass(frozen=True)
 class Preference:
     "Which of two answers a judge finds better."
@@ -391,7 +395,7 @@ def pair_prompt(
     )
     return _asking(f"{example['id']} pair", list(example["images"]), "\n\n".join(parts))
 
-# %% ../nbs/65_judge.ipynb #judge-36
+# %% ../nbs/65_judge.ipynb #judge-37
 def _winner(forth: str | None, back: str | None) -> tuple[str | None, bool]:
     "Winner, and whether the order decided it, of the replies in the two orders."
     if forth is None or back is None:
@@ -433,7 +437,7 @@ def tally(preferences: Sequence[Preference]) -> dict[str, int]:
     found = {name: names.count(name) for name in ("first", "second", "tie", "no verdict")}
     return found | dict(swayed=sum(p.swayed for p in preferences))
 
-# %% ../nbs/65_judge.ipynb #judge-41
+# %% ../nbs/65_judge.ipynb #judge-42
 @dataclass(frozen=True)
 class Agreement:
     "How a judge's verdicts go with problems found otherwise, in answers or in one stage of them."

@@ -75,7 +75,7 @@ def test_an_endpoint_is_scored_as_a_model_is_and_goes_on_after_a_stop():
         with pytest.raises(EndpointError, match="127.0.0.1:9/v1: Connection refused .tried 2 times"):
             quietly("m", f"{d}/rows", endpoint=f"{d}/gone.yaml")
         for wrong in ("localhost", f"{d}/none.yaml"):
-            with pytest.raises(EndpointError, match="url: found"):
+            with pytest.raises(EndpointError, match="endpoint: found"):
                 quietly("m", f"{d}/rows", endpoint=wrong)
 
 

@@ -54,9 +54,10 @@ def test_an_endpoint_is_a_checked_value():
     here = dict(url="http://localhost:1/v1", model="m")
     assert Endpoint("http://h/v1/chat/completions", "m").url == Endpoint("http://h/v1/", "m").url
     for name_, wrong_ in (
+        *(("url", v) for v in (None, 3, "", "ftp://h/v1", "http:///v1", "h:1", "http://h/v1?k=s3cret")),
         *(
-            ("url", v)
-            for v in (None, 3, "", "ftp://h/v1", "http:///v1", "h:1", "http://h/v1?key=s3cret")
+            ("url", f"http://{v}/v1")
+            for v in ("[", "h:99999", "h:0", "h:x", "hé", "h i", "me:s3cret@h")
         ),
         *(("model", v) for v in (None, "", 3)),
         *(("key_env", v) for v in (None, "", "sk-s3cret", "s3cret", "A B")),
@@ -73,6 +74,9 @@ def test_an_endpoint_is_a_checked_value():
         file.write_text("url: http://h/v1\nretries: 1")
         assert Endpoint.of(str(file), "m", retries=3) == Endpoint("http://h/v1", "m", retries=1)
         assert Endpoint.of("http://h/v1", "m", retries=3).retries == 3
+        for wrong_ in ("localhost", "none.yaml"):
+            with pytest.raises(EndpointError, match="endpoint: found .*, or a YAML file"):
+                Endpoint.of(wrong_, "m")
         for text_, why in (("- 1", "fields"), ("url: x\nurls: 1", "'urls'"), ("model: m", "url is")):
             file.write_text(text_)
             with pytest.raises(EndpointError, match=why):
@@ -101,6 +105,8 @@ def test_what_may_pass_is_tried_again_and_what_stays_is_refused():
         assert len(desk.asked) == 1 and told_.value.status == status_ and "\n" not in str(told_.value)
     with pytest.raises(EndpointError, match=r"refused \(tried 2 times\); see that the server runs"):
         quick("http://127.0.0.1:9/v1", retries=1).answer(some(3))
+    with pytest.raises(EndpointError, match="a..b/v1: "):
+        quick("http://a..b/v1", retries=0).answer(some(1))
 
 
 def test_a_server_that_drips_is_out_of_time():

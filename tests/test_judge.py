@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llava_cot import search, shapes, tokens
-from llava_cot.cot import CoT, Problem, parse, render
+from llava_cot.cot import DIRECT, CoT, Problem, parse, render
 from llava_cot.data import answer_text
 from llava_cot.endpoint import Endpoint, EndpointError, completion, served
 from llava_cot.replies import Replies
@@ -98,6 +98,8 @@ def test_the_right_verdict_through_every_fault_of_a_server():
         [problem] = judge_at(url_)(row_, wrong_)
         assert (problem.kind, problem.stage) == ("judged", "REASONING")
         assert wrong_[problem.start :].startswith("First, 0 + 2 = 3")
+        assert len(Judge(Endpoint(url_, "m"), fmt=DIRECT).verdicts([row_], ["2"])[0]) == 1
+        assert "missing" in {p.kind for p in judge_at(url_)(row_, "2")}
         cut = judge_at(url_)(row_, wrong_[: wrong_.index("<CONCLUSION>") + 15])
         assert {p.kind for p in cut} == {"unclosed", "judged"}
 
@@ -121,6 +123,24 @@ def test_the_right_verdict_through_every_fault_of_a_server():
     with served(desk) as url_, pytest.raises(EndpointError, match="HTTP 401 no"):
         judge_at(url_, concurrency=1)(row_, right)
     assert len(desk.asked) == 1
+
+
+def test_what_is_no_judge_is_refused():
+    there = Endpoint("http://localhost:1/v1", "m")
+    for wrong_ in (dict(asked="gpt"), dict(attempts=0), dict(rubrics=dict(CAPTION="true?"))):
+        with pytest.raises(JudgeError, match=next(iter(wrong_))):
+            Judge(**dict(asked=there) | wrong_)
+    with pytest.raises(JudgeError, match="rubrics: found 'SUMMARY'"):
+        Judge(there, dict(RUBRICS), DIRECT)
+    for levels_, passes_ in (
+        (("a",), 1),
+        (("a", "b"), 1),
+        (("a", "b"), 3),
+        (("a", "b"), True),
+        ((), 0),
+    ):
+        with pytest.raises(JudgeError, match="rubric"):
+            Rubric("x", levels_, passes_)
 
 
 def test_what_is_no_verdict_is_not_guessed_and_not_asked_for_ever():
