@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ScoredRow', 'scores', 'breakdown', 'problem_stages', 'calibration', 'Report', 'score', 'without_pictures',
            'zero_pixels', 'other_rows', 'with_other_pictures', 'shared_answers', 'offline_judge', 'evaluate', 'Pair',
-           'Comparison', 'compare', 'compare_models', 'Examiner', 'examination', 'measured', 'leave_out_bad',
-           'leave_out']
+           'Comparison', 'compare', 'compare_models', 'Examiner', 'scored_endpoint', 'examination', 'measured',
+           'leave_out_bad', 'leave_out']
 
 # %% ../nbs/73_evaluate.ipynb #evaluate-imports
 from collections import Counter
@@ -23,6 +23,7 @@ from .batches import find_rows, reader_of, select_rows
 from .cot import LLAVA_COT, CoTFormat, check
 from .data import in_stages, load, picture_groups, question, split
 from .distributed import gathered, my_share, together
+from .endpoint import Endpoint, endpoint_answers
 from .memory import halving
 from llava_cot.metrics import (
     EvaluateError,
@@ -600,6 +601,23 @@ class Examiner:
             return dict(accuracy=found.accuracy, sound=found.sound)
 
         return measure
+
+# %% ../nbs/73_evaluate.ipynb #endpoint-scored
+def scored_endpoint(
+    examiner: Examiner,
+    endpoint: Endpoint,
+    blind: bool = True,  # ask again with grey pictures
+    instruct: bool = False,  # say in the prompt how an answer is written
+) -> Report:
+    "Asks an endpoint, and scores. Raises `EvaluateError` before asking, and `EndpointError`."
+    rows, fmt = examiner.rows, examiner.fmt
+    for i in range(len(rows)):
+        reference(rows.remove_columns("images")[i], fmt)
+    how = (rows, endpoint, fmt if instruct else None, examiner.max_new_tokens)
+    given = endpoint_answers(*how, progress=examiner.progress)
+    control = endpoint_answers(*how, blind=True, progress=examiner.progress) if blind else None
+    more = dict(judge=examiner.judge, blind=control, seed=examiner.seed)
+    return score(rows, given, fmt=fmt, **more)
 
 # %% ../nbs/73_evaluate.ipynb #c009b
 def examination(

@@ -18,13 +18,13 @@ import datasets
 import pytest
 from PIL import Image
 
-from llava_cot.commands import evaluate as eval_command
 from llava_cot.cot import render
 from llava_cot.data import question
 from llava_cot.evaluate import score
 from llava_cot.files import DataError
 from llava_cot.metrics import METRICS, chosen_for, reference
 from llava_cot.pictures import example_at
+from llava_cot.scoring import evaluate as eval_command
 from llava_cot.search import Answer
 
 def png(colour="red"):
