@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from .batches import Order
-from .checkpoint import SHARD_FILE
 from .cot import InputError
 from .plan import PhasePlan, Plan
 from .show import size_text
@@ -63,7 +62,7 @@ def saving_memory(
     processes: int,  # of the node
 ) -> int:  # bytes
     "The most that the processes of a node hold together while a checkpoint is written."
-    return processes * (IMPORTS + SHARD_FILE) + size
+    return processes * IMPORTS + size
 
 
 def write_seconds(
