@@ -415,7 +415,7 @@ def evaluate(
     blind: bool = True,  # ask again with the pictures zeroed
     other: bool = False,  # ask again with another row's pictures
     plain: bool = False,  # take a text without stages for its conclusion
-    batch_size: int = 64,  # questions asked side by side; halved where the memory is full
+    batch_size: int = 128,  # questions asked side by side; halved where the memory is full
     seed: int = 0,  # of the intervals, and of the other pictures
     progress: bool = True,  # show bars
 ) -> Report:
@@ -561,7 +561,7 @@ class Examiner:
         max_new_tokens: int = 1024,
         seed: int = 0,  # of the intervals
         progress: bool = True,
-        batch_size: int = 64,  # to begin with; halved where the memory is full
+        batch_size: int = 128,  # to begin with; halved where the memory is full
     ):
         self.rows, self.fmt, self.last, self.judge = rows, fmt, last, judge
         self.max_new_tokens, self.seed, self.progress = max_new_tokens, seed, progress

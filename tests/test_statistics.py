@@ -94,7 +94,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
 @pytest.mark.slow
 def test_intervals_hold_the_truth_by_every_size_and_share():
     found = {}
-    for pictures in (50, 100, 200, 500, 2000):
+    for pictures in (50, 100, 200, 2000):
         for sizes in ([1], [2], [3], [8], [1, 2, 3, 4, 5]):
             for share in (0.5, 0.7, 0.9, 0.95):
                 for alike in (0, 0.2, 0.5) if max(sizes) > 1 else (0,):
@@ -124,13 +124,13 @@ def test_the_interval_of_a_difference_holds_the_truth():
 @pytest.mark.slow
 def test_intervals_of_differences_by_every_size():
     found = {}
-    for pictures in (50, 200, 2000):
+    for pictures, times in ((50, 1000), (200, 1000), (2000, 400)):
         for sizes in ([1], [3], [1, 2, 3, 4, 5]):
             for differ in (0.2, 0.4):
                 for ahead in (0.5, 0.75):
                     for alike in (0, 0.3) if max(sizes) > 1 else (0,):
                         found[pictures, str(sizes), differ, ahead, alike] = difference_coverage(
-                            1000, pictures, sizes, differ, ahead, alike, seed=1
+                            times, pictures, sizes, differ, ahead, alike, seed=1
                         )
     out_ = {where: held for where, held in found.items() if not 0.93 <= held <= 0.97}
     print(len(found), min(found.values()), max(found.values()), len(out_), out_)
@@ -176,15 +176,15 @@ def test_a_permutation_test_agrees_with_mcnemar_and_with_counting():
 @pytest.mark.slow
 def test_equal_models_are_seldom_told_apart():
     found = {}
-    for pictures in (50, 200, 2000):
+    for pictures, times in ((50, 2000), (200, 2000), (2000, 1000)):
         for sizes in ([1], [3], [8], [1, 2, 3, 4, 5]):
             for share in (0.5, 0.8, 0.95):
                 for alike in (0, 0.4) if max(sizes) > 1 else (0,):
                     found[pictures, str(sizes), share, alike] = false_alarms(
-                        mcnemar, 4000, pictures, sizes, share, alike, seed=1
+                        mcnemar, times, pictures, sizes, share, alike, seed=1
                     )
     print(len(found), min(found.values()), max(found.values()), np.mean(list(found.values())))
-    assert np.mean(list(found.values())) <= 0.05 and max(found.values()) <= 0.06  # ± 0.7 points
+    assert np.mean(list(found.values())) <= 0.045 and max(found.values()) <= 0.06  # ± 1 point
 
 
 def test_holm_multiplies_as_it_should():
