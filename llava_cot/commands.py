@@ -496,10 +496,10 @@ def demo(
 def evaluate(
     model: str,  # folder or hub name, or tiny_base, …
     data: str,  # folder or file of rows in any layout
-    benchmark: str | None = None,  # ChartQA, MMBench, …: data is its folder, as it is published
-    metric: str | None = None,  # mcq, number, …: of every row; left out: as rows say, or their form
     out: str | None = None,  # new folder for report.json and report.html
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
+    benchmark: str | None = None,  # ChartQA, MMBench, …: data is its folder, as it is published
+    metric: str | None = None,  # mcq, number, …: of every row; left out: as rows say, or their form
     fmt: str = "llava_cot",  # format of the answers
     n: int | None = None,  # at most so many rows; left out: 1000, or a whole benchmark
     max_new_tokens: int = 1024,  # longest answer
@@ -522,9 +522,12 @@ def evaluate(
     start, fmt = time.time(), format_of(fmt)
     if out:
         check_folder(out)
-    rows = benchmarks.questions(data, fmt, columns, benchmark, metric, n)
+    rows = benchmarks.questions(data, fmt, columns, benchmark, metric)
+    if n is None:
+        n = len(rows) if benchmark else 1000
     net, processor = open_model(model, dtype, device)
     judge = answer_key_judge(data, fmt)
+    rows = rows.select(range(min(n, len(rows))))
     examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
     report = examiner.scores(net, processor, rows, blind, progress=not json)
     more = benchmarks.reported(benchmark, rows, report.rows) if benchmark else {}
