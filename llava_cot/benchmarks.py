@@ -514,10 +514,6 @@ def _answers(cells: dict) -> tuple[str, dict]:
     return found[0], {"answers": found}
 
 
-def _text(cells: dict) -> tuple[str, dict]:
-    return _listed(cells["answer"])[0], {}
-
-
 def _said_yes(cells: dict) -> tuple[str, dict]:
     said = str(cells["answer"]).strip().casefold()
     if said not in ("0", "1", "no", "yes"):
@@ -539,8 +535,7 @@ def _maths(cells: dict) -> tuple[str, dict]:
     return answer, kinds | {"choices": cells["options"] or None, "precision": precision}
 
 
-_ANSWERS = dict(mcq=_choice, anls=_answers, exact=_text, relaxed_official=_text)
-_ANSWERS |= dict(yes_no=_said_yes, mathvista=_maths)
+_ANSWERS = dict(mcq=_choice, yes_no=_said_yes, mathvista=_maths)  # all others: `_answers`
 
 # %% ../nbs/70_benchmarks.ipynb #benchm-34
 def _asked(its: Benchmark, cells: dict, suffix: str | None) -> str:
@@ -561,7 +556,7 @@ def _example(its: Benchmark, cells: dict, suffix: str | None) -> dict:
             hint = f"; the split {its.split} has them" if what == "answer" else ""
             raise DataError(f"it has no {what}{hint}")
     _check_pictures(its, cells["pictures"])
-    (answer, facts), group = _ANSWERS[its.metric](cells), its.group(cells)
+    (answer, facts), group = _ANSWERS.get(its.metric, _answers)(cells), its.group(cells)
     shown = [{"type": "image", "text": None} for _ in cells["pictures"]]
     turns = (
         ("user", [*shown, {"type": "text", "text": _asked(its, cells, suffix)}]),
@@ -600,7 +595,8 @@ def _part(its: Benchmark, beside: str, file: Path, suffix: str | None, before: i
         except DataError as e:
             where = f"{file.name}[{i}] (id {str(cells['id'])[:60]})"
             raise DataError(f"{its.name}: {where}: {e}") from None
-        pictures.append(cells["pictures"])
+        if stored is None:  # else they stay where they are
+            pictures.append(cells["pictures"])
     return kept, pictures if stored is None else stored
 
 # %% ../nbs/70_benchmarks.ipynb #benchm-37
@@ -682,15 +678,11 @@ def questions(
     columns: dict[str, str] | None = None,  # as for `data.load`
     name: str | None = None,  # of `BENCHMARKS`, if it is one
     metric: str | None = None,  # of `METRICS`, for all rows, whatever they declare
-    n: int | None = None,  # at most so many; None: 1000, or the whole benchmark
 ) -> Dataset:
     "Rows to answer and score: a benchmark's, or of any layout. Raises `DataError`."
     if name and columns:
         raise DataError(f"columns: those of {name} are known; leave them out, or the benchmark")
     rows = benchmark(name, data) if name else _loaded(data, fmt, columns)
-    if n is None:
-        n = len(rows) if name else 1000
-    rows = rows.select(range(min(n, len(rows))))
     if metric is None:
         return rows
     if metric not in METRICS:

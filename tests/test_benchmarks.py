@@ -3,6 +3,7 @@ import pytest
 from llava_cot.benchmarks import *
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -568,7 +569,7 @@ def test_whatever_is_wrong_with_a_benchmark_is_one_line_that_names_the_place():
 
 
 def test_a_benchmark_is_answered_and_scored_by_the_command():
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, contextlib.redirect_stdout(io.StringIO()):
         folder_ = publish("ScienceQA", 1, f"{d}/science")
         words = dict(benchmark="scienceqa", max_new_tokens=4, out=f"{d}/out")
         found = eval_command("tiny_llava", str(folder_), **words)
