@@ -100,9 +100,10 @@ def evaluate(
     _check_asked(model, data, compare, endpoint)
     if out:
         check_folder(out)
-    rows = benchmarks.questions(data, fmt, columns, benchmark, metric, n)
+    rows = benchmarks.questions(data, fmt, columns, benchmark, metric)
+    few = rows.select(range(min(n or (len(rows) if benchmark else 1000), len(rows))))
     judge = answer_key_judge(data, fmt)
-    examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed, not json)
+    examiner = Examiner(few, fmt, "", judge, max_new_tokens, seed, not json)
     if endpoint:
         found = _asked_there(examiner, endpoint, model, out, blind, instruct)
     else:
@@ -110,7 +111,7 @@ def evaluate(
         found = _asked_here(examiner, [model, *(compare or ())], dtype, device, **how)
     report, facts = found.report, found.facts
     if benchmark:
-        facts |= benchmarks.reported(benchmark, rows, report.rows)
+        facts |= benchmarks.reported(benchmark, few, report.rows)
     if out:
         result = write_report(new_folder(out), report, seconds=time.time() - start, **facts)
         for name, of in found.others.items():
