@@ -8,7 +8,7 @@ __all__ = ['ScoredRow', 'bootstrap_interval', 'scores', 'Report', 'score', 'zero
 
 # %% ../nbs/73_evaluate.ipynb #evaluate-imports
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -36,8 +36,8 @@ class ScoredRow:
     question: str
     reference: str  # the conclusion wanted
     text: str  # what the model wrote
-    finished: bool
-    tokens: int
+    finished: bool | None  # None where nobody knows
+    tokens: int | None
     right: bool  # ended, whole, and its conclusion says the same as the reference
     format_problems: tuple  # of `Problem`
     problems: tuple | None  # the judge's; None without a judge
@@ -46,13 +46,14 @@ class ScoredRow:
 
     @property
     def valid(self) -> bool:
-        "Ended, and well formed."
-        return self.finished and not self.format_problems
+        "Not cut off, and well formed."
+        return self.finished is not False and not self.format_problems
 
     @property
     def sound(self) -> bool:
-        "Ended, and the judge found nothing wrong in any stage."
-        return self.problems is not None and self.finished and not self.problems
+        "Not cut off, and the judge found nothing wrong in any stage."
+        judged = self.problems is not None
+        return judged and self.finished is not False and not self.problems
 
 # %% ../nbs/73_evaluate.ipynb #c035
 def _mark(
@@ -125,10 +126,10 @@ def scores(
         blind_accuracy=_share(r.blind_right for r in rows) if blind else None,
         majority_accuracy=_majority(rows) / len(rows),
         format_valid=_share(r.valid for r in rows),
-        truncated=_share(not r.finished for r in rows),
+        truncated=_share(not r.finished for r in rows if r.finished is not None),
         sound=_share(r.sound for r in rows) if judged else None,
         sound_if_right=_share(r.sound for r in rows if r.right) if judged else None,
-        mean_tokens=_share(r.tokens for r in rows),
+        mean_tokens=_share(r.tokens for r in rows if r.tokens is not None),
     )
 
 # %% ../nbs/73_evaluate.ipynb #c033
@@ -142,10 +143,10 @@ class Report:
     blind_accuracy: float | None  # right conclusions with the picture zeroed
     majority_accuracy: float  # right, had the most frequent answer of each kind been given
     format_valid: float  # ended, and well formed
-    truncated: float  # ran into the limit
+    truncated: float | None  # ran into the limit, of those of which that is known
     sound: float | None  # the judge found nothing wrong in any stage
     sound_if_right: float | None  # the same among the right ones
-    mean_tokens: float  # length of an answer
+    mean_tokens: float | None  # length of an answer
     per_kind: dict  # kind -> the same figures
     metrics: dict = field(default_factory=dict)  # of `METRICS` -> rows that it compared
     seed: int = 0
@@ -213,6 +214,7 @@ def shared_answers(
     batch_size: int,  # to begin with
     progress: bool,
     alter: Callable | None = None,  # as for `answer`
+    kept: MutableMapping | None = None,  # as for `answer`; not where processes must ask in step
 ) -> list[Answer]:  # in the order of `examples`
     "`answer`, rows shared out among a run's processes, in batches that fit the memory of each."
     with gathered(model) as free:
@@ -220,7 +222,8 @@ def shared_answers(
         rows = select_rows(examples, list(mine))
 
         def ask(n):
-            return answer(model, processor, rows, method, n, progress and 0 in mine, alter)
+            bar, store = progress and 0 in mine, kept if free else None
+            return answer(model, processor, rows, method, n, bar, alter, store)
 
         each = together(lambda: halving(ask, batch_size) if free else ask(batch_size))
     if not free:  # all have asked everything
@@ -244,6 +247,7 @@ def evaluate(
     batch_size: int = 64,  # questions asked side by side; halved where the memory is full
     seed: int = 0,  # of the intervals
     progress: bool = True,  # show bars
+    kept: MutableMapping | None = None,  # answers that are there; see `predictions.kept_answers`
 ) -> Report:
     "Asks, and scores. Raises `EvaluateError` before asking, if an example has no reference."
     if not len(examples):
@@ -254,8 +258,8 @@ def evaluate(
     for i in range(len(texts)):
         reference(texts[i], fmt)
     how = (model, processor, examples, method, batch_size, progress)
-    given = shared_answers(*how)
-    control = shared_answers(*how, alter=zero_pixels) if blind else None
+    given = shared_answers(*how, kept=kept)
+    control = shared_answers(*how, alter=zero_pixels, kept=kept) if blind else None
     return score(examples, given, fmt=fmt, judge=judge, kind=kind, blind=control, seed=seed)
 
 # %% ../nbs/73_evaluate.ipynb #c009
@@ -278,7 +282,7 @@ class Examiner:
         self.batch_size = batch_size
         self.report = None
 
-    def scores(self, model, processor, rows, blind: bool, progress: bool):
+    def scores(self, model, processor, rows, blind: bool, progress: bool, kept=None):
         "The `Report` of some rows."
         return evaluate(
             model,
@@ -291,6 +295,7 @@ class Examiner:
             batch_size=self.batch_size,
             seed=self.seed,
             progress=progress,
+            kept=kept,
         )
 
     def __call__(self, model, processor, phase) -> dict:

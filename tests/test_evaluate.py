@@ -87,6 +87,20 @@ def test_bootstrap_holds_the_mean():
     assert abs(lo - 0.84) < 0.02 and abs(hi - 0.95) < 0.02  # normal approximation: 0.90 ± 0.059
 
 
+def test_an_answer_of_which_nobody_knows_whether_it_ended_is_taken_by_its_form():
+    pair_ = list(shapes.examples(5, seed=1))
+    handed_, judge_ = hand_made(pair_)
+    five_ = [example for _, example in pair_]
+    unknown = [Answer(a.id, a.text, None, None) for a in handed_]
+    known = [Answer(a.id, a.text, True, 90) for a in handed_]
+    found_, whole_ = (evaluate_module.score(five_, a, judge=judge_) for a in (unknown, known))
+    assert found_.truncated is None and found_.mean_tokens is None and whole_.truncated == 0
+    for name in ("accuracy", "format_valid", "sound", "sound_if_right"):
+        assert getattr(found_, name) == getattr(whole_, name)
+    mixed = evaluate_module.score(five_, [*unknown[:4], handed_[4]], judge=judge_)
+    assert mixed.truncated == 0 and mixed.mean_tokens == 90
+
+
 def test_hand_made_answers_score_as_they_should():
     pairs = list(shapes.examples(5, seed=1))
     answers, judge = hand_made(pairs)
