@@ -494,46 +494,69 @@ def demo(
 # %% ../nbs/80_commands.ipynb #c017
 @limited
 def evaluate(
-    model: str,  # folder or hub name, or tiny_base, …
-    data: str,  # folder or file of rows in any layout
-    out: str | None = None,  # new folder for report.json and report.html
+    model: str | None = None,  # folder or hub name, or tiny_base, …
+    data: str | None = None,  # folder or file of rows in any layout
+    out: str | None = None,  # folder for the report: new, or that of an evaluation to go on with
+    predictions: str | None = None,  # instead of a model: a file of answers to these rows
+    missing: str = "refuse",  # rows that this file does not answer: refuse, or wrong
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers
     n: int = 1000,  # at most so many rows
     max_new_tokens: int = 1024,  # longest answer
+    batch_size: int = 64,  # questions asked side by side; halved where the memory is full
     blind: bool = True,  # also with the picture zeroed
     seed: int = 0,  # of the intervals
+    export: str | None = None,  # file to write the answers to, for another program
+    layout: str = "llava_cot",  # of that file: llava_cot, vlmevalkit, lmms-eval
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
     device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
     json: bool = False,  # print the report as JSON, all else to stderr
 ) -> dict:  # what `report.json` holds
-    "Score a model's answers and reasoning on a folder of questions."
+    "Score answers and reasoning on a folder of questions: a model's, or those in a file."
     from llava_cot import data as source
-    from llava_cot.evaluate import Examiner
+    from llava_cot.evaluate import Examiner, scored_file, scored_model
+    from llava_cot.predictions import check_export, check_place, write_predictions
     from llava_cot.reasoning import answer_key_judge
     from llava_cot.report import write_report
-    from llava_cot.run import check_folder, new_folder
     from llava_cot.tiny import open_model
 
-    start, fmt = time.time(), format_of(fmt)
-    if out:
-        check_folder(out)
-    rows = source.load(data, fmt, columns=columns)
-    net, processor = open_model(model, dtype, device)
-    judge = answer_key_judge(data, fmt)
-    rows = rows.select(range(min(n, len(rows))))
-    examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
-    report = examiner.scores(net, processor, rows, blind, progress=not json)
-    if out:
-        result = write_report(new_folder(out), report, seconds=time.time() - start)
+    start, fmt, facts = time.time(), format_of(fmt), {}
+    _check_asked(data, model=model, predictions=predictions)
+    if out and check_place(out):
+        say(f"going on with the evaluation in {out}", json=json)
+    if export:
+        check_export(export, layout)
+    rows, judge = source.load(data, fmt, columns=columns), answer_key_judge(data, fmt)
+    few = rows.select(range(min(n, len(rows))))
+    examiner = Examiner(few, fmt, "", judge, max_new_tokens, seed, not json, batch_size)
+    if predictions:
+        report, found = scored_file(examiner, predictions, rows, missing)
+        say(found, json=json)
+        facts = dict(predictions=str(found))
     else:
-        result = report.to_dict() | {"phases": []}
+        net, processor = open_model(model, dtype, device)
+        report = scored_model(examiner, net, processor, out, blind, data=Path(data).absolute())
+    result = report.to_dict() | {"phases": []} | facts
+    if out:
+        result = write_report(out, report, seconds=time.time() - start, **facts)
+    if export:
+        write_predictions(export, few, report.rows, layout)
     say(summary(result), json=json)
     if json:
         print(json_module.dumps(result))
     return result
+
+
+def _check_asked(data, **asked) -> None:
+    "Raises `CliError` unless there are rows, and one who answers."
+    options = " or ".join(f"--{name}" for name in asked)
+    if not data:
+        raise CliError("eval: --data is missing; give a folder or file of rows")
+    if sum(map(bool, asked.values())) != 1:
+        found = " and ".join(f"--{name}" for name, value in asked.items() if value) or "none"
+        raise CliError(f"eval: found {found}, expected one of {options}")
 
 # %% ../nbs/80_commands.ipynb #c018
 @limited

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScoredRow', 'bootstrap_interval', 'scores', 'Report', 'score', 'zero_pixels', 'shared_answers', 'evaluate',
-           'Examiner', 'examination', 'measured', 'leave_out_bad', 'leave_out']
+           'Examiner', 'scored_model', 'scored_file', 'examination', 'measured', 'leave_out_bad', 'leave_out']
 
 # %% ../nbs/73_evaluate.ipynb #evaluate-imports
 from collections import Counter
@@ -21,6 +21,7 @@ from .distributed import gathered, my_share, together
 from .memory import halving
 from .metrics import EvaluateError, is_right, metric_for, normalise, reference
 from .pictures import example_at
+from .predictions import Predictions, evaluation_facts, kept_answers, open_predictions
 from .reasoning import answer_key_judge
 from .search import Answer, Greedy, answer
 from .settings import Settings
@@ -315,6 +316,34 @@ class Examiner:
             return dict(accuracy=found.accuracy, sound=found.sound)
 
         return measure
+
+# %% ../nbs/73_evaluate.ipynb #pred-scored
+def scored_model(
+    examiner: Examiner,
+    model,
+    processor,
+    out: str | None = None,  # where answers are kept as they come; None: nowhere
+    blind: bool = True,  # ask again with the pictures zeroed
+    **more,  # what else an evaluation that goes on must have in common: data, …
+) -> Report:
+    "Asks a model, or goes on asking it. Raises `PredictionError` for another evaluation's folder."
+    method = Greedy(examiner.max_new_tokens)
+    facts = evaluation_facts(model, method, fmt=examiner.fmt.name, **more) if out else {}
+    with kept_answers(out, facts) as kept:
+        return examiner.scores(model, processor, examiner.rows, blind, examiner.progress, kept)
+
+
+def scored_file(
+    examiner: Examiner,  # of the first of the rows
+    path: str,  # of a file of predictions in any layout
+    rows,  # all that were asked
+    missing: str = "refuse",  # or "wrong": a row without an answer counts as wrong
+) -> tuple[Report, Predictions]:
+    "Scores the answers in a file. Raises `PredictionError` where they are not to these rows."
+    found = open_predictions(path, raw=len(examiner.fmt.stages) > 1)
+    given = found.answers_to(rows, len(examiner.rows), missing)
+    how = dict(fmt=examiner.fmt, judge=examiner.judge, seed=examiner.seed)
+    return score(examiner.rows, given, **how), found
 
 # %% ../nbs/73_evaluate.ipynb #c009b
 def examination(

@@ -67,6 +67,11 @@ def _fits(row: dict, layout: Layout) -> bool:
     return layout.id in row and any(name in row for name in layout.texts)
 
 
+def _names(row: dict) -> str:
+    "The columns of a row, on one line."
+    return ", ".join(name if name.isprintable() else repr(name) for name in row)[:200]
+
+
 def _layout_of(row: dict, place: str) -> str:
     "The layout that a row's columns are of. Raises `PredictionError` for none, and for several."
     found = [name for name, layout in LAYOUTS.items() if _fits(row, layout)]
@@ -76,7 +81,7 @@ def _layout_of(row: dict, place: str) -> str:
         both = " and ".join(LAYOUTS[name].title for name in found)
         said = "say which by layout=, or take one's columns out"
         raise PredictionError(f"{place}: found the columns of {both}; {said}")
-    columns = ", ".join(map(str, row))[:200] or "no columns"
+    columns = _names(row) or "no columns"
     wanted = ", or ".join(f"{x.id} and {x.texts[0]}" for x in LAYOUTS.values())
     raise PredictionError(f"{place}: found {columns}; expected {wanted}; rename the columns")
 
@@ -218,7 +223,7 @@ def _prediction(
     "One row, read. Raises `PredictionError`."
     layout = LAYOUTS[name]
     if not isinstance(row, dict) or not _fits(row, layout):
-        said = ", ".join(map(str, row))[:200] if isinstance(row, dict) else shown(row)
+        said = _names(row) if isinstance(row, dict) else shown(row)
         wanted = f"{layout.id} and {layout.texts[0]}, as in the rows before it"
         raise PredictionError(f"{place}: found {said or 'nothing'}; expected {wanted}")
     id = _id(row[layout.id], place, layout.id)
@@ -483,28 +488,32 @@ class KeptAnswers(dict):
     ):
         super().__init__()
         self.file = file
-        if not file.exists():
-            write_file(file, json.dumps(dict(evaluation=of)) + "\n")
         for each in sorted(file.parent.glob("asked*.jsonl")):  # of every process
-            head, *lines = read_lines(each) or [{}]
+            head, *lines = read_lines(each) or [dict(evaluation=of)]  # killed at its first line
             told = isinstance(head, dict) and head.get("evaluation")
             why = _first_difference(told if isinstance(told, dict) else {}, of, file.parent)
             if why:
                 raise PredictionError(why)
             for n, line in enumerate(lines, 2):
                 super().update([_kept(line, f"{each}:{n}")])
-        raw = file.read_bytes()
-        if not raw.endswith(b"\n"):  # a line that a kill cut off
-            os.truncate(file, raw.rfind(b"\n") + 1)
+        raw = file.read_bytes() if file.exists() else b""
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):  # a line that a kill cut off
+            os.truncate(file, whole)
+        if not whole:
+            self._append([dict(evaluation=of)])
 
-    def update(self, found) -> None:
-        "Keeps answers, `(id, digest) → Answer` or pairs of them."
-        found = dict(found)
-        lines = [dict(asdict(given), prompt=digest) for (_, digest), given in found.items()]
+    def _append(self, lines: list[dict]) -> None:
+        "Whole lines, on the disk."
         with writing(self.file.parent, self.file.name), open(self.file, "ab") as f:
             f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             f.flush()
             os.fsync(f.fileno())
+
+    def update(self, found) -> None:
+        "Keeps answers, `(id, digest) → Answer` or pairs of them; those that are there stay."
+        found = {key: given for key, given in dict(found).items() if key not in self}
+        self._append([dict(asdict(a), prompt=digest) for (_, digest), a in found.items()])
         super().update(found)
 
 
@@ -518,19 +527,27 @@ def _kept(line, place: str) -> tuple[tuple[str, str], Answer]:
 
 # %% ../nbs/71_predictions.ipynb #predic-54
 def check_place(
-    out,  # folder of an evaluation about to begin, or to go on
-) -> None:
+    out: str | os.PathLike,  # folder of an evaluation about to begin, or to go on
+) -> bool:  # whether it goes on
     "Raises `RunError` if something is in it but `data` and an unfinished evaluation."
-    if not (Path(out) / "asked.jsonl").is_file():
+    begun = any(Path(out).glob("asked*.jsonl"))  # of one process, or of several
+    goes_on = begun and not (Path(out) / "report.json").exists()
+    if not goes_on:
         check_folder(out)
+    return goes_on
 
 
 @contextmanager
 def kept_answers(
-    out: str | os.PathLike,  # the evaluation's folder, made where there is none
+    out: str
+    | os.PathLike
+    | None,  # the evaluation's folder, made where missing; None: keep nothing
     of: dict[str, str],  # `evaluation_facts`
-) -> Iterator[KeptAnswers]:  # for `evaluate(kept=…)`; each process has a file of its own
-    "While inside, answers are kept in a folder; gone when all went well. Raises `PredictionError`."
+) -> Iterator[KeptAnswers | None]:  # for `evaluate(kept=…)`; each process has a file of its own
+    "While inside, answers are kept in a folder, which is this process's. Raises `PredictionError`."
+    if out is None:
+        yield None
+        return
     check_place(out)
     out, rank = Path(out), dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     if rank:
@@ -538,6 +555,6 @@ def kept_answers(
         yield KeptAnswers(out / f"asked-{rank}.jsonl", of)
         return
     with locked(out):
+        for torn in out.glob(".*.tmp"):  # of a report whose writing was cut off
+            torn.unlink()
         yield KeptAnswers(out / "asked.jsonl", of)
-        for file in sorted(out.glob("asked*.jsonl"), reverse=True):
-            file.unlink()  # the first process's last: by it an evaluation is unfinished

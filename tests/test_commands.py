@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from llava_cot import commands, data, shapes, tiny
+from llava_cot import commands, data, search, shapes, tiny
+from llava_cot.cot import InputError, InputWarning
 from llava_cot.families import ModelError
 from llava_cot.tokens import TooLong, lengths
 
@@ -33,6 +34,66 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
             train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
         with pytest.raises(TooLong, match="longer|max_length"):
             train(data=str(folders[1]), eval_data=str(folders[0]), **run)
+
+
+def test_a_file_of_predictions_is_scored_as_the_model_was():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 8, progress=False)
+        few = dict(n=6, blind=False)
+        asked = evaluate("tiny_base", "rows", "asked", max_new_tokens=30, batch_size=4, **few)
+        told = evaluate(predictions="asked/answers.jsonl", data="rows", out="told", **few)
+        lines = [Path(f"{place}/answers.jsonl").read_bytes() for place in ("asked", "told")]
+        assert lines[0] == lines[1] and told["truncated"] == asked["truncated"]
+        assert told["predictions"] == "asked/answers.jsonl: 6 predictions in llava_cot's layout"
+        assert {k: told[k] for k in ("accuracy", "sound", "n")} == {
+            k: asked[k] for k in ("accuracy", "sound", "n")
+        }
+        for name, layout in (("m.json", "vlmevalkit"), ("m.jsonl", "lmms-eval")):
+            words = dict(data="rows", export=name, layout=layout, **few)
+            evaluate(predictions="asked/answers.jsonl", **words)
+            again = evaluate(predictions=name, data="rows", **few)
+            assert again["truncated"] is None and again["n"] == 6
+            assert again["format_valid"] == asked["format_valid"]
+        with pytest.raises(InputError, match="1 of 7 questions have no prediction"):
+            evaluate(predictions="m.json", data="rows", n=7)
+        with pytest.warns(InputWarning, match="these count as wrong"):
+            assert evaluate(predictions="m.json", data="rows", n=7, missing="wrong")["n"] == 7
+        for words, line in (
+            (dict(data="rows"), "eval: found none, expected one of --model or --predictions"),
+            (dict(model="m", predictions="p", data="rows"), "found --model and --predictions"),
+            (dict(model="tiny_base"), "--data is missing"),
+            (dict(predictions="m.json", data="rows", layout="csv", export="a.csv"), "layout: found"),
+            (dict(predictions="m.json", data="rows", out="asked"), "not empty"),
+        ):
+            with pytest.raises(InputError, match=line):
+                evaluate(**words)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_by_the_same_command():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 8, progress=False)
+        words = dict(data="rows", blind=False, max_new_tokens=12, batch_size=2)
+        whole = evaluate("tiny_base", out="whole", **words)
+        own, calls = search.Greedy.write, []
+
+        def stopping(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return own(*args)
+
+        with mock.patch.object(search.Greedy, "write", stopping), pytest.raises(KeyboardInterrupt):
+            evaluate("tiny_base", out="out", **words)
+        with pytest.raises(InputError, match="unfinished evaluation with model .*, found"):
+            evaluate("tiny_llava", out="out", **words)
+        for name, other in (("max_new_tokens", 13), ("dtype", "bfloat16")):
+            with pytest.raises(InputError, match="out out: holds an unfinished evaluation with"):
+                evaluate("tiny_base", out="out", **words | {name: other})
+        with mock.patch.object(search.Greedy, "write", stopping):
+            evaluate("tiny_base", out="out", **words)
+        assert len(calls) == 5  # four batches, of which one was begun twice
+        for name in ("answers.jsonl", "asked.jsonl", "kinds.png"):
+            assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 def test_the_advice_for_a_full_gpu_is_the_plans():
