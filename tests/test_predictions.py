@@ -246,10 +246,10 @@ print(len(calls))
 def test_every_layout_in_every_form_is_read_in_the_order_of_the_data():
     whole = [(a.id, a.text) for a in SAID]
     for make in (own_rows, kit_rows, lmms_rows):
-        for name in ("p.jsonl", "p.json", "p.tsv", "p.csv"):
-            if make is lmms_rows and name[2:] in ("tsv", "csv"):
+        for named in ("p.jsonl", "p.json", "p.tsv", "p.csv"):
+            if make is lmms_rows and named[2:] in ("tsv", "csv"):
                 continue  # its answers stand in lists
-            read = read_rows(make()[::-1], name)
+            read = read_rows(make()[::-1], named)
             assert [(a.id, a.text) for a in read] == whole
             if make is own_rows:
                 assert read == SAID
@@ -263,8 +263,8 @@ def test_every_layout_in_every_form_is_read_in_the_order_of_the_data():
     numbers = [ex | dict(id=str(i)) for i, ex in enumerate(FIVE)]
     for form in (int, float, str, lambda i: f"{i}.0"):
         rows_ = [row | dict(index=form(i)) for i, row in enumerate(kit_rows())]
-        for name in ("p.jsonl", "p.tsv"):
-            assert [a.text for a in read_rows(rows_, name, numbers)] == [a.text for a in SAID]
+        for named in ("p.jsonl", "p.tsv"):
+            assert [a.text for a in read_rows(rows_, named, numbers)] == [a.text for a in SAID]
 
 
 def test_what_an_answer_is_not_is_said_in_one_line_with_its_row():
@@ -334,11 +334,11 @@ def test_a_file_that_is_none_is_one_line():
             "n.txt": (b"hello", "n.txt:1: found no columns"),
             "o.jsonl": ("\ufeff \n".encode(), "o.jsonl: found nothing in it"),
         }
-        for name, (raw, line) in wrong.items():
+        for named, (raw, line) in wrong.items():
             if raw is not None:
-                (place / name).write_bytes(raw)
+                (place / named).write_bytes(raw)
             with pytest.raises(PredictionError, match=line) as e:
-                read_predictions(place / name, FIVE)
+                read_predictions(place / named, FIVE)
             assert "\n" not in str(e.value)
         with pytest.raises(PredictionError, match="cannot be read .Is a directory"):
             read_predictions(place, FIVE)
@@ -372,7 +372,7 @@ def test_what_is_written_is_read_again():
         for a, text in zip(SAID, ("", '"x"\t,', "1\n\n2\r\n", "é\u2028ü", "x"))
     ]
     for said_ in (SAID, odd):
-        for name, layout in (
+        for named, layout in (
             ("a.jsonl", "llava_cot"),
             ("b.jsonl", "lmms-eval"),
             ("c.tsv", "vlmevalkit"),
@@ -380,8 +380,8 @@ def test_what_is_written_is_read_again():
             ("e.json", "vlmevalkit"),
         ):
             with tempfile.TemporaryDirectory() as tmp:
-                write_predictions(f"{tmp}/{name}", FIVE, said_, layout)
-                opened_ = open_predictions(f"{tmp}/{name}")
+                write_predictions(f"{tmp}/{named}", FIVE, said_, layout)
+                opened_ = open_predictions(f"{tmp}/{named}")
                 back = opened_.answers_to(FIVE)
                 assert opened_.layout == layout and [a.text for a in back] == [a.text for a in said_]
                 finished, tokens = {a.finished for a in back}, [a.tokens for a in back]
@@ -399,13 +399,13 @@ def test_what_is_written_is_read_again():
         [row] = json.loads(file.read_text())
         told = dict(index=7, A="left", B="right", category="count", answer="", prediction="A")
         assert row == told | dict(question="Which?\nA. left\nB. right")
-        for name, layout in (
+        for named, layout in (
             ("a.txt", "llava_cot"),
             ("b.tsv", "lmms-eval"),
             ("no/a.jsonl", "llava_cot"),
         ):
             with pytest.raises(PredictionError, match="in a folder that is there; name another"):
-                write_predictions(Path(tmp) / name, FIVE, SAID, layout)
+                write_predictions(Path(tmp) / named, FIVE, SAID, layout)
         with pytest.raises(PredictionError, match="order of the examples"):
             write_predictions(file, FIVE, SAID[::-1], "vlmevalkit")
         with pytest.raises(PredictionError, match="layout: found 'tsv'"):
@@ -415,14 +415,14 @@ def test_what_is_written_is_read_again():
 def test_the_place_of_a_file_says_whose_it_is():
     with tempfile.TemporaryDirectory() as tmp:
         lmms_file = "lmms-lab__llava-onevision/20260806_102223_samples_mme.jsonl"
-        for name, rows_, model in (
+        for named, rows_, model in (
             ("Qwen2_VL/T1/Qwen2_VL_MMStar.json", kit_rows(), "Qwen2_VL"),
             ("Qwen2_VL/Qwen2_VL_MMStar.json", kit_rows(), "Qwen2_VL"),
             ("else/Qwen2_VL_MMStar.json", kit_rows(), None),
             (lmms_file, lmms_rows(), "lmms-lab/llava-onevision"),
             ("else/answers.jsonl", own_rows(), None),
         ):
-            file = Path(tmp) / name
+            file = Path(tmp) / named
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(map(json.dumps, rows_)))
             assert open_predictions(file).model == model
@@ -445,9 +445,11 @@ def test_kept_answers_survive_and_nobody_elses_are_taken():
             assert len(torn) == 2 and file.read_bytes().count(b"\n") == 3
             torn.update([list(kept_.items())[2]])
             assert file.read_bytes() == whole_
-        for name in FACTS:
-            with pytest.raises(PredictionError, match=f"unfinished evaluation with {name} .*, found x"):
-                with kept_answers(out, FACTS | {name: "x"}):
+        for named in FACTS:
+            with pytest.raises(
+                PredictionError, match=f"unfinished evaluation with {named} .*, found x"
+            ):
+                with kept_answers(out, FACTS | {named: "x"}):
                     pass
         file.write_bytes(whole_ + b'{"id": "x"}\n')
         with pytest.raises(PredictionError, match="asked.jsonl:5: found .*take the line out"):
