@@ -123,7 +123,7 @@ def train(
 # %% ../nbs/80_commands.ipynb #c012a
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
-    from llava_cot.evaluate import examination, leave_out_bad, measured
+    from llava_cot.examiner import examination, leave_out_bad, measured
     from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
@@ -188,7 +188,7 @@ def _warnings(report: dict) -> list[str]:
 
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
-    from llava_cot.evaluate import examination, leave_out, measured
+    from llava_cot.examiner import examination, leave_out, measured
     from llava_cot.run import read_recipe, settings_from
     from llava_cot.train import resume
 
@@ -311,7 +311,7 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
 # %% ../nbs/80_commands.ipynb #c013d
 def _dry_data(source, s, ok: list, unchecked: list, check: bool | str = True) -> dict | None:
     "The rows of a run by name, or None where they are not on this machine."
-    from llava_cot.evaluate import examination, measured
+    from llava_cot.examiner import examination, measured
 
     if not source["data"]:
         unchecked.append("data: not given")
@@ -444,7 +444,7 @@ def _config(name: str):
 
 def _rows(options: dict) -> int | None:
     "How many rows `train` would train on, where the data is on this machine."
-    from llava_cot.evaluate import examination
+    from llava_cot.examiner import examination
     from llava_cot.schedule import Schedule
 
     if not options.get("data") or not Path(options["data"]).exists():

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['ScoredRow', 'scores', 'breakdown', 'problem_stages', 'calibration', 'Report', 'score', 'without_pictures',
            'zero_pixels', 'other_rows', 'with_other_pictures', 'shared_answers', 'offline_judge', 'evaluate', 'Pair',
-           'Comparison', 'compare', 'compare_models', 'Examiner', 'scored_endpoint', 'examination', 'measured',
-           'leave_out_bad', 'leave_out']
+           'Comparison', 'compare', 'compare_models']
 
 # %% ../nbs/73_evaluate.ipynb #evaluate-imports
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 
@@ -19,11 +18,10 @@ import pyarrow.compute as pc
 import torch
 from datasets import concatenate_datasets
 
-from .batches import find_rows, reader_of, select_rows
+from .batches import select_rows
 from .cot import LLAVA_COT, CoTFormat, check
-from .data import in_stages, load, picture_groups, question, split
+from .data import picture_groups, question
 from .distributed import gathered, my_share, together
-from .endpoint import Endpoint, endpoint_answers
 from .memory import halving
 from llava_cot.metrics import (
     EvaluateError,
@@ -34,9 +32,8 @@ from llava_cot.metrics import (
     score_of,
 )
 from .pictures import example_at
-from .reasoning import answer_key_judge, soundness
+from .reasoning import soundness
 from .search import Answer, Greedy, answer, ids_of
-from .settings import Settings
 from llava_cot.statistics import (
     auroc,
     bootstrap_interval,
@@ -59,8 +56,8 @@ class ScoredRow:
     question: str
     reference: str  # the conclusion wanted
     text: str  # what the model wrote
-    finished: bool
-    tokens: int
+    finished: bool | None  # None where nobody knows
+    tokens: int | None
     right: bool  # ended, whole, and its conclusion says the same as the reference
     format_problems: tuple  # of `Problem`
     problems: tuple | None  # the judge's; None without a judge
@@ -75,13 +72,14 @@ class ScoredRow:
 
     @property
     def valid(self) -> bool:
-        "Ended, and well formed."
-        return self.finished and not self.format_problems
+        "Not cut off, and well formed."
+        return self.finished is not False and not self.format_problems
 
     @property
     def sound(self) -> bool:
-        "Ended, and the judge found nothing wrong in any stage."
-        return self.problems is not None and self.finished and not self.problems
+        "Not cut off, and the judge found nothing wrong in any stage."
+        judged = self.problems is not None
+        return judged and self.finished is not False and not self.problems
 
 # %% ../nbs/73_evaluate.ipynb #c035
 def _mark(
@@ -155,13 +153,13 @@ def scores(
         other_accuracy=_share(r.other_right for r in rows if r.other_right is not None),
         majority_accuracy=_majority(rows) / len(rows),
         format_valid=_share(r.valid for r in rows),
-        truncated=_share(not r.finished for r in rows),
         unparsed=_share(r.read == "unparsed" for r in rows),
         plain=_share(r.read == "plain text" for r in rows),
+        truncated=_share(not r.finished for r in rows if r.finished is not None),
         sound=_share(r.sound for r in rows) if judged else None,
         sound_ci=sound_ci and list(sound_ci),
         sound_if_right=_share(r.sound for r in rows if r.right) if judged else None,
-        mean_tokens=_share(r.tokens for r in rows),
+        mean_tokens=_share(r.tokens for r in rows if r.tokens is not None),
     )
 
 # %% ../nbs/73_evaluate.ipynb #ev-by
@@ -228,10 +226,10 @@ class Report:
     blind_accuracy: float | None  # right conclusions with the picture zeroed
     majority_accuracy: float  # right, had the most frequent answer of each kind been given
     format_valid: float  # ended, and well formed
-    truncated: float  # ran into the limit
+    truncated: float | None  # ran into the limit, of those of which that is known
     sound: float | None  # the judge found nothing wrong in any stage
     sound_if_right: float | None  # the same among the right ones
-    mean_tokens: float  # length of an answer
+    mean_tokens: float | None  # length of an answer
     per_kind: dict  # kind -> the same figures
     metrics: dict = field(default_factory=dict)  # of `METRICS` -> rows that it compared
     clusters: int = 0  # pictures, or sets of pictures that rows share
@@ -371,6 +369,7 @@ def shared_answers(
     batch_size: int,  # to begin with
     progress: bool,
     alter: Callable | None = None,  # as for `answer`
+    kept: MutableMapping | None = None,  # as for `answer`; not where processes must ask in step
 ) -> list[Answer]:  # in the order of `examples`
     "`answer`, rows shared out among a run's processes, in batches that fit the memory of each."
     with gathered(model) as free:
@@ -378,7 +377,8 @@ def shared_answers(
         rows = select_rows(examples, list(mine))
 
         def ask(n):
-            return answer(model, processor, rows, method, n, progress and 0 in mine, alter)
+            bar, store = progress and 0 in mine, kept if free else None
+            return answer(model, processor, rows, method, n, bar, alter, store)
 
         each = together(lambda: halving(ask, batch_size) if free else ask(batch_size))
     if not free:  # all have asked everything
@@ -418,6 +418,7 @@ def evaluate(
     batch_size: int = 128,  # questions asked side by side; halved where the memory is full
     seed: int = 0,  # of the intervals, and of the other pictures
     progress: bool = True,  # show bars
+    kept: MutableMapping | None = None,  # answers that are there; see `predictions.kept_answers`
 ) -> Report:
     "Asks, and scores. Raises `EvaluateError` before asking, if an example has no reference."
     if not len(examples):
@@ -426,25 +427,27 @@ def evaluate(
     for i in range(len(texts)):
         reference(texts[i], fmt)
     how = (method, batch_size, progress)
-    given = shared_answers(model, processor, examples, *how)
+    given = shared_answers(model, processor, examples, *how, kept=kept)
     more = dict(fmt=fmt, kind=kind, plain=plain, seed=seed)
     more |= dict(judge=offline_judge(fmt) if judge is None else judge or None)
     if blind:
-        more |= dict(blind=shared_answers(model, processor, examples, *how, alter=zero_pixels))
+        asked = (model, processor, examples, *how)
+        more |= dict(blind=shared_answers(*asked, alter=zero_pixels, kept=kept))
     if other:
-        more |= dict(other=_other_answers(model, processor, examples, how, seed))
+        more |= dict(other=_other_answers(model, processor, examples, how, seed, kept))
     return score(examples, given, **more)
 
 
-def _other_answers(model, processor, examples: Sequence, how: tuple, seed: int) -> list:
+def _other_answers(model, processor, examples: Sequence, how: tuple, seed: int, kept) -> list:
     "Answers about another row's pictures; None where there are none."
     others = other_rows(picture_groups(examples), _pictures_of_each(examples), seed)
     rows = [i for i, j in enumerate(others) if j is not None]
     found = [None] * len(others)
     if rows:
         asked = with_other_pictures(examples, rows, [others[i] for i in rows])
-        for i, said in zip(rows, shared_answers(model, processor, asked, *how)):
-            found[i] = said
+        said = shared_answers(model, processor, asked, *how, kept=kept)
+        for i, one in zip(rows, said):
+            found[i] = one
     return found
 
 
@@ -547,137 +550,3 @@ def compare_models(
         raise EvaluateError(f"compare: found {twice[0]} twice, expected different models")
     reports = {name: examine(*opened(name)) for name in names}
     return compare(reports, seed) if len(reports) > 1 else Comparison(reports, [])
-
-# %% ../nbs/73_evaluate.ipynb #c009
-class Examiner:
-    "Scores a model on held-out rows after each phase; `report` is the last, full one."
-
-    def __init__(
-        self,
-        rows,  # with reference answers; may be empty
-        fmt,  # a `CoTFormat`
-        last: str,  # name of the last phase
-        judge=None,  # (example, text) -> list of `Problem`
-        max_new_tokens: int = 1024,
-        seed: int = 0,  # of the intervals
-        progress: bool = True,
-        batch_size: int = 128,  # to begin with; halved where the memory is full
-    ):
-        self.rows, self.fmt, self.last, self.judge = rows, fmt, last, judge
-        self.max_new_tokens, self.seed, self.progress = max_new_tokens, seed, progress
-        self.batch_size = batch_size
-        self.report = None
-
-    def scores(self, model, processor, rows, blind: bool, progress: bool, **more) -> Report:
-        "The `Report` of some rows; `more` is for `evaluate`."
-        return evaluate(
-            model,
-            processor,
-            rows,
-            fmt=self.fmt,
-            method=Greedy(self.max_new_tokens),
-            judge=self.judge,
-            blind=blind,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            progress=progress,
-            **more,
-        )
-
-    def __call__(self, model, processor, phase) -> dict:
-        "What `fit` calls after each phase."
-        if not len(self.rows):
-            return {}
-        blind = phase.name == self.last
-        self.report = found = self.scores(model, processor, self.rows, blind, self.progress)
-        return dict(accuracy=found.accuracy, accuracy_ci=found.accuracy_ci, sound=found.sound)
-
-    def answers(self, n: int):
-        "What `fit` calls at each validation inside the run: accuracy on the first `n` rows."
-        few = self.rows.select(range(min(n, len(self.rows))))
-
-        def measure(model, processor) -> dict:
-            found = self.scores(model, processor, few, False, False)
-            return dict(accuracy=found.accuracy, sound=found.sound)
-
-        return measure
-
-# %% ../nbs/73_evaluate.ipynb #endpoint-scored
-def scored_endpoint(
-    examiner: Examiner,
-    endpoint: Endpoint,
-    blind: bool = True,  # ask again with grey pictures
-    instruct: bool = False,  # say in the prompt how an answer is written
-) -> Report:
-    "Asks an endpoint, and scores. Raises `EvaluateError` before asking, and `EndpointError`."
-    rows, fmt = examiner.rows, examiner.fmt
-    for i in range(len(rows)):
-        reference(rows.remove_columns("images")[i], fmt)
-    how = (rows, endpoint, fmt if instruct else None, examiner.max_new_tokens)
-    given = endpoint_answers(*how, progress=examiner.progress)
-    control = endpoint_answers(*how, blind=True, progress=examiner.progress) if blind else None
-    more = dict(judge=examiner.judge, blind=control, seed=examiner.seed)
-    return score(rows, given, fmt=fmt, **more)
-
-# %% ../nbs/73_evaluate.ipynb #c009b
-def examination(
-    source: dict,  # where the rows are, as the recipe says it
-    fmt,  # a `CoTFormat`
-    schedule,
-    seed: int,
-    progress: bool,
-    check: bool | str = "text",  # as for `data.load`; `fit` looks at the pictures
-    batch_size: int | None = None,  # of answers; None: 64
-) -> tuple:
-    "The rows to train on, and the `Examiner` of those held out."
-    columns = source.get("columns")
-    rows, held, folder = load(source["data"], fmt, check, columns=columns), [], source["data"]
-    if source["eval_data"]:
-        held = load(source["eval_data"], fmt, check, columns=columns)
-        folder = source["eval_data"]
-    elif source["held_out"]:
-        rows, held = split(rows, source["held_out"], seed)
-    held = in_stages(held, fmt) if len(held) else held  # plain text has no answer to score
-    if len(held) > source["eval_n"]:
-        held = held.select(range(source["eval_n"]))
-    judge = answer_key_judge(folder, fmt)
-    last = schedule[-1].name
-    how = (source["max_new_tokens"], seed, progress, batch_size or 64)
-    return rows, Examiner(held, fmt, last, judge, *how)
-
-# %% ../nbs/73_evaluate.ipynb #c009c
-def measured(
-    source: dict,  # as the recipe says it
-    examiner: Examiner,
-    every: int | None,  # updates between validations
-) -> dict:
-    "What `fit` measures besides the training loss, by the names of its arguments."
-    found = dict(after_phase=examiner)
-    if every and len(examiner.rows):
-        few = source.get("eval_answers")
-        found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
-    if source.get("retain"):
-        plain = load(source["retain"], None, "text", columns=source.get("columns"))
-        found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))
-    return found
-
-# %% ../nbs/73_evaluate.ipynb #c012b
-def leave_out_bad(
-    examiner: Examiner,
-    processor,  # of the model
-    settings: Settings,  # of the run
-) -> list[str]:  # ids of those left out
-    "Leaves out of the rows to score on those that cannot be read, or raises `BadRows`."
-    plain = Settings(fmt=settings.fmt, control_tokens=settings.control_tokens)
-    reader = reader_of(plain, examiner.rows, processor)
-    found = find_rows(reader, settings.bad_rows, "rows to score on")
-    ids = [row.id for row in found.skipped]
-    leave_out(examiner, ids)
-    return ids
-
-
-def leave_out(examiner: Examiner, ids: list[str]) -> None:
-    "Leaves rows out of those to score on."
-    if ids:
-        kept = [i for i, id in enumerate(examiner.rows["id"]) if id not in ids]
-        examiner.rows = select_rows(examiner.rows, kept)

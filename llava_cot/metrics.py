@@ -316,7 +316,7 @@ def conclusion_of(
     plain: bool = False,  # take a text without stages for its conclusion
 ) -> tuple[str | None, str]:
     "The conclusion and `stages` or `plain text`; or none and why: `truncated`, `unparsed`."
-    if not given.finished:
+    if given.finished is False:
         return None, "truncated"
     if not check(given.text, fmt):
         return parse(given.text, fmt)["CONCLUSION"], "stages"

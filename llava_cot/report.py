@@ -145,7 +145,7 @@ def _picture(image) -> str:
 def _verdict(row: ScoredRow) -> str:
     "Right or wrong, and what else there is to say in a few words."
     words = ["right" if row.right else "wrong"]
-    if not row.finished:
+    if row.finished is False:
         words.append("cut off")
     elif row.format_problems:
         words.append("not well formed")
@@ -157,7 +157,7 @@ def _verdict(row: ScoredRow) -> str:
 def _found(row: ScoredRow, most: int = 4) -> str:
     "A list of the first problems of an answer."
     found = list(dict.fromkeys(map(str, (*row.format_problems, *(row.problems or ())))))
-    if not row.finished:
+    if row.finished is False:
         found.insert(0, f"the answer had not ended after {row.tokens} tokens")
     shown = [html.escape(textwrap.shorten(problem, 220)) for problem in found[:most]]
     if len(found) > most:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llava_cot import commands, data, shapes, tiny
+from llava_cot.cot import InputError
 from llava_cot.families import ModelError
 from llava_cot.tokens import TooLong, lengths
 

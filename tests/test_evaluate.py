@@ -94,6 +94,20 @@ def forty(wrong=(), unsound=()):
     )
 
 
+def test_an_answer_of_which_nobody_knows_whether_it_ended_is_taken_by_its_form():
+    pair_ = list(shapes.examples(5, seed=1))
+    handed_, judge_ = hand_made(pair_)
+    five_ = [example for _, example in pair_]
+    unknown = [Answer(a.id, a.text, None, None) for a in handed_]
+    known = [Answer(a.id, a.text, True, 90) for a in handed_]
+    found_, whole_ = (evaluate_module.score(five_, a, judge=judge_) for a in (unknown, known))
+    assert found_.truncated is None and found_.mean_tokens is None and whole_.truncated == 0
+    for name in ("accuracy", "format_valid", "sound", "sound_if_right"):
+        assert getattr(found_, name) == getattr(whole_, name)
+    mixed = evaluate_module.score(five_, [*unknown[:4], handed_[4]], judge=judge_)
+    assert mixed.truncated == 0 and mixed.mean_tokens == 90
+
+
 def test_hand_made_answers_score_as_they_should():
     pairs = list(shapes.examples(5, seed=1))
     answers, judge = hand_made(pairs)
@@ -176,8 +190,8 @@ def test_without_a_judge_and_by_another_kind():
 
 
 def test_rows_fall_into_thirds_by_length():
-    found = evaluate_module._by_length([1, 2, 3, 4, 5, 6], "words")
-    assert found == ["up to 2 words"] * 2 + ["3 to 4 words"] * 2 + ["over 4 words"] * 2
+    told_ = evaluate_module._by_length([1, 2, 3, 4, 5, 6], "words")
+    assert told_ == ["up to 2 words"] * 2 + ["3 to 4 words"] * 2 + ["over 4 words"] * 2
     assert set(evaluate_module._by_length([7] * 5, "words")) == {"up to 7 words"}
     pairs = list(shapes.examples(5, seed=1))
     answers, judge = hand_made(pairs)
@@ -194,10 +208,10 @@ def test_a_model_that_knows_has_area_one():
     rows_ = score(*hand_scored()).rows
     assert calibration(rows_) == {}
     knows = [replace(r, logprob=-0.1 if r.right else -2.0) for r in rows_]
-    found = calibration(knows)
-    assert found["right"]["auroc"] == 1 and "sound" not in found
-    assert sum(b["n"] for b in found["right"]["bins"]) == len(rows_)
-    assert json.loads(json.dumps(found)) == found
+    told_ = calibration(knows)
+    assert told_["right"]["auroc"] == 1 and "sound" not in told_
+    assert sum(b["n"] for b in told_["right"]["bins"]) == len(rows_)
+    assert json.loads(json.dumps(told_)) == told_
 
 
 def test_plain_text_is_a_conclusion_only_where_that_is_asked_for():

@@ -4,17 +4,104 @@ from llava_cot.scoring import *
 import io
 import json
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from llava_cot import data, shapes, tiny
+from llava_cot import data, search, shapes, tiny
 from llava_cot.commands import CliError
+from llava_cot.cot import InputError, InputWarning
 from llava_cot.endpoint import EndpointError, served
 from llava_cot.families import ModelError
 from llava_cot.replies import chat
+
+
+def test_models_are_compared_in_one_page_and_a_killed_comparison_goes_on():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 8, progress=False)
+        words = dict(data="rows", blind=False, max_new_tokens=8, batch_size=4, compare=["tiny_llava"])
+        told = evaluate("tiny_base", out="one", **words)
+        page = Path("one/comparison.html").read_text()
+        assert "tiny_base" in page and "tiny_llava" in page
+        assert {pair["measure"] for pair in told["comparison"]["pairs"]} >= {"right"}
+        own, calls = search.Greedy.write, []
+
+        def stopping(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return own(*args)
+
+        with mock.patch.object(search.Greedy, "write", stopping), pytest.raises(KeyboardInterrupt):
+            evaluate("tiny_base", out="two", **words)
+        assert not Path("two/report.json").exists()
+        with mock.patch.object(search.Greedy, "write", stopping):
+            again = evaluate("tiny_base", out="two", **words)
+        assert len(calls) == 5 and again["comparison"] == told["comparison"]
+        for name in ("answers.jsonl", "comparison.json", "compared/tiny_llava/answers.jsonl"):
+            assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+
+
+def test_a_file_of_predictions_is_scored_as_the_model_was():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 8, progress=False)
+        few = dict(n=6, blind=False)
+        asked = evaluate("tiny_base", "rows", "asked", max_new_tokens=30, batch_size=4, **few)
+        told = evaluate(predictions="asked/answers.jsonl", data="rows", out="told", **few)
+        lines = [Path(f"{place}/answers.jsonl").read_bytes() for place in ("asked", "told")]
+        assert lines[0] == lines[1] and told["truncated"] == asked["truncated"]
+        assert told["predictions"] == "asked/answers.jsonl: 6 predictions in llava_cot's layout"
+        assert {k: told[k] for k in ("accuracy", "sound", "n")} == {
+            k: asked[k] for k in ("accuracy", "sound", "n")
+        }
+        for name, layout in (("m.json", "vlmevalkit"), ("m.jsonl", "lmms-eval")):
+            words = dict(data="rows", export=name, layout=layout, **few)
+            evaluate(predictions="asked/answers.jsonl", **words)
+            again = evaluate(predictions=name, data="rows", **few)
+            assert again["truncated"] is None and again["n"] == 6
+            assert again["format_valid"] == asked["format_valid"]
+        with pytest.raises(InputError, match="1 of 7 questions have no prediction"):
+            evaluate(predictions="m.json", data="rows", n=7)
+        with pytest.warns(InputWarning, match="these count as wrong"):
+            assert evaluate(predictions="m.json", data="rows", n=7, missing="wrong")["n"] == 7
+        for words, line in (
+            (dict(data="rows"), "eval: found none, expected one of --model or --predictions"),
+            (dict(model="m", predictions="p", data="rows"), "eval: found both, expected one of"),
+            (dict(model="tiny_base"), "--data is missing"),
+            (dict(predictions="m.json", data="rows", layout="csv", export="a.csv"), "layout: found"),
+            (dict(predictions="m.json", data="rows", out="asked"), "not empty"),
+        ):
+            with pytest.raises(InputError, match=line):
+                evaluate(**words)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_by_the_same_command():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 8, progress=False)
+        words = dict(data="rows", blind=False, max_new_tokens=12, batch_size=2)
+        whole = evaluate("tiny_base", out="whole", **words)
+        own, calls = search.Greedy.write, []
+
+        def stopping(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return own(*args)
+
+        with mock.patch.object(search.Greedy, "write", stopping), pytest.raises(KeyboardInterrupt):
+            evaluate("tiny_base", out="out", **words)
+        with pytest.raises(InputError, match="unfinished evaluation with model .*, found"):
+            evaluate("tiny_llava", out="out", **words)
+        for name, other in (("max_new_tokens", 13), ("dtype", "bfloat16")):
+            with pytest.raises(InputError, match="out out: holds an unfinished evaluation with"):
+                evaluate("tiny_base", out="out", **words | {name: other})
+        with mock.patch.object(search.Greedy, "write", stopping):
+            evaluate("tiny_base", out="out", **words)
+        assert len(calls) == 5  # four batches, of which one was begun twice
+        for name in ("answers.jsonl", "asked.jsonl", "kinds.png"):
+            assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 def test_an_endpoint_is_scored_as_a_model_is_and_goes_on_after_a_stop():
@@ -76,9 +163,11 @@ def test_the_model_is_opened_in_the_type_and_at_the_place_it_is_told():
         with pytest.raises(ModelError, match="dtype: found 'int8', expected auto, float32"):
             evaluate("tiny_llava", f"{d}/rows", dtype="int8")
         for words, line in (
-            (dict(data="rows"), "--model is missing"),
+            (dict(data="rows"), "found none, expected one of --model or --predictions"),
             (dict(model="tiny_base"), "--data is missing"),
             (dict(model="m", data="rows", endpoint="u", compare=["n"]), "compare: found --endpoint"),
+            (dict(predictions="p", data="rows", endpoint="u"), "predictions: found --endpoint"),
+            (dict(predictions="p", data="rows", compare=["n"]), "compare: found --predictions"),
         ):
             with pytest.raises(CliError, match=line):
                 evaluate(**words)

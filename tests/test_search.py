@@ -160,6 +160,36 @@ def test_neighbours_do_not_matter():
         assert ask([]) == []
 
 
+def test_kept_answers_are_not_asked_again_and_no_others_are_taken():
+    model, processor = tiny_llava()
+    five = [ex for _, ex in shapes.examples(5)]
+    asked, own = [], Greedy.write
+
+
+    def counted(self, model, batch, *more):
+        asked.append(len(batch["input_ids"]))
+        return own(self, model, batch, *more)
+
+
+    def ask_(examples, method=Greedy(6), **how):
+        asked.clear()
+        return answer(model, processor, examples, method, 2, progress=False, **how)
+
+
+    with mock.patch.object(Greedy, "write", counted):
+        plain, notes = ask_(five), {}
+        assert ask_(five, kept=notes) == plain and asked == [2, 2, 1] and len(notes) == 5
+        assert ask_(five, kept=notes) == plain and asked == []
+        lost = next(iter(notes))
+        fewer = {key: given for key, given in notes.items() if key != lost}
+        assert ask_(five, kept=fewer) == plain and asked == [2] and fewer == notes
+        assert ask_(five, kept=notes, alter=lambda row: row | {"pixel_values": row["pixel_values"] * 0})
+        assert asked == [2, 2, 1] and len(notes) == 10
+        renamed = [ex | dict(id=f"other-{ex['id']}") for ex in five]
+        assert [a.text for a in ask_(renamed, kept=notes)] == [a.text for a in plain]
+        assert asked == [2, 2, 1] and len(notes) == 15
+
+
 def test_the_model_is_left_as_found():
     model, processor = tiny_llava()
     model.train()
