@@ -34,6 +34,7 @@ from .families import ModelError, family_of, parts, select, without_gradient
 from .files import whole_folder, write_file
 from llava_cot.opening import (
     adapter_base,
+    as_packed,
     chat_template_of,
     check_processor_files,
     check_tokens,
@@ -42,11 +43,15 @@ from llava_cot.opening import (
     first_sentence,
     holds_weights,
     need_template,
+    opened_in_nf4,
+    packed_layers,
+    quantise,
     quietly,
     read_config,
     read_json,
     root_of,
     weight_files,
+    whole_weight,
 )
 
 # what a user of models looks for here, too
@@ -66,7 +71,10 @@ def load(
 
     base = adapter_base(name, root_of(name))
     if base:
-        model = _merged_adapter(load(base, found)[0], name)
+        whole = torch.bfloat16 if found == "nf4" else found
+        model = _merged_adapter(load(base, whole)[0], name)
+        if found == "nf4":
+            quantise(model)
     else:
         model = _weights(name, load_config(name), found)
         family_of(model).prepare(model)
@@ -135,10 +143,12 @@ def find_device(
 
 
 def find_dtype(
-    dtype: str | torch.dtype,  # a type, its name, or auto
+    dtype: str | torch.dtype,  # a type, its name, auto, or nf4
     device: torch.device,  # where the model is put
 ) -> torch.dtype | str:  # "auto" stands for the type in which the weights are stored
     "The type to open weights in: with auto, their own on an accelerator, else float32."
+    if dtype == "nf4":
+        return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     found = DTYPES.get(dtype, dtype)
@@ -190,7 +200,8 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     "The model of a config, with every weight from the file."
     if Path(name).is_dir():
         weight_files(Path(name))  # there must be some
-    how = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    how = dict(config=config, use_safetensors=True, trust_remote_code=False)
+    how |= opened_in_nf4(config, find_device("auto")) if dtype == "nf4" else dict(dtype=dtype)
     try:
         with quietly():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -202,7 +213,7 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     why = fault_in_names(info["missing_keys"], info["unexpected_keys"])
     if why:
         raise ModelError(f"{name}: {why}")
-    return model
+    return as_packed(model) if dtype == "nf4" else model
 
 # %% ../nbs/22_models.ipynb #c042
 _STEPS = "do_resize do_center_crop do_rescale do_normalize do_convert_rgb do_pad"
@@ -277,13 +288,15 @@ def save(
     state_dict: dict | None = None,  # the weights, where the model holds only its share of them
     apart: bool = False,  # adapters into a file of their own instead of into the weights
     dtype: torch.dtype | None = None,  # of the weights in the file; `None`: as they are
+    packed: bool = False,  # leave weights of 4 bits as they are instead of writing them in 16
 ) -> None:
     "Write model, processor, fingerprint into a folder that plain transformers opens."
     folder, dtype = Path(folder), dtype or model.dtype
     check_preprocessing(model, processor, str(folder))
     if folder.exists() and not _may_be_replaced(folder):
         raise ModelError(f"{folder} exists and is not a model folder; choose another, or remove it")
-    weights = _stored(model, merged_state(model, state_dict, apart), dtype)
+    kept = None if packed else dtype
+    weights = _stored(model, merged_state(model, state_dict, apart, packed), kept)
     with whole_folder(folder) as new:
         with quietly():  # what is on a GPU is copied shard by shard
             model.save_pretrained(new, state_dict=weights, max_shard_size="5GB")
@@ -291,6 +304,8 @@ def save(
             save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
         processor.save_pretrained(new)
         _open_to_both(new, dtype, processor.tokenizer)
+        if packed_layers(model) and not packed:
+            _edit_json(new / "config.json", _without_quantisation)
         write_file(new / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
 
 
@@ -315,9 +330,9 @@ def stored_dtype(
     return min(model.dtype, opened, key=lambda t: t.itemsize)
 
 
-def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     "A weight in a type, made on the CPU. Raises `ModelError` where a number is too large."
-    if not weight.is_floating_point() or weight.dtype == dtype:
+    if not weight.is_floating_point() or dtype in (None, weight.dtype):
         return weight
     made = weight.detach().to("cpu", dtype)
     if made.isinf().any() and not weight.isinf().any():
@@ -328,7 +343,7 @@ def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return made
 
 
-def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype) -> dict:
+def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype | None) -> dict:
     "The weights by the names and in the type in which they are written; what is tied stays one."
     name_of, made = family_of(model).stored, {}
     for name, w in state.items():
@@ -354,6 +369,11 @@ def _config_for_both(config: dict, dtype: torch.dtype) -> dict:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         config["text_config"] |= dict(rope_theta=rope["rope_theta"], rope_scaling=scaling)
     return config
+
+
+def _without_quantisation(config: dict) -> dict:
+    "The config of a model whose weights are written in 16 bits."
+    return {k: v for k, v in config.items() if k != "quantization_config"}
 
 
 def _tokenizer_for_both(config: dict, tokenizer) -> dict:
@@ -449,25 +469,42 @@ def merged_state(
     model: torch.nn.Module,  # with adapters or without; not changed
     state: dict | None = None,  # its weights, where it holds only its share of them
     apart: bool = False,  # leave the adapters out instead of adding them in
+    packed: bool = False,  # leave weights of 4 bits as they are; only with `apart`
 ) -> dict[str, torch.Tensor]:
     "The weights, under the names that they have without adapters."
     state = dict(model.state_dict() if state is None else state)
+    if not packed:
+        _unpack(model, state)
     for name, layer in adapter_layers(model).items():
         a = state.pop(f"{name}.lora_A.default.weight")
         b = state.pop(f"{name}.lora_B.default.weight")
         weight = state[f"{name}.base_layer.weight"]
         if not apart:
-            merged = weight + b @ a * layer.scaling["default"]
+            merged = weight + (b @ a * layer.scaling["default"]).to(weight.device)
             state[f"{name}.base_layer.weight"] = merged.to(weight.dtype).cpu()
     return {n.replace(".base_layer.", "."): w for n, w in state.items()}
+
+
+def _unpack(model: torch.nn.Module, state: dict) -> None:
+    "In place of each weight of 4 bits the numbers it stands for, on the CPU."
+    for name, layer in packed_layers(model).items():
+        for key in [key for key in state if key.startswith(f"{name}.weight.")]:
+            del state[key]  # its scales
+        state[f"{name}.weight"] = whole_weight(layer).cpu()
 
 
 @torch.no_grad()
 def merge_adapters(
     model: torch.nn.Module,  # changed in place
 ) -> None:
-    "Add the adapters into the weights, in place; what is left is a model without adapters."
+    """Add the adapters into the weights, in place; what is left is a model without adapters.
+
+    Those over weights of 4 bits stay, as they would be rounded away there: `save` adds them in.
+    """
+    packed = packed_layers(model)
     for name, layer in adapter_layers(model).items():
+        if f"{name}.base_layer" in packed:
+            continue
         layer.merge()
         model.set_submodule(name, layer.base_layer)
 

@@ -44,6 +44,7 @@ from .distributed import gather_state
 from .files import sealed, why_broken, write_file, writing
 from .gate import Policy
 from .models import model_digest
+from .opening import count_numbers
 from .rowcheck import BadRow
 from .schedule import Phase, Schedule, has_adapters_on
 from .settings import RunError, Settings
@@ -332,7 +333,7 @@ def save_checkpoint(
         if run.carried:
             state["carried"] = run.carried
         with writing(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights, apart=True)
+            models.save(run.model, run.processor, new, weights, apart=True, packed=True)
             torch.save(state, new / "optimizer.pt")
             (new / "progress.json").write_text(json.dumps(run.progress))
         prune_checkpoints(folder, run.settings.keep)
@@ -449,7 +450,7 @@ def phase_record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
         seconds=round(run.seconds, 2),
         updates=updates,
         trainable=trained,
-        total=sum(p.numel() for p in run.model.parameters()),
+        total=sum(map(count_numbers, run.model.parameters())),
         loss=sum(m["loss"] for m in lines) / max(1, len(lines)),
         loss_by_stage=by_stage,
     )

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
 from llava_cot.models import _adapter_state
+from llava_cot.opening import nf4_layers, packed_layers, quantise, whole_weight
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode, lengths
@@ -48,6 +49,22 @@ def batch_of(processor, *examples):
 
 def model_inputs(batch):
     return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
+
+
+def wide(tiny, width=64):
+    "A tiny model whose language model has rows of whole blocks, and its processor."
+    small, own = tiny()
+    config = copy.deepcopy(small.config)
+    text = config.get_text_config()
+    text.hidden_size, text.intermediate_size = width, 2 * width
+    if getattr(text, "head_dim", None):
+        text.head_dim = width // text.num_attention_heads
+    if hasattr(config.vision_config, "out_hidden_size"):
+        config.vision_config.out_hidden_size = width
+    torch.manual_seed(0)
+    made = AutoModelForImageTextToText.from_config(config).eval()
+    family_of(made).prepare(made)
+    return remember_preprocessing(made, own), own
 
 import json
 import os
@@ -848,3 +865,37 @@ def test_the_digest_sees_weights_and_config():
     assert model_digest(one) == model_digest(two) != model_digest(tiny_mllama(seed=1)[0])
     two.config.text_config.dropout = 0.1
     assert model_digest(one) != model_digest(two)
+
+
+def test_four_bits_are_the_same_from_a_folder_and_in_place():
+    pytest.importorskip("bitsandbytes")
+    for tiny in TINY:
+        toy, own = wide(tiny)
+        with tempfile.TemporaryDirectory() as d:
+            save(toy, own, f"{d}/m", dtype=torch.bfloat16)
+            read = load(f"{d}/m", "nf4")[0]
+            whole = load(f"{d}/m", torch.bfloat16)[0]
+            before = {n: m.weight for n, m in nf4_layers(whole).items()}
+            packed = quantise(whole)
+            assert packed is whole and set(packed_layers(packed)) == set(packed_layers(read)) == set(
+                before
+            )
+            assert model_digest(packed) == model_digest(read)
+            for name, layer in packed_layers(read).items():
+                there = whole_weight(layer)
+                assert there.dtype == torch.bfloat16 and there.shape == before[name].shape
+                assert (there - before[name]).norm() < 0.1 * before[name].norm()
+            save(read, own, f"{d}/packed", apart=True, packed=True)
+            again = load(f"{d}/packed", "nf4")[0]
+            a, b = read.state_dict(), again.state_dict()
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+            save(read, own, f"{d}/wide")
+            sixteen, said = AutoModelForImageTextToText.from_pretrained(
+                f"{d}/wide", dtype="auto", output_loading_info=True
+            )
+            assert not said["missing_keys"] and not said["unexpected_keys"]
+            assert sixteen.dtype == torch.bfloat16 and not packed_layers(sixteen)
+            batch = model_inputs(batch_of(own))
+            batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+            with torch.no_grad():
+                assert torch.allclose(read(**batch).logits, sixteen(**batch).logits, atol=0.02)
