@@ -82,6 +82,7 @@ class Family:
     reads: str  # the name of its processor's class in transformers
     unused: Callable = _none_unused  # config -> regex of parameters that never get a gradient
     named: Mapping[str, tuple] = field(default_factory=dict)  # name -> part, config -> its layers
+    mask: str | None = None  # where pictures stand beside the text: the input that is 0 for unseen
     prepare: Callable = _as_it_is  # mends the model, after it is built or loaded
     complete: Callable = _as_it_is  # processor, config: gives it what older folders leave out
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
@@ -415,6 +416,7 @@ _MLLAMA = Family(
     budget=_BY_TILES,
     reads="MllamaProcessor",
     named={"cross_attention": ("language", _cross_attention_layers)},
+    mask="cross_attention_mask",
     prepare=_mllama_prepare,
 )
 

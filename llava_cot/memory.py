@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Ledger', 'pretend', 'pretended_batch', 'transformer_layers', 'gradient_checkpointing', 'VisionCache',
            'cached_vision', 'features_are_fixed', 'unmoved_share', 'vanishing_updates', 'precision_warnings',
            'stochastic_rounding', 'compile_layers', 'fuse_kernels', 'check_extras', 'weights_dtype', 'prepare_weights',
-           'largest_batch', 'try_batch']
+           'largest_batch', 'try_batch', 'is_memory_error', 'halving']
 
 # %% ../nbs/40_memory.ipynb #memory-imports
 import contextlib
@@ -21,6 +21,7 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -34,10 +35,11 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from . import models
 from .batches import Reader
+from .blank import reach_all
 from .families import family_of, layers
 from .files import write_file
 from .gate import PICTURES
-from .loss import replaced_forward, token_losses
+from .loss import makes_logits, replaced_forward, token_losses
 from .models import DTYPES, model_digest
 from .opening import in_type, need_bitsandbytes, nf4_layers, packed_layers, quantise
 from .pixels import adopted
@@ -94,7 +96,7 @@ def hold(self: Ledger, t: torch.Tensor, kind: str | None = None) -> None:
             return
         self._strike(key)
     if kind is None:
-        is_logits = t.ndim > 1 and t.shape[-1] == self.vocabulary
+        is_logits = t.ndim > 1 and (t.shape[-1] == self.vocabulary or makes_logits())
         kind = "logits" if is_logits else "activations"
     self._enter(storage, kind)
 
@@ -615,7 +617,7 @@ def try_batch(
         computing = gradient_checkpointing(model, checkpointing)
         with accelerator.autocast(), computing, adopted(model, reader.processor):
             losses, _ = token_losses(model, batch)
-        losses.sum().backward()
+        reach_all(losses.sum(), model, batch).backward()
     finally:
         for p in trained:
             p.grad = None
@@ -629,3 +631,33 @@ def _longest_rows(reader: Reader, size: int) -> dict:
     n = reader.lengths
     longest = sorted(range(len(n)), key=lambda i: -n[i])[:size]
     return Collator(reader.processor)([reader.encode(reader.example(i)) for i in longest])
+
+# %% ../nbs/40_memory.ipynb #me02
+_FULL = (
+    "out of memory",  # CUDA, HIP, XPU, MPS
+    "can't allocate memory",  # torch on the CPU
+    "annot allocate memory",  # the system
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    "Whether memory ran out, of a device or of the machine."
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(w in str(error) for w in _FULL)
+
+
+def halving(
+    work: Callable,  # `work(batch_size)`
+    batch_size: int,  # to begin with
+):  # what it returns
+    "Work in batches, again in batches of half the size where the memory is full, down to one row."
+    while True:
+        try:
+            return work(batch_size)
+        except Exception as e:
+            if batch_size == 1 or not is_memory_error(e):
+                raise
+        clear_device_cache(garbage_collection=True)
+        batch_size //= 2

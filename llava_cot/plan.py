@@ -99,12 +99,12 @@ def _mesh(engine: str, gpus: int) -> Iterator[DeviceMesh | None]:
         yield mesh
 
 
-def _shard(model, precision: str, mesh: DeviceMesh, ledger: Ledger) -> None:
+def _shard(model, s: Settings, mesh: DeviceMesh, ledger: Ledger) -> None:
     "The model as FSDP2 cuts it up, by the loop's own `shard` and accelerate's own policy."
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
-    if precision != "no":
+    if s.precision != "no":
         plugin.set_mixed_precision("bf16")
-    policy = fsdp_policy(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    policy = fsdp_policy(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), s.reduce)
     with ledger:
         shard(model, mesh=mesh, **policy)
 
@@ -238,17 +238,18 @@ class Gpu:
 
     memory: float  # GiB that CUDA reports in all
     flops: float  # bf16, dense, a second
+    source: str = ""  # of the rate
 
 
 GPUS = {
-    "H100-80GB": Gpu(79.1, 989e12),
-    "H200-141GB": Gpu(139.8, 989e12),
-    "B200-180GB": Gpu(178.3, 2250e12),
-    "A100-80GB": Gpu(79.1, 312e12),
-    "A100-40GB": Gpu(39.4, 312e12),
-    "L40S-48GB": Gpu(44.4, 362e12),
-    "RTX4090-24GB": Gpu(23.6, 165e12),
-    "RTX3090-24GB": Gpu(23.6, 71e12),
+    "H100-80GB": Gpu(79.1, 989e12, "NVIDIA H100 SXM data sheet"),
+    "H200-141GB": Gpu(139.8, 989e12, "NVIDIA H200 SXM data sheet"),
+    "B200-180GB": Gpu(178.3, 2250e12, "NVIDIA DGX B200 data sheet"),
+    "A100-80GB": Gpu(79.1, 312e12, "NVIDIA A100 data sheet"),
+    "A100-40GB": Gpu(39.4, 312e12, "NVIDIA A100 data sheet"),
+    "L40S-48GB": Gpu(44.4, 362e12, "NVIDIA L40S data sheet"),
+    "RTX4090-24GB": Gpu(23.6, 165e12, "NVIDIA Ada GPU architecture whitepaper"),
+    "RTX3090-24GB": Gpu(23.6, 71e12, "NVIDIA GA102 architecture whitepaper"),
 }
 USABLE = 0.92  # share of the memory that a plan may fill
 
@@ -363,7 +364,7 @@ def plan(
         numbers = _numbers(model)
         ledger = Ledger(config.get_text_config().vocab_size, mode)
         if mesh is not None:
-            _shard(model, s.precision, mesh, ledger)
+            _shard(model, s, mesh, ledger)
         phases = []
         for phase, its in zip(s.schedule, batches):
             own = phase_settings(s, phase)

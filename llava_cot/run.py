@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'check_folder', 'new_folder', 'settings_from', 'versions', 'rows_digest', 'rows_facts', 'read_recipe',
-           'skipped_lines', 'read_skipped', 'Run', 'seed_dropout', 'read_lines', 'Log', 'Clock', 'list_checkpoints',
-           'prune_checkpoints', 'newest_checkpoint', 'save_checkpoint', 'remove_leftovers', 'graceful_stop',
+           'skipped_lines', 'read_skipped', 'Run', 'seed_dropout', 'read_lines', 'Log', 'Clock', 'graceful_stop',
            'loss_spike', 'find_event', 'examples_of', 'remember_loss', 'stop_if_nonfinite', 'phase_record', 'start_run',
-           'result_dtype', 'save_result', 'keep_adapter', 'plot_losses', 'ProgressDisplay', 'tracker_values']
+           'result_dtype', 'keep_adapter', 'plot_losses', 'ProgressDisplay', 'tracker_values']
 
 # %% ../nbs/42_run.ipynb #run-imports
 import contextlib
@@ -16,7 +15,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import statistics
 import sys
@@ -40,8 +38,7 @@ from tqdm.auto import tqdm
 from . import __version__, files, models
 from .batches import Order
 from .cot import FORMATS, STAGES
-from .distributed import gather_state
-from .files import sealed, why_broken, write_file, writing
+from .files import LOCK, write_file, writing
 from .gate import Policy
 from .models import model_digest
 from .opening import count_numbers
@@ -57,7 +54,7 @@ def check_folder(out) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"out {out}: found a file, expected a new or empty folder; name another")
-    if out.exists() and any(f.name != "data" for f in out.iterdir()):
+    if out.exists() and any(f.name not in ("data", LOCK) for f in out.iterdir()):
         hint = ""
         if (out / "recipe.yaml").exists():
             hint = f", or go on with the run in it: llava-cot train --resume {out}"
@@ -90,16 +87,22 @@ def versions() -> dict:
     )
 
 # %% ../nbs/42_run.ipynb #c052
+def _column(rows, name: str) -> list[str | None]:
+    "A column of texts; row by row it would take seconds."
+    if not hasattr(rows, "column_names"):
+        return [row.get(name) for row in rows]
+    return rows.select_columns(name).with_format("arrow")[:][name].to_pylist()
+
+
 def rows_digest(rows) -> str:
     "A short digest of a dataset's ids in order: a resumed run must read the same rows."
-    ids = rows["id"] if hasattr(rows, "column_names") else [r["id"] for r in rows]
+    ids = _column(rows, "id")
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def rows_facts(rows) -> dict:
     "What a recipe says of the rows: their digest, and how many came from each source."
-    named = rows["source"] if hasattr(rows, "column_names") else [r.get("source") for r in rows]
-    counts = Counter(source or "" for source in named)
+    counts = Counter(source or "" for source in _column(rows, "source"))
     return dict(rows=rows_digest(rows), sources=dict(sorted(counts.items())))
 
 
@@ -282,74 +285,6 @@ class Clock:
         self.begin, self.at, self.spent = now, now, {}
         return dict(seconds=seconds, **spent, other=max(0.0, seconds - sum(spent.values())))
 
-# %% ../nbs/42_run.ipynb #k031
-def list_checkpoints(out) -> list[Path]:
-    "The finished checkpoints of a run, oldest first."
-    return sorted(f for f in Path(out).glob("checkpoints/*-*") if not f.name.startswith("."))
-
-
-def prune_checkpoints(
-    newest: Path,  # what lies beyond it, left by a run that went back, goes, too
-    keep: int,
-) -> None:
-    "Leaves `keep` checkpoints, `newest` the last of them."
-    found = list_checkpoints(newest.parent.parent)
-    at = found.index(newest)
-    for old in found[: max(0, at + 1 - keep)] + found[at + 1 :]:
-        shutil.rmtree(old)
-
-
-def newest_checkpoint(out) -> Path | None:
-    "The last checkpoint that is as it was written. Raises `RunError` where all are damaged."
-    found = list_checkpoints(out)
-    for folder in reversed(found):
-        why = why_broken(folder)
-        if why is None:
-            return folder
-        told = f"checkpoint {folder.name} is refused: {why}; looking for the one before"
-        print(told, file=sys.stderr, flush=True)
-    if found:
-        raise RunError(
-            f"resume {out}: none of its {len(found)} checkpoints is as it was written (the oldest,"
-            f" {found[0].name}: {why}); copy one back from where it was kept, or start again in a"
-            " new folder"
-        )
-    return None
-
-# %% ../nbs/42_run.ipynb #c038
-def save_checkpoint(
-    run: Run,
-    accelerator: Accelerator,
-    optimizer=None,  # left out where a phase is over and the next begins with a new one
-    **more,  # what else has a `state_dict`: scheduler, scaler
-) -> None:
-    "Writes `checkpoints/PHASE-UPDATE`, drops all but the last few. All processes must call it."
-    weights, moments = gather_state(run.model, optimizer)
-    if accelerator.is_main_process:
-        folder = run.out / "checkpoints" / f"{run.phase}-{run.done:07d}"
-        state = {k: v.state_dict() for k, v in more.items() if v is not None}
-        if optimizer:
-            state["optimizer"] = moments
-        if run.carried:
-            state["carried"] = run.carried
-        with writing(run.out, f"checkpoint {folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights, apart=True, packed=True)
-            torch.save(state, new / "optimizer.pt")
-            (new / "progress.json").write_text(json.dumps(run.progress))
-        prune_checkpoints(folder, run.settings.keep)
-    accelerator.wait_for_everyone()
-
-# %% ../nbs/42_run.ipynb #c038b
-def remove_leftovers(out) -> None:
-    "Removes what a killed process has left half-written."
-    out = Path(out)
-    for left in out.glob(".model.*"):
-        shutil.rmtree(left)
-    for inside in (out / "checkpoints", out / "best", out / "adapters"):
-        for pattern in ("..*", ".tmp-*", ".old-*"):
-            for left in inside.glob(pattern):
-                shutil.rmtree(left)
-
 # %% ../nbs/42_run.ipynb #c040
 @contextlib.contextmanager
 def graceful_stop():
@@ -495,7 +430,7 @@ def start_run(
     progress: bool | str,
     skipped: dict[str, list[BadRow]] | None = None,  # rows that cannot be trained on
 ) -> None:
-    "Makes the folder, the recipe and, where the model can not be opened again, a checkpoint."
+    "Makes the folder and the recipe."
     s, again = run.settings, (recipe["source"] or {}).get("model")
     accelerator.wait_for_everyone()  # all have seen the folder empty
     if accelerator.is_main_process:
@@ -517,8 +452,6 @@ def start_run(
             write_file(run.out / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
         if progress:
             _tell_left_out(run, dropped, recipe["skipped"])
-    if not again:
-        save_checkpoint(run, accelerator)
 
 
 def result_dtype(run: Run) -> torch.dtype | None:
@@ -538,18 +471,6 @@ def _tell_left_out(run: Run, dropped: list, skipped: int) -> None:
     if skipped:
         listed = run.out / "skipped_rows.jsonl"
         print(f"rows skipped (they cannot be trained on): {skipped:,}; {listed} says why")
-
-
-def save_result(run: Run, accelerator: Accelerator) -> None:
-    "The result: `model/` and `phases.json`."
-    weights = gather_state(run.model)[0]
-    if accelerator.is_main_process:
-        with writing(run.out, "model"):
-            how = dict(dtype=result_dtype(run))
-            models.save(run.model.eval(), run.processor, run.out / "model", weights, **how)
-            write_file(run.out / "phases.json", json.dumps(run.phases, indent=1))
-    for tracker in accelerator.trackers:
-        tracker.finish()  # not end_training: it would end the processes' group, and more may follow
 
 # %% ../nbs/42_run.ipynb #sv-adapter
 def _adapter_base(run: Run, phase: Phase) -> str | None:

@@ -82,6 +82,13 @@ class _Batches(_Shown):
     find_batch_size: bool = option(
         False, "where the batch does not fit the memory: a part of it, more accumulation", "batches"
     )
+    eval_batch_size: int | None = option(
+        None,
+        "rows side by side in validation and examination, fewer where the memory is full;"
+        " none: batch_size for the loss, 64 answers",
+        "batches",
+        least=1,
+    )
     workers: int = option(0, "processes that read and augment; 0 for none", "batches", least=0)
 
 # %% ../nbs/30_settings.ipynb #settings-rows
@@ -171,6 +178,12 @@ class _Memory(_Shown):
     compile: bool = option(False, "torch.compile for each layer", _SAVING)
     liger: bool = option(False, "Liger's kernels, on a GPU", _SAVING)
     engine: str | None = option(None, "what accelerate must give", _SAVING, (None, *ENGINES))
+    reduce: str = option(
+        "float32",
+        "fsdp2: type in which gradients are added up; bf16 sends half as much, and rounds",
+        _SAVING,
+        ("float32", "bf16"),
+    )
 
 # %% ../nbs/30_settings.ipynb #settings-logs
 _LOGS = "checkpoints and logs"
@@ -271,6 +284,8 @@ def _check_together(s: Settings) -> None:
     if s.spike is not None and not s.spike > 0:
         expected = "expected a number above 0, or none for no report"
         raise RunError(f"spike: found {s.spike!r}, {expected}")
+    if s.reduce != "float32" and s.engine not in (None, "fsdp2"):
+        raise RunError(f"reduce: found {s.reduce} with the engine {s.engine}; it is fsdp2's alone")
     if s.weights != "float32" and s.precision == "fp16":
         expected = "expected precision no or bf16 beside 16-bit weights"
         raise RunError(f"weights: found {s.weights} with precision fp16, {expected}")

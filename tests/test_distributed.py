@@ -3,6 +3,7 @@ import pytest
 from llava_cot.distributed import *
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from llava_cot.families import parts
 from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
+from llava_cot.show import table_text
 from llava_cot.tiny import tiny_base, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
 SCRIPT = """
@@ -33,7 +35,7 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from llava_cot import data, distributed, loss, memory, tiny as toys, train
+from llava_cot import data, distributed, loss, memory, tiny as toys, train, validation
 from llava_cot.schedule import Schedule
 
 torch.set_num_threads(1)
@@ -73,7 +75,7 @@ def tight(model, batch, *args, own=loss.token_losses, **options):
 
 def found(tiny, out):
     with contextlib.ExitStack() as stack:
-        for module in (loss, memory, train):
+        for module in (loss, memory, validation):
             stack.enter_context(mock.patch.object(module, "token_losses", tight))
         fit(tiny, out, find_batch_size=True)
 
@@ -86,7 +88,7 @@ def zero3(tiny, out):
 
 def fsdp2(tiny, out):
     with mock.patch.object(train, "engine_of", lambda accelerator: "fsdp2"):
-        model = stopped(tiny, out).model
+        model = stopped(tiny, out, checkpointing="all").model
     units = sum(isinstance(m, distributed.FSDPModule) for m in model.modules())
     (folder / f"{out}-units-{rank}").write_text(str(units))
 
@@ -127,13 +129,13 @@ def two_phases(first, second, optimizer):
     )
 
 
-def torchrun(folder, jobs, environment):
-    "Two processes that run `SCRIPT`."
+def torchrun(folder, jobs, environment, text=SCRIPT):
+    "What two processes print that run a script."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, "--master_port", port, str(script), str(folder), *jobs],
@@ -142,6 +144,17 @@ def torchrun(folder, jobs, environment):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def without_some_pictures(written):
+    "Every third row is text alone, beside rows with a picture."
+    file = Path(written) / "train.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[1::3]:
+        del line["image"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return written
 
 
 @functools.cache
@@ -150,8 +163,8 @@ def runs(plan, *jobs):
 
     And one process each model, with twice the accumulation.
     """
-    folder = Path(tempfile.mkdtemp())
-    rows, zero = data.load(shapes.write(folder / "shapes", 16)), jobs[0].endswith("zero3")
+    folder, zero = Path(tempfile.mkdtemp()), jobs[0].endswith("zero3")
+    rows = data.load(without_some_pictures(shapes.write(folder / "shapes", 16)))
     if not isinstance(plan, Schedule):
         plan = two_phases(*plan, optimizer="new" if zero else "carry")
     plan.to_yaml(folder / "schedule.yaml")
@@ -189,6 +202,12 @@ def apart(plan, *jobs):
     return found
 
 
+def jobs_of(engine):
+    "Every family under an engine."
+    families = ("tiny_mllama", "tiny_llava", "tiny_llava_next", "tiny_qwen2_5_vl")
+    return [f"{tiny}-{engine}" for tiny in families]
+
+
 def all_small(found):
     return max(x for each in found.values() for x in each) <= 1e-5
 
@@ -198,6 +217,98 @@ def by_hand(peak, n, warm):
     rising = [(u + 1) / warm for u in range(warm - 1)]
     falling = [(n - u) / (n + 1 - warm) for u in range(warm - 1, n)]
     return [peak * factor for factor in rising + falling]
+
+PRECISION = """
+import contextlib, copy, sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from llava_cot import distributed, loss, memory, shapes, tiny as toys
+from llava_cot.tokens import Collator, encode
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+
+
+def made(tiny, weights="float32"):
+    "A toy whose weights, norms and gates included, are no 16-bit numbers."
+    model, _ = getattr(toys, tiny)(seed=0)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=g))
+    return memory.prepare_weights(model, weights)
+
+
+def sharded(model, precision, reduce):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    policy = distributed.fsdp_policy(SimpleNamespace(state=state), reduce)
+    return distributed.shard(model, mesh, **policy)
+
+
+def gradient(model, inner, batch, share, autocast=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses, _ = loss.token_losses(model, batch)
+    (losses.sum() * share).backward()
+    named = ((n, p.grad) for n, p in inner.named_parameters() if p.grad is not None)
+    return {n: getattr(g, "full_tensor", lambda: g)().double() for n, g in named}
+
+
+for tiny in sys.argv[2:]:
+    processor = getattr(toys, tiny)()[1]
+    rows = [encode(ex, processor) for _, ex in shapes.examples(8)]
+    whole, mine = (Collator(processor)(some) for some in (rows, rows[rank::2]))
+    one = 1 / (whole["labels"][:, 1:] != -100).sum()
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in whole.items()}
+    double = made(tiny).double()
+    wanted = gradient(double, double, exact, one)
+    squares = sum(g.square().sum() for g in wanted.values())
+
+    def tell(name, found):
+        error = sum((found[n] - g).square().sum() for n, g in wanted.items())
+        if rank == 0:
+            print(tiny, name, (error / squares).sqrt().item(), sep="|")
+
+    for weights, precision in (
+        ("float32", "no"),
+        ("float32", "bf16"),
+        ("bf16", "no"),
+        ("bf16_stochastic", "no"),
+    ):
+        kind, autocast = f"{weights}|{precision}", precision != "no"
+        model = made(tiny, weights)
+        tell(f"single|{kind}", gradient(model, model, whole, one, autocast))
+        if weights == "bf16_stochastic":
+            continue  # which differs in the step
+        model = made(tiny, weights)
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        tell(f"ddp|{kind}", gradient(ddp, model, mine, 2 * one, autocast))
+        for engine, reduce in (("fsdp2", "float32"), ("fsdp2, reduce: bf16", "bf16")):
+            model = sharded(made(tiny, weights), precision, reduce)
+            tell(f"{engine}|{kind}", gradient(model, model, mine, 2 * one))
+dist.destroy_process_group()
+"""
+
+
+def precision_errors(*tinies):
+    "Toy → engine, weights and precision → relative error of the whole gradient."
+    found = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        told = torchrun(Path(tmp), tinies, dict(ACCELERATE_USE_CPU="true"), PRECISION)
+    for line in told.splitlines():
+        if line.startswith(tinies):
+            tiny, engine, weights, precision, error = line.split("|")
+            found.setdefault(tiny, {})[engine, weights, precision] = float(error)
+    return found
 
 RATES = Schedule(
     [
@@ -335,6 +446,36 @@ def test_two_processes_are_one_over_50_updates_in_both_families():
     assert all_small(apart((12, 38), *jobs))
 
 
+@pytest.mark.slow
+def test_text_beside_pictures_comes_to_the_same_in_every_family_under_every_engine():
+    assert all_small(apart((3, 8), *jobs_of("ddp"), *jobs_of("fsdp2")))
+
+
+def test_fsdp2_in_bf16_is_as_exact_as_one_process():
+    ENGINES_ = ("single", "ddp", "fsdp2", "fsdp2, reduce: bf16")
+
+
+    def told(tiny, errors):
+        "A table of one toy's errors."
+        rows = [[f"{tiny}, error in %", *ENGINES_]]
+        for kind in dict.fromkeys((w, p) for _, w, p in errors):
+            each = [errors.get((engine, *kind)) for engine in ENGINES_]
+            label = "weights {}, precision {}".format(*kind)
+            rows.append([label, *("" if e is None else f"{100 * e:.3f}" for e in each)])
+        return table_text(rows)
+
+
+    for tiny, errors in precision_errors("tiny_llava", "tiny_mllama").items():
+        print(told(tiny, errors), end="\n\n")
+        assert all(errors[e, "float32", "no"] < 1e-5 for e in ENGINES_[:3])
+        one = errors["single", "float32", "bf16"]
+        assert max(errors[e, "float32", "bf16"] for e in ("ddp", "fsdp2")) <= 1.2 * one
+        assert errors["fsdp2", "float32", "bf16"] < errors[ENGINES_[3], "float32", "bf16"]
+        nearest = errors["single", "bf16", "no"]
+        assert max(errors[e, "bf16", "no"] for e in ENGINES_) <= 1.2 * nearest
+        assert errors["single", "bf16_stochastic", "no"] == nearest < 0.01
+
+
 def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
     gaps = apart(RATES, "tiny_mllama-ddp")  # with adapters, too, two processes are one
     assert all_small(gaps)
@@ -352,4 +493,4 @@ def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
 @pytest.mark.slow
 def test_two_processes_under_zero3_are_one():
     pytest.importorskip("deepspeed")
-    assert all_small(apart((5, 9), "tiny_llava-zero3", "tiny_mllama-zero3"))
+    assert all_small(apart((5, 9), *jobs_of("zero3")))

@@ -2,17 +2,21 @@
 from llava_cot.files import *
 
 import contextlib
+import errno
 import io
+import json
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import unicodedata
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from llava_cot.files import DataError, _archives, _member, _members, _opened, find_images
-from llava_cot.run import list_checkpoints, newest_checkpoint, remove_leftovers
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint, remove_leftovers
+from llava_cot.cot import InputWarning
+from llava_cot.files import DataError, FileError, _archives, _member, _members, _opened, find_images
 
 def mount(size, place):
     "Mounts a disk of `size` bytes, and says whether the system let us."
@@ -151,6 +156,60 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing():
             write_file(disk / "note", "x" * 2**21)
         assert (disk / "note").read_text() == "old"
         assert sorted(os.listdir(disk)) == ["checkpoints", "note"]
+
+
+def test_a_lock_is_refused_while_its_process_lives_and_a_killed_one_hinders_nobody():
+    HOLD = """
+import os, sys, time
+from llava_cot.files import locked
+with locked(sys.argv[1]):
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+    with tempfile.TemporaryDirectory() as made:
+        command = [sys.executable, "-c", HOLD, made]
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child = int(holder.stdout.readline())
+        told = rf"process {holder.pid} on {socket.gethostname()} works in it, since 2\d\d\d-"
+        for _ in range(2):  # to be refused does not wipe out who has it
+            with pytest.raises(FileError, match=told):
+                with locked(made):
+                    pass
+        holder.kill()
+        holder.wait()
+        assert os.listdir(made) == [".lock"]
+        with locked(made):
+            assert os.listdir(made) == [".lock"]
+            assert json.loads((Path(made) / ".lock").read_text())["pid"] == os.getpid()
+        assert os.listdir(made) == []
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_is_given_back_whatever_happens_inside():
+    with tempfile.TemporaryDirectory() as made:
+        for end in (KeyboardInterrupt, SystemExit, FileError):
+            with pytest.raises(end):
+                with locked(Path(made) / "new/run"):
+                    raise end
+            assert os.listdir(Path(made) / "new/run") == []
+        with locked(Path(made) / "gone"):  # somebody removes the folder
+            shutil.rmtree(Path(made) / "gone")
+        (Path(made) / "file").write_text("")
+        with pytest.raises(FileError, match="could not be written"):
+            with locked(Path(made) / "file"):
+                pass
+
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+
+    with tempfile.TemporaryDirectory() as made, mock.patch("fcntl.flock", no_locks):
+        with pytest.warns(InputWarning, match="its file system knows no locks"):
+            with locked(made):
+                assert os.listdir(made) == [".lock"]
+        assert os.listdir(made) == []
 
 
 def test_a_key_that_is_no_word_is_refused_or_told_apart():

@@ -15,7 +15,14 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, LlamaConfig, MllamaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+)
 
 from llava_cot import families, memory, models, shapes
 from llava_cot.families import ModelError, family_of, part_modules, parts, without_gradient
@@ -27,22 +34,6 @@ from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode
 from llava_cot.trainable import make_optimizer
-
-
-def wide(tiny, width=64):
-    "A tiny model whose language model has rows of whole blocks, and its processor."
-    small, own = tiny()
-    config = copy.deepcopy(small.config)
-    text = config.get_text_config()
-    text.hidden_size, text.intermediate_size = width, 2 * width
-    if getattr(text, "head_dim", None):
-        text.head_dim = width // text.num_attention_heads
-    if hasattr(config.vision_config, "out_hidden_size"):
-        config.vision_config.out_hidden_size = width
-    torch.manual_seed(0)
-    made = AutoModelForImageTextToText.from_config(config).eval()
-    family_of(made).prepare(made)
-    return models.remember_preprocessing(made, own), own
 
 def loss_of(model, batch):
     return token_losses(model, batch)[0].sum()
@@ -404,7 +395,9 @@ def test_rounding_by_chance_is_right_on_average_and_the_same_again():
 
 
 def test_torchao_that_is_missing_is_one_clear_line():
-    with mock.patch.dict(sys.modules, {"torchao": None, "torchao.optim": None}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchao", None)
+        patch.setitem(sys.modules, "torchao.optim", None)
         with pytest.raises(RunError, match="needs torchao.*pip install"):
             memory.stochastic_rounding(torch.optim.AdamW([torch.nn.Parameter(ONES)]), 0)
 
@@ -412,10 +405,10 @@ def test_torchao_that_is_missing_is_one_clear_line():
 def test_a_model_without_numbers_holds_what_bitsandbytes_holds():
     pytest.importorskip("bitsandbytes")
     for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
-        toy, _ = wide(tiny)
+        toy, _ = tiny(hidden=64)
         memory.prepare_weights(toy, "nf4")
         assert memory.prepare_weights(toy, "nf4") is toy
-        made, _ = memory.pretend(wide(tiny)[0].config, "nf4")
+        made, _ = memory.pretend(tiny(hidden=64)[0].config, "nf4")
         assert packed_layers(made).keys() == packed_layers(toy).keys() == nf4_layers(toy).keys()
         for name, layer in packed_layers(toy).items():
             state = layer.weight.quant_state
@@ -457,16 +450,19 @@ def test_liger_is_asked_for_its_kernels_without_its_loss_or_refused_in_a_line():
     )
     names = ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch")
     package = (types.ModuleType("a"), types.ModuleType("b"), found)
-    with mock.patch.object(torch.cuda, "is_available", lambda: True):
-        with mock.patch.dict(sys.modules, dict.fromkeys(names)):
-            with pytest.raises(RunError, match="pip install"):
-                memory.fuse_kernels(model)
-        with mock.patch.dict(sys.modules, dict(zip(names, package))):
+    with pytest.MonkeyPatch.context() as patch:  # which leaves other modules where they are
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for name in names:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(RunError, match="pip install"):
             memory.fuse_kernels(model)
-            with pytest.raises(RunError, match="found a model of type llava, which"):
-                memory.fuse_kernels(tiny_llava()[0])
-            with pytest.raises(RunError, match="kernels for qwen2_5_vl do not fit.*LigerOutput"):
-                memory.fuse_kernels(tiny_qwen2_5_vl()[0])
+        for name, module in zip(names, package):
+            patch.setitem(sys.modules, name, module)
+        memory.fuse_kernels(model)
+        with pytest.raises(RunError, match="found a model of type llava, which"):
+            memory.fuse_kernels(tiny_llava()[0])
+        with pytest.raises(RunError, match="kernels for qwen2_5_vl do not fit.*LigerOutput"):
+            memory.fuse_kernels(tiny_qwen2_5_vl()[0])
     assert seen == [dict(model=model, fused_linear_cross_entropy=False, cross_entropy=False)]
 
 
@@ -489,20 +485,83 @@ def test_settings_that_cannot_be_are_refused():
 
 
 def test_a_model_opened_in_16_bits_is_the_one_made_so_afterwards():
-    for tiny in (tiny_llava, tiny_mllama):
+    kind = memory.weights_dtype("bf16")
+    assert kind == memory.weights_dtype("bf16_stochastic") == torch.bfloat16
+    assert memory.weights_dtype("float32") == torch.float32
+
+
+    def every(model):
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+    def same(model, theirs):
+        "Types and numbers of all parameters and buffers are theirs."
+        mine = every(memory.prepare_weights(model, "bf16"))
+        assert mine.keys() == theirs.keys()
+        for name, w in theirs.items():
+            assert mine[name].dtype == w.dtype and torch.equal(mine[name], w), name
+
+
+    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+        toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
-            models.save(*tiny(), d)
-            kind = memory.weights_dtype("bf16")
-            assert kind == memory.weights_dtype("bf16_stochastic") == torch.bfloat16
-            assert memory.weights_dtype("float32") == torch.float32
-            opened, later = models.load(d, kind)[0], models.load(d)[0]
+            models.save(toy, own, f"{d}/whole")
+            wanted = every(type(toy).from_pretrained(f"{d}/whole", dtype=kind))
+            assert {w.dtype for n, w in wanted.items() if "inv_freq" in n} == {torch.float32}
+            opened = models.load(f"{d}/whole", kind)[0]
             places = [p.data_ptr() for p in opened.parameters()]
-            memory.prepare_weights(opened, "bf16")
+            same(opened, wanted)
             assert places == [p.data_ptr() for p in opened.parameters()]  # nothing is copied
-            memory.prepare_weights(later, "bf16")
-            assert models.model_digest(opened) == models.model_digest(later)
-            rotary = opened.model.language_model.rotary_emb.inv_freq
-            assert rotary.dtype == torch.float32  # rounded, it would be another model
+            models.save(opened, own, f"{d}/half")
+            same(models.load(f"{d}/whole")[0], wanted)  # converted
+            for dtype in (kind, torch.float32):  # a checkpoint
+                same(models.load(f"{d}/half", dtype)[0], wanted)
+            same(toy, wanted)
+            if tiny is tiny_llava:  # a family with parts that must stay float32
+                listed = {"multi_modal_projector"}
+                with mock.patch.object(type(toy), "_keep_in_fp32_modules_strict", listed):
+                    wanted = every(type(toy).from_pretrained(f"{d}/whole", dtype=kind))
+                    same(models.load(f"{d}/whole")[0], wanted)
+                assert len({w.dtype for n, w in wanted.items() if "inv_freq" not in n}) == 3
+
+
+def test_in_16_bits_a_long_text_is_read_as_in_float32():
+    def random_llava():
+        "A LLaVA with a small Llama whose heads are as wide as Llama-3's, and scaled as in Llama-3.1."
+        rope = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0)
+        rope |= dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
+        wide = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
+        text = LlamaConfig(
+            **wide,
+            vocab_size=512,
+            num_attention_heads=4,
+            max_position_embeddings=65_536,
+            rope_parameters=rope,
+        )
+        wide = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        sight = CLIPVisionConfig(**wide, num_attention_heads=2, image_size=28, patch_size=14)
+        torch.manual_seed(0)
+        config = LlavaConfig(text_config=text, vision_config=sight, image_token_index=511)
+        made = LlavaForConditionalGeneration(config)
+        for p in (*made.model.language_model.parameters(), made.lm_head.weight):
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.06)
+        return made.eval()
+
+
+    @torch.no_grad()
+    def read(model, length=1500):
+        "Logarithms of what is predicted after each of the last 64 of so many random tokens."
+        ids = torch.randint(0, 511, (1, length), generator=torch.manual_seed(0))
+        logits = model(input_ids=ids, logits_to_keep=64, use_cache=False).logits
+        return logits[0].float().log_softmax(-1)
+
+
+    wanted = read(random_llava())
+    both = memory.prepare_weights(random_llava(), "bf16"), random_llava().bfloat16()
+    kept, rounded = ((wanted.exp() * (wanted - read(m))).sum(-1).mean().item() for m in both)
+    print(f"distance with frequencies in float32 {kept:.5f}, rounded {rounded:.5f}")
+    assert kept <= 0.001 < 0.1 < rounded
 
 
 def test_the_update_stays_the_same_whatever_fits():
@@ -528,3 +587,38 @@ def test_the_update_stays_the_same_whatever_fits():
             memory.largest_batch(fits(0), 8, 1)
         with pytest.raises(RuntimeError, match="shapes"):
             memory.largest_batch(broken, 8, 1)
+
+
+def test_memory_errors_of_any_kind_are_known_and_nothing_else():
+    full = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB)"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(12, "Cannot allocate memory"),
+        MemoryError(),
+    ]
+    others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
+    assert all(map(memory.is_memory_error, full)) and not any(map(memory.is_memory_error, others))
+    for error in full:
+        sizes = []
+
+        def work(size, error=error):
+            sizes.append(size)
+            if size > 1:
+                raise error
+            return "done"
+
+        assert memory.halving(work, 9) == "done" and sizes == [9, 4, 2, 1]
+
+
+    def never(size):
+        raise MemoryError
+
+
+    with pytest.raises(MemoryError):
+        memory.halving(never, 4)

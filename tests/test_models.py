@@ -50,22 +50,6 @@ def batch_of(processor, *examples):
 def model_inputs(batch):
     return {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
 
-
-def wide(tiny, width=64):
-    "A tiny model whose language model has rows of whole blocks, and its processor."
-    small, own = tiny()
-    config = copy.deepcopy(small.config)
-    text = config.get_text_config()
-    text.hidden_size, text.intermediate_size = width, 2 * width
-    if getattr(text, "head_dim", None):
-        text.head_dim = width // text.num_attention_heads
-    if hasattr(config.vision_config, "out_hidden_size"):
-        config.vision_config.out_hidden_size = width
-    torch.manual_seed(0)
-    made = AutoModelForImageTextToText.from_config(config).eval()
-    family_of(made).prepare(made)
-    return remember_preprocessing(made, own), own
-
 import json
 import os
 import warnings
@@ -597,9 +581,9 @@ def test_adapters_stand_in_their_part_and_nowhere_else():
 
 def test_without_peft_lora_is_an_error_of_one_line():
     toy, _ = tiny_llava()
-    missing = mock.patch.dict(sys.modules, {"peft": None})
     message = r"needs the package peft.*pip install 'llava_cot\[lora\]'"
-    with missing, pytest.raises(ModelError, match=message):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ModelError, match=message):
+        patch.setitem(sys.modules, "peft", None)
         add_adapters(toy, linear_layers(toy, ["language"])["language"])
     script = (
         "import sys; sys.modules['peft'] = None;"
@@ -870,7 +854,7 @@ def test_the_digest_sees_weights_and_config():
 def test_four_bits_are_the_same_from_a_folder_and_in_place():
     pytest.importorskip("bitsandbytes")
     for tiny in TINY:
-        toy, own = wide(tiny)
+        toy, own = tiny(hidden=64)
         with tempfile.TemporaryDirectory() as d:
             save(toy, own, f"{d}/m", dtype=torch.bfloat16)
             read = load(f"{d}/m", "nf4")[0]

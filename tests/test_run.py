@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from llava_cot import run as runs
-from llava_cot.files import sealed
 from llava_cot.gate import Policy
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError
@@ -81,43 +80,6 @@ def test_laps_and_the_rest_make_up_the_whole():
     time.sleep(0.01)
     watch.pause()
     assert watch.turn()["seconds"] < 0.01
-
-
-def test_the_newest_whole_one_is_taken_and_what_lies_beyond_it_goes():
-    with tempfile.TemporaryDirectory() as tmp:
-
-        def name(k):
-            return Path(tmp) / f"checkpoints/0-{k:07d}"
-
-        def save(k, keep):
-            with sealed(name(k)) as new:
-                (new / "weights").write_bytes(bytes([k]))
-            runs.prune_checkpoints(name(k), keep)
-
-        assert runs.newest_checkpoint(tmp) is None
-        for k in (10, 20, 30, 40):
-            save(k, 3)
-        assert [f.name[-2:] for f in runs.list_checkpoints(tmp)] == [
-            "20",
-            "30",
-            "40",
-        ] and runs.newest_checkpoint(tmp) == name(40)
-        (name(40) / "weights").write_bytes(b"x")
-        (name(30) / "weights").unlink()
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert runs.newest_checkpoint(tmp) == name(20)
-        assert (
-            "0-0000040 is refused: weights was changed" in said.getvalue()
-            and "0-0000030 is refused: weights is missing" in said.getvalue()
-        )
-        save(25, 1)  # the run goes on from 20: nothing may hide behind the damaged ones
-        assert runs.list_checkpoints(tmp) == [name(25)]
-        (name(25) / "manifest.json").unlink()
-        with (
-            contextlib.redirect_stderr(said),
-            pytest.raises(RunError, match="none of its 1 checkpoints"),
-        ):
-            runs.newest_checkpoint(tmp)
 
 
 def test_noise_and_decay_are_no_spikes_and_a_jump_is_one():

@@ -27,9 +27,10 @@ from tensorboard.backend.event_processing import event_accumulator
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-from llava_cot import data, families, loss, memory, models, shapes, train
+from llava_cot import commands, data, families, loss, memory, models, shapes, train, validation
 from llava_cot import run as runs
 from llava_cot.batches import Order
+from llava_cot.checkpoint import list_checkpoints, newest_checkpoint
 from llava_cot.cot import STAGE_NAMES
 from llava_cot.families import ModelError, parts
 from llava_cot.files import FileError, why_broken
@@ -38,7 +39,7 @@ from llava_cot.loss import one_update, token_losses
 from llava_cot.memory import transformer_layers
 from llava_cot.pixels import budget_of, with_budget
 from llava_cot.rowcheck import BadRows
-from llava_cot.run import list_checkpoints, newest_checkpoint, read_lines
+from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
@@ -335,7 +336,7 @@ ADAPTING = Schedule(
 def losses_replaced(losses_of):
     "`token_losses` is another function in every module that calls it."
     with contextlib.ExitStack() as stack:
-        for module in (loss, memory, train):
+        for module in (loss, memory, validation):
             stack.enter_context(mock.patch.object(module, "token_losses", losses_of))
         yield
 
@@ -384,6 +385,39 @@ def small_memory(rows, own=token_losses):
         return own(toy, inputs)
 
     return losses_replaced(losses_of)
+
+
+def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scored():
+    with tempfile.TemporaryDirectory() as tmp:
+        jsonl = shapes.write(Path(tmp) / "rows", 16) / "train.jsonl"
+        said = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Good day."}]
+        with open(jsonl, "a") as more:
+            for i in range(8):
+                spoken = dict(id=f"talk-{i}", source="talk", conversations=said)
+                more.write(json.dumps(spoken) + "\n")
+        Schedule(
+            [
+                Phase("align", train={"projector": 1e-3}, updates=3),  # some batches are text alone
+                Phase("all", train={"language": 1e-3}, updates=3, data={"talk": 2, "exist": 0}),
+            ]
+        ).to_yaml(Path(tmp) / "schedule.yaml")
+        quiet = io.StringIO()
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            commands.train(
+                data=str(jsonl.parent),
+                model="tiny_llava",
+                schedule=f"{tmp}/schedule.yaml",
+                out=f"{tmp}/run",
+                batch_size=2,
+                held_out=0.3,
+                max_new_tokens=8,
+                json=True,
+            )
+        recipe = runs.read_recipe(f"{tmp}/run")
+        assert recipe["sources"]["talk"] > 0 and len(read_lines(Path(tmp) / "run/metrics.jsonl")) == 6
+        scored = [line["id"] for line in read_lines(Path(tmp) / "run/answers.jsonl")]
+        assert scored and not any(id.startswith("talk") for id in scored)
+        assert not (Path(tmp) / "run/.lock").exists()
 
 
 def test_batch_8x1_and_1x8_give_equal_weights():
@@ -440,13 +474,17 @@ def test_a_killed_run_ends_as_if_never_killed():
             out = jobs.folder / str(update)
             pid = jobs.start("fit", out.name)
             until(lambda: log_length(out) >= update)
+            if update == 2:
+                with pytest.raises(FileError, match=rf"{out.name}: process {pid} on .* works in it"):
+                    train.resume(out, progress=False)
             (os.killpg if number == signal.SIGINT else os.kill)(pid, number)
             assert (
                 jobs.wait(pid) == code
                 and update <= log_length(out) < 19
                 and (code < 0 or list_checkpoints(out)[-1].name.endswith(f"{log_length(out):07d}"))
             )
-            assert jobs.wait(jobs.start("resume", out.name)) == 0
+            assert (out / ".lock").exists() == (code == -9)
+            assert jobs.wait(jobs.start("resume", out.name)) == 0 and not (out / ".lock").exists()
         assert jobs.wait(whole) == 0
         for update in (2, 6, 11):
             same(jobs.folder / str(update), jobs.folder / "whole")
@@ -812,9 +850,9 @@ def test_phases_with_pixel_budgets_survive_an_interruption():
                 assert all(getattr(pictures, name) == value for name, value in promised.items())
                 [best] = (out / "best").iterdir()
                 models.load(best)
-                checkpoint = models.load_processor(out / "checkpoints" / "0-0000003")
+                saved_ = models.load_processor(out / "checkpoints" / "0-0000003")
                 first = budget_of(phases[0], Settings(phases, **asked))
-                assert fields_of(checkpoint, model) == fields_of(with_budget(toy()[1], **first), model)
+                assert fields_of(saved_, model) == fields_of(with_budget(toy()[1], **first), model)
         for w, metrics, evals in ends[1:]:
             assert metrics == ends[0][1] and evals == ends[0][2]
             assert all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
@@ -1106,9 +1144,10 @@ def test_a_phase_the_model_cannot_serve_is_refused_before_anything_is_written():
                 )
         lora = Schedule([ok, Phase("later", train={"language": 1e-3}, lora={})])
         with (
-            mock.patch.dict(sys.modules, {"peft": None}),
+            pytest.MonkeyPatch.context() as patch,
             pytest.raises(ValueError, match="lora needs the package peft.*pip install"),
         ):
+            patch.setitem(sys.modules, "peft", None)
             train.fit(*tiny_llava(), some_rows(4), lora, Path(tmp) / "run", progress=False)
         with (
             mock.patch.object(train, "engine_of", lambda accelerator: "fsdp2"),
