@@ -391,6 +391,10 @@ def in_type(
     return model
 
 # %% ../nbs/21_opening.ipynb #op-nf4-layers
+# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
+logging.get_logger("bitsandbytes").setLevel("ERROR")
+
+
 def need_bitsandbytes():
     "The package bitsandbytes. Raises `ModelError` where it cannot be imported."
     try:
