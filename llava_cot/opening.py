@@ -29,7 +29,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.integrations import replace_with_bnb_linear
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
@@ -510,14 +509,15 @@ def quantise(
 ) -> PreTrainedModel:  # the same model
     "Bring the language model's linear layers into 4 bits, one after the other."
     check_blocks(model)
-    bnb, how, left = need_bitsandbytes(), nf4_config(model), nf4_layers(model)
-    replace_with_bnb_linear(model, how.llm_int8_skip_modules, how)
+    nn, how, left = need_bitsandbytes().nn, nf4_config(model), nf4_layers(model)
+    kind = dict(compress_statistics=True, quant_type="nf4")
     while left:
         name, old = left.popitem()
-        new = model.get_submodule(name)
-        new.bias = old.bias
-        weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, **vars(new.weight))
-        new.weight = weight.to(old.weight.device)
+        size = old.in_features, old.out_features
+        new = nn.Linear4bit(*size, False, torch.bfloat16, **kind, device="meta")
+        weight = nn.Params4bit(old.weight.data, requires_grad=False, **kind, module=new)
+        new.weight, new.bias = weight.to(old.weight.device), old.bias
+        model.set_submodule(name, new)
     model.config.quantization_config = how
     return as_packed(model)
 
