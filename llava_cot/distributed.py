@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['launch_configs', 'engine_of', 'check_engine', 'on_main', 'run_folder', 'shard_units', 'shard', 'fake_mesh',
-           'fsdp_policy', 'is_zero', 'gather_state', 'restore_state', 'optimizer_moments', 'load_moments',
+           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'optimizer_moments', 'load_moments',
            'prepare_engine', 'check_zero', 'gathered', 'together', 'my_share']
 
 # %% ../nbs/41_distributed.ipynb #distributed-imports
@@ -20,20 +20,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from fastcore.basics import patch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .cot import InputError
 from .families import part_modules
 from .files import locked
+from .opening import packed_tensors
 from .settings import RunError, Settings
 
 # %% ../nbs/41_distributed.ipynb #l011
@@ -205,54 +200,47 @@ def is_zero(model) -> bool:
     return hasattr(next(model.parameters()), "ds_id")
 
 # %% ../nbs/41_distributed.ipynb #l031
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def gather_state(
-    model,  # unwrapped
-    optimizer=None,  # prepared or not
-) -> tuple:  # `state_dict` for `save_pretrained`, the optimizer's; None for what is not asked for
-    "The whole state of model and optimizer, on the main process. All processes must call it."
-    if is_zero(model):
-        return _zero_weights(model), optimizer.gather() if optimizer else None
-    inner = _unprepared(optimizer)
-    if not isinstance(model, FSDPModule):
-        return None, inner.state_dict() if inner else None
-    weights = get_model_state_dict(model, options=_WHOLE)
-    if inner is None:
-        return weights, None
-    return weights, get_optimizer_state_dict(model, inner, options=_WHOLE)
-
-
-def restore_state(
-    model,  # unwrapped
-    optimizer,  # prepared or not
-    state: dict,  # the optimizer's, from `gather_state`
+def place(
+    model,  # changed in place
+    device: torch.device,
+    policy: dict | None = None,  # of `fsdp_policy`: in shards; None: whole
 ) -> None:
-    "Puts what `gather_state` gave for the optimizer back, each process its own share."
-    inner = _unprepared(optimizer)
+    "Puts a model where it is trained; weights on `meta` are then there, yet to be filled."
+    if policy is not None:
+        shard(model, **policy)
+    if any(p.is_meta for p in model.parameters()):
+        kept_on_cpu = isinstance((policy or {}).get("offload_policy"), CPUOffloadPolicy)
+        home = torch.device("cpu") if kept_on_cpu else device
+        model._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
+        model.tie_weights()
+    elif policy is None:
+        model.to(device)
+
+
+def own_weights(model) -> dict[str, torch.Tensor]:
+    "Name → weight, each process its own share; of ZeRO-3 all, on the main process. Tied ones once."
     if is_zero(model):
-        optimizer.restore(state)
-    elif isinstance(model, FSDPModule):
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(model, inner, state, options=whole)
-    else:
-        inner.load_state_dict(state)
+        return _zero_weights(model)
+    once = {name for name, _ in model.named_parameters()}
+    once |= {name for name, _ in model.named_buffers()}
+    once |= packed_tensors(model).keys()
+    return {name: w for name, w in model.state_dict().items() if name in once}
+
+
+def whole(t: torch.Tensor) -> torch.Tensor:
+    "A tensor that processes hold in shares, in one piece. All processes must call it."
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 # %% ../nbs/41_distributed.ipynb #l033
 def optimizer_moments(model, optimizer) -> dict:
-    "Name → AdamW's moments of a parameter, whole. All processes must call it."
+    "Name → AdamW's moments of a parameter and its step, each process its own share."
+    if is_zero(model):
+        its = optimizer.gather()
+        step = dict(step=torch.tensor(its["steps"]))
+        return {name: moments | step for name, moments in its["moments"].items()}
     inner = _unprepared(optimizer)
-
-    def whole(t: torch.Tensor) -> torch.Tensor:
-        t = t.full_tensor() if isinstance(t, DTensor) else t
-        return t.detach().cpu().clone()
-
-    found = {}
-    for name, p in model.named_parameters():
-        if p in inner.state:
-            found[name] = {k: whole(v) for k, v in inner.state[p].items()}
-    return found
+    named = model.named_parameters()
+    return {name: dict(inner.state[p]) for name, p in named if p in inner.state}
 
 
 def load_moments(
@@ -261,10 +249,13 @@ def load_moments(
     moments: dict,  # from `optimizer_moments`
 ) -> None:
     "Gives the optimizer these moments, for the parameters that it trains."
+    if is_zero(model):
+        optimizer.restore(moments)
+        return
     inner = _unprepared(optimizer)
 
     def share(v: torch.Tensor, p: torch.nn.Parameter) -> torch.Tensor:
-        if not v.ndim:  # the number of steps
+        if not v.ndim or isinstance(v, DTensor):  # the number of steps, or a share
             return v
         v = v.to(p.device)
         return distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
@@ -313,7 +304,7 @@ class _ZeroOptimizer:
 # %% ../nbs/41_distributed.ipynb #l036
 @patch
 def gather(self: _ZeroOptimizer) -> dict:
-    "Name → whole moments; the number of steps; the rates. All processes must call it."
+    "Name → whole moments; the number of steps. All processes must call it."
     from deepspeed.utils import safe_get_full_optimizer_state
 
     steps = [float(state["step"]) for state in self.inner.state.values()]
@@ -322,29 +313,26 @@ def gather(self: _ZeroOptimizer) -> dict:
         for name, p in self.trained:
             keys = ("exp_avg", "exp_avg_sq")
             moments[name] = {k: safe_get_full_optimizer_state(p, k).cpu() for k in keys}
-    rates = [float(group["lr"]) for group in self.param_groups]
-    return dict(steps=max(steps, default=0.0), lr=rates, moments=moments)
+    return dict(steps=max(steps, default=0.0), moments=moments)
 
 
 @patch
-def restore(self: _ZeroOptimizer, state: dict) -> None:
-    "Puts back what `gather` gave, each process its own slice."
+def restore(self: _ZeroOptimizer, named: dict) -> None:
+    "Puts back what `optimizer_moments` gave, each process its own slice."
     from deepspeed.utils import safe_set_local_optimizer_state
 
-    for group, lr in zip(self.param_groups, state["lr"]):
-        group["lr"] = lr
-    if not state["moments"]:
+    if not named:
         return
     for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
         self.inner.state[flat] = dict(
-            step=torch.tensor(state["steps"]),
+            step=next(iter(named.values()))["step"].clone(),
             exp_avg=torch.zeros_like(flat),
             exp_avg_sq=torch.zeros_like(flat),
         )
     rank, world = dist.get_rank(), dist.get_world_size()
     for name, p in self.trained:
-        for k, whole in state["moments"][name].items():
-            mine = _zero_slice(whole, p.ds_tensor.numel(), rank, world)
+        for k in ("exp_avg", "exp_avg_sq"):
+            mine = _zero_slice(named[name][k], p.ds_tensor.numel(), rank, world)
             safe_set_local_optimizer_state(p, mine.to(p.ds_tensor.device), k)
 
 

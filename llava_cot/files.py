@@ -176,7 +176,10 @@ def writing(
     "A write that fails, for want of room or else, raises one `FileError`."
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except Exception as e:
+        known = isinstance(e, (OSError, RuntimeError, SafetensorError))
+        if not known and "(os error " not in str(e):  # as tokenizers says it
+            raise
         raise FileError(
             f"{what} could not be written ({_reason(e)}; {_free(Path(out))} free); all that was"
             f" saved before is whole. Make room, then go on with: llava-cot train --resume {out}"

@@ -228,6 +228,7 @@ def backward(
     batches: list[dict],  # the micro-batches of one update on this process
     accelerator: Accelerator,  # who knows about devices, precision and other processes
     stage_weights: dict | None = None,  # stage (or OTHER) → weight of its tokens
+    divisor: float | None = None,  # of the sum of losses; None: the update's own (weighted) tokens
 ) -> torch.Tensor:  # `(5, 2)`: `by_stage` over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
     weights = token_weights(stage_weights, accelerator.device)
@@ -235,8 +236,10 @@ def backward(
     def weighed(batch):
         return (weights[batch["stage_ids"][:, 1:]] * (batch["labels"][:, 1:] != -100)).sum()
 
-    total = accelerator.reduce(sum(weighed(b) for b in batches), "sum")
-    total = torch.where(total > 0, total, 1.0)
+    total = divisor
+    if divisor is None:
+        total = accelerator.reduce(sum(weighed(b) for b in batches), "sum")
+        total = torch.where(total > 0, total, 1.0)
     sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of processes are exchanged once, at the last
@@ -299,10 +302,11 @@ def one_update(
     stage_weights: dict | None = None,
     clock=None,  # a `run.Clock`, told what the time was spent on
     suspect=None,  # called with the line before the step
+    divisor: float | None = None,  # as for `backward`
 ) -> dict:  # the update's line for `metrics.jsonl`
     "Forward and backward over the micro-batches, clip, step."
     lr = {g["name"]: float(g["lr"]) for g in optimizer.param_groups}
-    sums = backward(model, batches, accelerator, stage_weights)
+    sums = backward(model, batches, accelerator, stage_weights, divisor)
     loss = _weighted_loss(sums, stage_weights)
     if clock:
         clock.lap("forward_backward")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LLAVA_TEMPLATE', 'load', 'load_config', 'load_processor', 'load_skeleton', 'find_device', 'find_dtype',
-           'fingerprint', 'check_preprocessing', 'remember_preprocessing', 'save', 'stored_dtype', 'linear_layers',
-           'adapter_layers', 'need_peft', 'add_adapters', 'merged_state', 'merge_adapters', 'load_adapters',
-           'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
+           'fingerprint', 'check_preprocessing', 'remember_preprocessing', 'save', 'save_files', 'stored_dtype',
+           'narrowed', 'linear_layers', 'adapter_layers', 'need_peft', 'add_adapters', 'merged_state', 'merge_adapters',
+           'load_adapters', 'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
 
 # %% ../nbs/22_models.ipynb #models-imports
 import hashlib
@@ -288,25 +288,40 @@ def save(
     state_dict: dict | None = None,  # the weights, where the model holds only its share of them
     apart: bool = False,  # adapters into a file of their own instead of into the weights
     dtype: torch.dtype | None = None,  # of the weights in the file; `None`: as they are
-    packed: bool = False,  # leave weights of 4 bits as they are instead of writing them in 16
 ) -> None:
     "Write model, processor, fingerprint into a folder that plain transformers opens."
     folder, dtype = Path(folder), dtype or model.dtype
     check_preprocessing(model, processor, str(folder))
     if folder.exists() and not _may_be_replaced(folder):
         raise ModelError(f"{folder} exists and is not a model folder; choose another, or remove it")
-    kept = None if packed else dtype
-    weights = _stored(model, merged_state(model, state_dict, apart, packed), kept)
+    weights = _stored(model, merged_state(model, state_dict, apart), dtype)
     with whole_folder(folder) as new:
         with quietly():  # what is on a GPU is copied shard by shard
             model.save_pretrained(new, state_dict=weights, max_shard_size="5GB")
         if apart and adapter_layers(model):
             save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
-        processor.save_pretrained(new)
-        _open_to_both(new, dtype, processor.tokenizer)
-        if packed_layers(model) and not packed:
+        _save_rest(processor, new, dtype)
+        if packed_layers(model):
             _edit_json(new / "config.json", _without_quantisation)
-        write_file(new / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
+
+
+def save_files(
+    model: PreTrainedModel,  # unwrapped
+    processor: ProcessorMixin,  # its processor
+    folder: Path,  # that is there
+    dtype: torch.dtype | None = None,  # of the weights that will join them
+) -> None:
+    "Write all that `save` writes but the weights."
+    with quietly():
+        model.save_pretrained(folder, state_dict={})
+    _save_rest(processor, folder, dtype or model.dtype)
+
+
+def _save_rest(processor: ProcessorMixin, folder: Path, dtype: torch.dtype) -> None:
+    "The processor, its fingerprint, and what both versions of transformers read."
+    processor.save_pretrained(folder)
+    _open_to_both(folder, dtype, processor.tokenizer)
+    write_file(folder / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
 
 
 def _may_be_replaced(folder: Path) -> bool:
@@ -330,9 +345,9 @@ def stored_dtype(
     return min(model.dtype, opened, key=lambda t: t.itemsize)
 
 
-def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "A weight in a type, made on the CPU. Raises `ModelError` where a number is too large."
-    if not weight.is_floating_point() or dtype in (None, weight.dtype):
+    if not weight.is_floating_point() or weight.dtype == dtype:
         return weight
     made = weight.detach().to("cpu", dtype)
     if made.isinf().any() and not weight.isinf().any():
@@ -343,13 +358,13 @@ def _narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype | None) -> tor
     return made
 
 
-def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype | None) -> dict:
+def _stored(model: PreTrainedModel, state: dict, dtype: torch.dtype) -> dict:
     "The weights by the names and in the type in which they are written; what is tied stays one."
     name_of, made = family_of(model).stored, {}
     for name, w in state.items():
         place = (w.data_ptr(), w.shape)
         if place not in made:
-            made[place] = _narrowed(name, w, dtype)
+            made[place] = narrowed(name, w, dtype)
     named = {n: made[w.data_ptr(), w.shape] for n, w in state.items()}
     return {name_of(model.config, n): w for n, w in named.items()}
 
@@ -469,12 +484,10 @@ def merged_state(
     model: torch.nn.Module,  # with adapters or without; not changed
     state: dict | None = None,  # its weights, where it holds only its share of them
     apart: bool = False,  # leave the adapters out instead of adding them in
-    packed: bool = False,  # leave weights of 4 bits as they are; only with `apart`
 ) -> dict[str, torch.Tensor]:
     "The weights, under the names that they have without adapters."
     state = dict(model.state_dict() if state is None else state)
-    if not packed:
-        _unpack(model, state)
+    _unpack(model, state)
     for name, layer in adapter_layers(model).items():
         a = state.pop(f"{name}.lora_A.default.weight")
         b = state.pop(f"{name}.lora_B.default.weight")

@@ -6,7 +6,8 @@
 __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_files', 'stored_weights', 'adapter_base',
            'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type', 'need_bitsandbytes', 'nf4_layers',
            'nf4_config', 'packed_layers', 'whole_weight', 'check_blocks', 'count_numbers', 'opened_in_nf4', 'as_packed',
-           'quantise', 'check_processor_files', 'check_tokens', 'chat_template_of', 'need_template']
+           'quantise', 'packed_tensors', 'restore', 'check_processor_files', 'check_tokens', 'chat_template_of',
+           'need_template']
 
 # %% ../nbs/21_opening.ipynb #opening-imports
 import contextlib
@@ -515,11 +516,34 @@ def quantise(
         name, old = left.popitem()
         size = old.in_features, old.out_features
         new = nn.Linear4bit(*size, False, torch.bfloat16, **kind, device="meta")
-        weight = nn.Params4bit(old.weight.data, requires_grad=False, **kind, module=new)
-        new.weight, new.bias = weight.to(old.weight.device), old.bias
+        weight, how_kept = old.weight.data, dict(requires_grad=False, **kind, module=new)
+        if weight.is_meta:  # `restore` fills it
+            empty = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+            new.weight = nn.Params4bit(empty, bnb_quantized=True, **how_kept)
+        else:
+            new.weight = nn.Params4bit(weight, **how_kept).to(weight.device)
+        new.bias = old.bias
         model.set_submodule(name, new)
     model.config.quantization_config = how
     return as_packed(model)
+
+
+def packed_tensors(
+    model: torch.nn.Module,  # with adapters or without
+) -> dict[str, torch.Tensor]:
+    "Name → tensor, for all that weights in 4 bits need besides themselves: scales and levels."
+    inside = tuple(f"{name}.weight." for name in packed_layers(model))
+    return {n: t for n, t in model.state_dict().items() if inside and n.startswith(inside)}
+
+
+def restore(
+    layer: torch.nn.Linear,  # of `packed_layers`; its weight is there, without scales
+    scales: dict[str, torch.Tensor],  # as `packed_tensors` names them, from `weight.` on
+) -> None:
+    "Give a weight in 4 bits the scales by which its numbers are read."
+    kind, weight = need_bitsandbytes().nn.Params4bit, layer.weight.data
+    how = dict(requires_grad=False, device=weight.device, module=layer)
+    layer.weight = kind.from_prequantized(weight.as_subclass(torch.Tensor), scales, **how)
 
 # %% ../nbs/21_opening.ipynb #op-class
 def check_processor_files(

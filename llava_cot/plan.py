@@ -35,7 +35,6 @@ from .pixels import Pictures, budget_of, check_fixed
 from .schedule import Phase, Schedule
 from .settings import Settings
 from .show import count_text, size_text, size_unit, table_html, table_text
-from .trainable import check_schedule
 
 # %% ../nbs/46_plan.ipynb #plan-error
 class PlanError(InputError):
@@ -279,19 +278,24 @@ def _asked(schedule, gpus: int, mfu: float, settings: dict) -> Settings:
     return replace(s, engine=_engine(s, gpus))
 
 
+def _by_rows(s: Settings, length: int) -> Settings:
+    "The settings with as many rows in a batch as `batch_tokens` holds. Raises `PlanError`."
+    if not s.batch_tokens:
+        return s
+    if s.batch_tokens < length:
+        found = f"found {s.batch_tokens:,} and rows of {length:,} tokens"
+        raise PlanError(f"batch_tokens: {found}; expected room for one row")
+    return replace(s, batch_tokens=None, batch_size=s.batch_tokens // length)
+
+
 def _engine(s: Settings, gpus: int) -> str:
     "The engine that is asked for, or fits. Raises `PlanError` for one that cannot be planned."
     adapted = [p.name for p in s.schedule if p.lora]
     for_many = "ddp" if adapted or s.weights == "nf4" else "fsdp2"
     engine = s.engine or ("single" if gpus == 1 else for_many)
-    if engine == "fsdp2" and s.weights == "nf4":
-        raise PlanError(
-            "engine: found fsdp2 with weights: nf4, which it cannot shard; expected ddp"
-        )
     if engine == "fsdp2" and adapted:
         raise PlanError(
-            f"engine: found fsdp2, and phase {adapted[0]!r} has lora, which the loop does not"
-            " shard; expected ddp"
+            f"engine: found fsdp2, and phase {adapted[0]!r} has lora, never sharded; expected ddp"
         )
     if engine == "zero3":
         raise PlanError(
@@ -353,6 +357,7 @@ def plan(
     gpu, card = _gpu(gpu)
     config, dtype = _of(model_or_config, dtype, s.weights)
     length = length or s.max_length or 1024
+    s = _by_rows(s, length)
     check_fixed(family_of(config), s)
     if family_of(config).budget.fixed:
         config, _ = config_with_budget(config, **budget_of(s.schedule[0], s))
@@ -360,7 +365,7 @@ def plan(
     batches = [batch] * len(s.schedule) if batch else _batches(pictures, s, length)
     with _one_process(s.precision, s.engine, gpus) as accelerator, _mesh(s.engine, gpus) as mesh:
         model, mode = pretend(config, dtype)
-        check_schedule(model, s.schedule, s.weights)
+        train.check_schedule(model, s.schedule, s.weights)
         numbers = _numbers(model)
         ledger = Ledger(config.get_text_config().vocab_size, mode)
         if mesh is not None:

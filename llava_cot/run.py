@@ -160,11 +160,12 @@ class Run:
     carried: dict | None = None  # moments of the last phase's optimizer, where the next goes on
     model: object = None  # what is trained, and in the end the result
     processor: object = None
+    saver: object = None  # a `checkpoint.Saver`, while the run is under way
 
     @property
     def progress(self) -> dict:
         "What a checkpoint stores of this."
-        apart = ("out", "settings", "carried", "model", "processor")
+        apart = ("out", "settings", "carried", "model", "processor", "saver")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
 
 # %% ../nbs/42_run.ipynb #c048
@@ -438,6 +439,7 @@ def start_run(
         recipe |= dict(
             start=model_digest(run.model) if again else None,
             settings=s.to_dict(),
+            processes=accelerator.num_processes,
             dtype=str(models.stored_dtype(run.model, s.save_dtype)).removeprefix("torch."),
             fingerprint=models.fingerprint(run.processor),
             versions=versions(),

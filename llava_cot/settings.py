@@ -78,7 +78,15 @@ class _Training(_Shown):
 class _Batches(_Shown):
     batch_size: int = option(8, "rows a forward sees, per process", "batches", least=1)
     accumulate: int = option(1, "gradient accumulation: forwards per update", "batches", least=1)
-    group_by_length: bool = option(False, "batches of rows of like length: less padding", "batches")
+    group_by_length: bool = option(
+        False, "updates of rows of like length: less padding, and no process waits", "batches"
+    )
+    batch_tokens: int | None = option(
+        None,
+        "in place of batch_size: as many rows of like length as fit so many tokens, padded",
+        "batches",
+        least=1,
+    )
     find_batch_size: bool = option(
         False, "where the batch does not fit the memory: a part of it, more accumulation", "batches"
     )
@@ -273,8 +281,29 @@ def _check_field(f, found) -> None:
         raise RunError(f"{f.name}: found {found!r}, expected a whole number of at least {least}")
 
 # %% ../nbs/30_settings.ipynb #settings-together
+def _check_batches(s: Settings) -> None:
+    "Raises `RunError` for a batch by tokens that is also one by rows."
+    if s.batch_tokens is None:
+        return
+    rows = {p.name: p.batch_size for p in s.schedule or () if p.batch_size}
+    found = next((f"{n} in phase {name!r}" for name, n in rows.items()), "")
+    if s.batch_size != Settings.batch_size:
+        found = str(s.batch_size)
+    if found:
+        raise RunError(
+            f"batch_tokens: found {s.batch_tokens:,} beside a batch_size of {found}; expected one"
+            " of the two: a number of tokens or a number of rows"
+        )
+    if s.find_batch_size:
+        raise RunError(
+            f"batch_tokens: found {s.batch_tokens:,} beside find_batch_size, which looks for rows;"
+            " leave one of the two out"
+        )
+
+
 def _check_together(s: Settings) -> None:
     "Raises `RunError` for values that make no sense, alone or together."
+    _check_batches(s)
     if s.cache_vision is not None and not s.cache_vision > 0:
         expected = "expected gigabytes above 0, or none for no cache"
         raise RunError(f"cache_vision: found {s.cache_vision!r}, {expected}")

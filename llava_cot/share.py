@@ -230,7 +230,8 @@ def _summary(kind: str, info: dict) -> str:
     )
 
 # %% ../nbs/75_share.ipynb #share-files
-_NOT_SENT = ("adapters.safetensors", "manifest.json", "optimizer.pt", "progress.json")
+_INDEX = "model.safetensors.index.json"
+_NOT_SENT = ("manifest.json", "numbers.json", "optimizer.pt", "progress.json")
 
 
 def _model_folder(folder: str | Path, repo: str) -> Path:
@@ -239,6 +240,11 @@ def _model_folder(folder: str | Path, repo: str) -> Path:
     if (found / "recipe.yaml").is_file():
         model_card(found, repo)
         return found / "model"
+    if (found / "numbers.json").is_file() and not (found / _INDEX).is_file():
+        raise ShareError(
+            f"{folder}: a checkpoint whose weights are cut up among processes, or have adapters"
+            " beside them; push the run's folder when the run is over, or one in its best/"
+        )
     if not (found / "config.json").is_file():
         raise ShareError(
             f"{folder}: neither a run's folder (recipe.yaml and model/) nor a model's (config.json)"
@@ -251,7 +257,11 @@ def _files(folder: Path) -> dict[str, int]:
     every = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
     shown = sorted(f for f in every if f.is_file() and not f.name.startswith("."))
     sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in shown}
-    return {name: size for name, size in sizes.items() if name not in _NOT_SENT}
+    left = set(_NOT_SENT)
+    if _INDEX in sizes:  # of the files of numbers, those that it names
+        of_the_model = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        left |= {name for name in sizes if name.endswith(".safetensors")} - {*of_the_model}
+    return {name: size for name, size in sizes.items() if name not in left}
 
 
 def _check_repo(repo: str) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'TooLong', 'encode', 'MaskView', 'show_mask', 'seen', 'Collator',
-           'image_tokens', 'lengths', 'text_length']
+           'image_tokens', 'lengths', 'text_row']
 
 # %% ../nbs/25_tokens.ipynb #tokens-imports
 import copy
@@ -685,13 +685,13 @@ def lengths(
     return found
 
 # %% ../nbs/25_tokens.ipynb #c093g1
-def text_length(
+def text_row(
     example: dict,  # its pictures are counted, not looked at
     processor: ProcessorMixin,  # of the model
     fmt: CoTFormat = LLAVA_COT,
     control_tokens: str = "refuse",  # as for `encode`
-) -> int:
-    "Tokens of an example in which each picture is one. Raises `TokensError`, as `encode` would."
+) -> _Row:
+    "`ids`, `labels`, `stages` of an example, each picture one token. Raises `TokensError`."
     name = example.get("id", "example")
     messages = conversation(example, name)
-    return len(_read(messages, processor, fmt, False, control_tokens, name).ids)
+    return _read(messages, processor, fmt, False, control_tokens, name)

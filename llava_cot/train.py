@@ -32,8 +32,8 @@ from llava_cot.batches import (
     context_of,
     find_all,
     find_in_phases,
-    length_options,
     loader,
+    order_of,
     phase_processor,
     phase_settings,
     reader_of,
@@ -70,7 +70,7 @@ def prepare_phase(
     phase: Phase,
     updates: int,  # of the phase: its learning rates rise and fall over them
     accelerator: Accelerator,
-    state: dict | None = None,  # of a checkpoint within the phase
+    state: Path | None = None,  # a checkpoint within the phase
     carried: dict | None = None,  # moments of the phase before, for `optimizer="carry"`
     s: Settings | None = None,  # with what the phase has of its own
 ) -> tuple:
@@ -84,15 +84,12 @@ def prepare_phase(
         distributed.load_moments(model, optimizer, carried)
     # not prepared: accelerate would step it once per process
     scheduler = schedules.lr_scheduler(optimizer, phase, updates)
-    model, optimizer = distributed.prepare_engine(
+    prepared, optimizer = distributed.prepare_engine(
         model, optimizer, accelerator, phase.max_grad_norm
     )
     if state:
-        distributed.restore_state(model, optimizer, state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        if "scaler" in state:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    return model, optimizer, scheduler
+        checkpoint.load_optimizer(state, model, optimizer, scheduler, accelerator.scaler)
+    return prepared, optimizer, scheduler
 
 # %% ../nbs/45_train.ipynb #c049
 def _accelerator(settings: Settings, out) -> Accelerator:
@@ -279,6 +276,7 @@ def _update(loop: _Loop, batches) -> None:
         s.stage_weights,
         loop.clock,
         suspect,
+        loop.reads.divisor,
     )
     run.update += 1
     run.done += 1
@@ -287,9 +285,10 @@ def _update(loop: _Loop, batches) -> None:
     runs.stop_if_nonfinite(run, examples)
 
 # %% ../nbs/45_train.ipynb #c045g
-def _stop_requested(stop, accelerator: Accelerator) -> bool:
-    "Whether any process was asked to stop."
-    asked = bool(stop.signal)
+def _stop_requested(run: Run, stop, accelerator: Accelerator) -> bool:
+    "Whether any process was asked to stop, or a checkpoint could not be written."
+    failed = run.saver is not None and run.saver.failed
+    asked = bool(stop.signal) or failed
     if accelerator.num_processes == 1:
         return asked
     count = torch.tensor(float(asked), device=accelerator.device)
@@ -321,18 +320,9 @@ def _save(loop: _Loop) -> None:
 # %% ../nbs/45_train.ipynb #c045
 def _order(run: Run, s: Settings, reads: PhaseRows, accelerator: Accelerator) -> Order:
     "The rows of each update that is left of the phase under way."
-    return Order(
-        len(reads.reader),
-        s.batch_size,
-        s.accumulate,
-        s.seed,
-        first_epoch=run.epoch,
-        start=run.update,
-        stop=reads.updates,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        **length_options(s, reads.reader, accelerator.num_processes),
-    )
+    at = dict(start=run.update, first_epoch=run.epoch)
+    of = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+    return order_of(s, reads.reader, reads.updates, **at, **of)
 
 # %% ../nbs/45_train.ipynb #c045m
 def one_phase(
@@ -340,7 +330,7 @@ def one_phase(
     reads: PhaseRows,
     accelerator: Accelerator,
     exam: Validation,
-    state: dict | None = None,  # of the checkpoint that the run goes on from
+    state: Path | None = None,  # the checkpoint that the run goes on from
     progress: bool | str = True,
 ) -> None:
     "Trains the phase under way to its end. Raises `KeyboardInterrupt`, all saved, if asked to."
@@ -364,10 +354,11 @@ def one_phase(
         while not loop.over:
             _update(loop, batches)
             _validate_if_due(loop)
-            asked = _stop_requested(stop, accelerator)
+            asked = _stop_requested(run, stop, accelerator)
             if asked or loop.over or run.done % s.save_every == 0:
                 _save(loop)
             if asked:
+                checkpoint.wait_for_last(run)
                 raise KeyboardInterrupt
             clock.pause()
 
@@ -384,10 +375,12 @@ def _end_phase(run: Run, reads: PhaseRows, exam: Validation, accelerator: Accele
     accelerator.free_memory()
     if distributed.is_zero(run.model):
         # dissolved: opened again from the checkpoint that ended the phase
+        checkpoint.wait_for_last(run)
         newest = checkpoint.list_checkpoints(run.out)[-1]
-        whole, _ = models.load(newest, memory.weights_dtype(s.weights))
-        whole = memory.prepare_weights(whole, s.weights, s.compile, s.liger)
-        run.model = whole.to(accelerator.device)
+        again = checkpoint.reopen_checkpoint(run.out, newest, s)
+        distributed.place(again.model, accelerator.device)
+        checkpoint.load_checkpoint(again, newest)
+        run.model = again.model
     named = trained_parameters(run.model, phase).values()
     trained = sum(p.numel() for group in named for _, p in group)
     runs.keep_adapter(run, phase, accelerator)
@@ -411,19 +404,33 @@ def _run_phases(
     exam: Validation,
     accelerator: Accelerator,
     progress: bool | str = True,
-    state: dict | None = None,
+    newest: Path | None = None,  # the checkpoint that it goes on from
 ) -> Run:
     "From where a run stands to its end."
     if run.settings.tracker:
         plain = (int, float, str)
         config = {k: v for k, v in run.settings.to_dict().items() if isinstance(v, plain)}
         accelerator.init_trackers("llava_cot", config=config)
+    policy = None
     if engine_of(accelerator) == "fsdp2":
-        distributed.shard(run.model, **distributed.fsdp_policy(accelerator, run.settings.reduce))
-    else:
-        run.model.to(accelerator.device)
+        policy = distributed.fsdp_policy(accelerator, run.settings.reduce)
+    distributed.place(run.model, accelerator.device, policy)
+    if newest:
+        checkpoint.load_checkpoint(run, newest)
+    state = newest if run.update else None
     if run.before is None:
         run.before = _retention(run, exam, accelerator)
+    with checkpoint.Saver(accelerator) as run.saver:
+        _phases_left(run, reads, exam, accelerator, progress, state)
+    run.saver = None
+    if accelerator.is_main_process:
+        with writing(run.out, "phases.json"):
+            write_file(run.out / "phases.json", json.dumps(run.phases, indent=1))
+    return run
+
+
+def _phases_left(run, reads, exam, accelerator, progress, state) -> None:
+    "Trains the phases that are left. Raises `BadRows` for a picture that is no longer there."
     try:
         while run.phase < len(run.settings.schedule):
             if run.update < reads[run.phase].updates:
@@ -436,10 +443,6 @@ def _run_phases(
         raise BadRows(
             f"after update {run.done}: {told}. Put it back, then go on with: {again}"
         ) from e
-    if accelerator.is_main_process:
-        with writing(run.out, "phases.json"):
-            write_file(run.out / "phases.json", json.dumps(run.phases, indent=1))
-    return run
 
 # %% ../nbs/45_train.ipynb #c048
 def _check_request(s: Settings, exam: Validation, rows, out) -> None:
@@ -557,8 +560,10 @@ def resume(
     "Goes on where a run stopped, to the end of the run that never was. Raises `RunError`."
     recipe = runs.read_recipe(out)
     exam = Validation(held_out, retain, measure, ability, after_phase)
-    s = runs.settings_from(recipe["settings"])
+    s = replace(runs.settings_from(recipe["settings"]), engine=None)  # any engine
     accelerator = _accelerator(s, out)
+    now = accelerator.num_processes
+    s = checkpoint.same_update(s, recipe.get("processes", now), now)
     with distributed.run_folder(accelerator, out):
         distributed.on_main(accelerator, lambda: checkpoint.remove_leftovers(out))
         return _go_on(out, recipe, s, data, exam, accelerator, progress)
@@ -569,11 +574,11 @@ def _go_on(out, recipe: dict, s: Settings, data, exam, accelerator, progress) ->
     rows = _rows_again(out, recipe, data, exam, s)
     newest = distributed.on_main(accelerator, lambda: checkpoint.newest_checkpoint(out))
     if newest:
-        run, state = checkpoint.reopen_checkpoint(out, newest, s)
+        run = checkpoint.reopen_checkpoint(out, newest, s)
     else:
         model, processor = checkpoint.reopen_model(out, recipe, s)
-        run, state = Run(Path(out), s, model=model, processor=processor), None
+        run = Run(Path(out), s, model=model, processor=processor)
     known = runs.read_skipped(out, recipe)
     as_begun = pixels.with_fields(run.processor, recipe["fingerprint"])
     reads, sound, _ = _plan_reading(run, as_begun, rows, exam, accelerator, progress, known)
-    return _run_phases(run, reads, sound, accelerator, progress, state)
+    return _run_phases(run, reads, sound, accelerator, progress, newest)

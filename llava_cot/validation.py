@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from . import distributed, models
+from . import checkpoint, distributed
 from . import run as runs
 from .batches import Reader, context_of, reader_of
 from .cot import STAGES
 from .distributed import gathered, is_zero, my_share, on_main, together
-from .files import sealed, write_file, writing
+from .files import sealed, write_file
 from .loss import by_stage, stage_means, token_losses
 from .memory import halving, is_memory_error
 from .run import Log, Run
@@ -170,11 +170,9 @@ def validate(
     log("evals", line)
     if run.best and not line["loss"] < run.best["loss"]:
         return
-    run.best, weights = line, distributed.gather_state(run.model)[0]
+    run.best, folder = line, run.out / "best" / f"{run.done:07d}"
+    checkpoint.save_model(run, accelerator, folder, sealed)
     if accelerator.is_main_process:
-        folder = run.out / "best" / f"{run.done:07d}"
-        with writing(run.out, f"best/{folder.name}"), sealed(folder) as new:
-            models.save(run.model, run.processor, new, weights, dtype=runs.result_dtype(run))
         for old in folder.parent.glob("[0-9]*"):
             if old != folder:
                 shutil.rmtree(old)

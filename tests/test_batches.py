@@ -10,6 +10,8 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava_cot import batches, data, shapes
 from llava_cot.gate import Policy
@@ -103,8 +105,9 @@ def test_batches_of_like_length_pad_little_and_are_new_each_epoch():
     assert (
         abs(torch.corrcoef(torch.tensor([means[:-1], means[1:]], dtype=torch.float))[0, 1]) < 0.1
     )  # long and short ones in no order
-    two = [list(make(stop=600, rank=r, world=2)) for r in (0, 1)]
-    assert [b for pair in zip(*two) for b in pair] == whole[:1200]
+    shared = dict(seed=1, stop=600, world=2, lengths=lengths_)
+    two = [list(batches.Order(len(lengths_), 16, 1, **shared, rank=r)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*two)] == whole[:600]  # the halves of what one process reads
     for n in range(1, 12):
         read = [r for b in batches.Order(n, 4, 1, seed=1, stop=n, lengths=list(range(n))) for r in b]
         for epoch in range(4):
@@ -152,6 +155,89 @@ def test_the_rows_of_an_update_are_sorted_and_stay_the_same_rows():
         )
 
 
+def test_hardly_any_process_waits_where_updates_are_of_like_length():
+    lengths_ = long_tailed(40_000)
+    for size, times, world in ((4, 1, 8), (4, 2, 8), (4, 1, 16)):
+        place = (len(lengths_), size, times, 0, 0, 0, 400, 0, world)
+        assert batches.useful_share(batches.Order(*place, lengths=lengths_), lengths_) >= 0.97
+        assert batches.useful_share(batches.Order(*place, within=lengths_), lengths_) < 0.8
+
+
+    alike = batches.Order(64, 4, 2, 0, world=2)
+    assert batches.useful_share(alike, [7] * 64, 4) == 1
+    half = batches.useful_share(batches.Order(4, 1, 1, 0, world=4), [1, 1, 1, 5], 1)
+    assert half == 8 / 20
+
+
+    @given(
+        n=st.integers(1, 60),
+        size=st.integers(1, 4),
+        times=st.integers(1, 3),
+        world=st.integers(1, 3),
+        first=st.integers(0, 3),
+        seed=st.integers(0, 5),
+    )
+    def check_order(n, size, times, world, first, seed):
+        its = [1 + (7 * i + seed) % 23 for i in range(n)]
+        known = dict(lengths=its, first_epoch=first)
+        total = 3 * n // (size * times * world) + 2
+        each = [
+            list(batches.Order(n, size, times, seed, stop=total, rank=r, world=world, **known))
+            for r in range(world)
+        ]
+        whole = [b for turn in zip(*each, strict=True) for b in turn]
+        visits = [address for b in whole for address in b]
+        for epoch in range(first, first + 2):
+            if visits[-1][0] > epoch:
+                assert sorted(row for e, row in visits if e == epoch) == list(range(n))
+        # the same rows an update, however many processes share them
+        alone = batches.Order(n, size * times * world, 1, seed, stop=total, **known)
+        parts = times * world
+        for u, (batch,) in enumerate(alone.at(u) for u in range(total)):
+            assert batch == [a for b in whole[u * parts : (u + 1) * parts] for a in b]
+
+
+    check_order()
+
+
+def test_a_batch_of_tokens_is_never_larger_and_every_row_is_read_once():
+    @given(
+        its=st.lists(st.integers(1, 40), min_size=1, max_size=120),
+        budget=st.integers(40, 200),
+        times=st.integers(1, 3),
+        world=st.integers(1, 3),
+        seed=st.integers(0, 5),
+    )
+    def check_tokens(its, budget, times, world, seed):
+        how = dict(batch_tokens=budget, seed=seed, first_epoch=2)
+        per_epoch = batches.TokenOrder(its, accumulate=times * world, **how).per_epoch
+        total = 2 * per_epoch + 1
+        each = [
+            list(batches.TokenOrder(its, accumulate=times, stop=total, rank=r, world=world, **how))
+            for r in range(world)
+        ]
+        whole = [b for turn in zip(*each, strict=True) for b in turn]
+        assert all(b and len(b) * max(its[row] for _, row in b) <= budget for b in whole)
+        assert whole[0][0][1] in [i for i, k in enumerate(its) if k == max(its)]
+        for epoch in (2, 3):
+            read = [row for b in whole for e, row in b if e == epoch]
+            assert set(read) == set(range(len(its))) and len(read) < len(its) + times * world
+        alone = batches.TokenOrder(its, accumulate=times * world, stop=total, **how)
+        assert list(alone) == whole  # processes or accumulation
+        later = batches.TokenOrder(its, accumulate=times * world, start=1, stop=total, **how)
+        assert list(later) == whole[times * world :]
+
+
+    check_tokens()
+    lengths_ = long_tailed(20_003)
+    tokened = batches.TokenOrder(lengths_, 6000, 2, 1, stop=200, world=4)
+    assert batches.useful_share(tokened, lengths_) > 0.94 and padding(tokened, lengths_) < 0.05
+    first, later = ({frozenset(u) for u in tokened.epoch(e)} for e in (0, 1))
+    assert len(first & later) < 0.1 * len(first)  # other updates, not only in another order
+    with pytest.raises(RunError, match="row 0 has 50"):
+        batches.TokenOrder([50, 20], 49, 1, 0)
+
+
 def test_estimated_lengths_are_good_enough_to_group_by():
     words, its = talkative(1600), tiny_llava()[1]
     estimated, exact = lengths(words, its), [len(encode(r, its)["input_ids"]) for r in words]
@@ -162,6 +248,41 @@ def test_estimated_lengths_are_good_enough_to_group_by():
         )
         < 0.003
     )
+
+
+def test_a_row_weighs_the_same_in_the_gradient_whatever_stands_beside_it():
+    net, its = tiny_llava(seed=0)
+    a_dozen = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 12))
+    read_ = batches.Reader(a_dozen, its)
+    collate, accelerator = Collator(its), Accelerator(cpu=True)
+
+
+    def epoch_gradient(order, divisor):
+        net.zero_grad()
+        for u in range(order.stop):
+            group = [collate([read_[address] for address in batch]) for batch in order.at(u)]
+            backward(net, group, accelerator, dict(CAPTION=0.5), divisor)
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+    each = batches.mean_weight(read_, dict(CAPTION=0.5))
+    exact_weight = 0.0
+    for row in range(12):
+        encoded = read_[0, row]
+        weight = 1 - 0.5 * (encoded["stage_ids"] == 2)
+        exact_weight += (weight * (encoded["labels"] != -100)).sum().item() / 12
+    assert each == pytest.approx(exact_weight, rel=1e-6)
+    mixed, like, tokened = (
+        batches.Order(12, 2, 2, 0, stop=3),
+        batches.Order(12, 2, 2, 0, stop=3, lengths=read_.lengths),
+        batches.TokenOrder(read_.lengths, 3 * max(read_.lengths), 2, 0, stop=2),
+    )
+    assert tokened.per_epoch == 2
+    wanted = epoch_gradient(mixed, 4 * each)
+    assert (epoch_gradient(like, 4 * each) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (epoch_gradient(tokened, 4 * each) - wanted).norm() < 1e-5 * wanted.norm()
+    # with a divisor of its own, each update of like length would count as much as another
+    assert (epoch_gradient(like, None) - wanted).norm() > 1e-3 * wanted.norm()
 
 
 def test_strength_grows_with_the_updates():

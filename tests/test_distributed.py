@@ -440,6 +440,34 @@ def test_two_processes_are_one_with_twice_the_accumulation():
             assert line["lr"] == pytest.approx(right, abs=1e-12)
 
 
+def test_two_processes_read_by_length_and_by_tokens_what_one_reads():
+    LENGTHS = """
+def grouped(tiny, out):
+    stopped(tiny, out, group_by_length=True)
+
+
+def tokens(tiny, out):
+    stopped(tiny, out, batch_size=8, batch_tokens=400)
+
+
+"""
+    where, plan_ = Path(tempfile.mkdtemp()), two_phases(5, 9, "carry")
+    shared = data.load(shapes.write(where / "shapes", 42))
+    plan_.to_yaml(where / "schedule.yaml")
+    script = SCRIPT.replace("for job in", LENGTHS + "for job in")
+    jobs = dict(grouped=dict(group_by_length=True, batch_size=2), tokens=dict(batch_tokens=400))
+    names = [f"tiny_llava-{job}" for job in jobs]
+    torchrun(where, names, dict(ACCELERATE_USE_CPU="true"), script)
+    for name, asked in zip(names, jobs.values()):
+        both = dict(accumulate=2, progress=False, eval_every=8, held_out=shared.select(range(5)))
+        one = where / f"{name}-one"
+        alone = train.fit(*toys.tiny_llava(seed=0), shared, plan_, one, **both, **asked)
+        again = models.load(where / name / "model")[0]
+        assert largest(alone.model, again) <= 1e-5
+        assert max(losses_apart(one, where / name, f"{k}.jsonl") for k in ("metrics", "evals")) <= 1e-5
+        assert len(read_lines(where / name / "metrics.jsonl")) == 14
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_over_50_updates_in_both_families():
     jobs = ("tiny_llava-ddp", "tiny_mllama-ddp", "tiny_llava-fsdp2", "tiny_mllama-fsdp2")

@@ -285,6 +285,11 @@ def test_four_numbers_for_each_weight():
     assert every.trainable == whole.parameters and whole.peak == every.peak and len(whole) == 1
     in_half = plan(small_mllama(), Schedule([FINETUNE]), dtype="bfloat16", **how)[0]
     assert in_half.held < 0.51 * every.held
+    by_rows, by_tokens = (
+        plan(small_mllama(), Schedule([FINETUNE]), length=64, **asked)
+        for asked in (dict(batch_size=3), dict(batch_tokens=200))
+    )
+    assert by_tokens[0] == by_rows[0] and by_tokens[0].batch_size == 3
 
 
 def test_flops_are_those_of_torchs_counter():
@@ -500,6 +505,7 @@ def test_plan_refuses():
     model, _ = tiny_llava()
     for match, wrong in (
         ("dtype: found 'fp8'", dict(dtype="fp8")),
+        ("batch_tokens: found 60 and rows of 64 tokens", dict(length=64, batch_tokens=60)),
         ("gpu: found 'TPU', expected one of H100", dict(gpu="TPU")),
         ("gpus: found 0", dict(gpus=0)),
         ("mfu: found 40", dict(mfu=40)),

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llava_cot import loss, tiny
-from llava_cot.batches import Order
+from llava_cot.batches import Order, useful_share
 from llava_cot.families import example_batch
-from llava_cot.node import useful_share
 
 def everywhere(model, batch):
     "The losses of the supervised tokens, as a model gives its loss to Trainer."

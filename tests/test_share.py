@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from llava_cot import data, models, shapes, train
 from llava_cot.schedule import Phase, Schedule
@@ -247,3 +250,22 @@ def test_what_can_go_wrong_with_a_push_is_one_line():
         with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
             fails("HF_HUB_OFFLINE is set")
         assert not here.files
+
+
+def test_of_a_checkpoint_its_model_is_sent_and_nothing_besides():
+    with tempfile.TemporaryDirectory() as d:
+        ended = trained(tiny_llava, Path(d) / "run", save_every=1, keep=9)
+        within, low_rank = (ended.out / "checkpoints" / name for name in ("0-0000001", "1-0000003"))
+        names = set(push(within, "me/small", dry_run=True)["files"])
+        held = {f.name for f in within.iterdir()}
+        assert held - names >= {"manifest.json", "numbers.json", "progress.json"}
+        (Path(d) / "sent").mkdir()
+        for name in names:
+            shutil.copy(within / name, Path(d) / "sent")
+        found = AutoModelForImageTextToText.from_pretrained(Path(d) / "sent").state_dict()
+        kept = AutoModelForImageTextToText.from_pretrained(within).state_dict()
+        assert found.keys() == kept.keys() and all(torch.equal(w, kept[n]) for n, w in found.items())
+        weights = [f for f in names if f.endswith(".safetensors")]
+        assert "moments/" not in "".join(k for f in weights for k in load_file(within / f))
+        with pytest.raises(ShareError, match="adapters beside them"):
+            push(low_rank, "me/small", dry_run=True)

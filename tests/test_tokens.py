@@ -860,9 +860,9 @@ def test_text_length_and_pictures_are_the_length_to_the_token():
                 true = len(encode(ex, toy, control_tokens=control)["input_ids"])
             except TokensError as e:
                 with pytest.raises(TokensError, match=re.escape(str(e))):
-                    text_length(ex, toy, control_tokens=control)
+                    text_row(ex, toy, control_tokens=control)
                 continue
-            found = text_length(ex, toy, control_tokens=control)
+            found = len(text_row(ex, toy, control_tokens=control).ids)
             assert found + sum(image_tokens(toy, x.size) - 1 for x in ex["images"]) == true
 
 
