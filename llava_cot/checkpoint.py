@@ -44,6 +44,7 @@ from llava_cot.distributed import (
 from .families import family_of
 from .files import FileError, sealed, whole_folder, why_broken, write_file, writing
 from .models import model_digest
+from .opening import packed_layers, restore
 from .run import Run, result_dtype
 from .schedule import Schedule
 from .settings import RunError, Settings
@@ -306,6 +307,9 @@ def reopen_checkpoint(out, folder: Path, s: Settings) -> Run:
         )
     config, processor = models.load_config(folder), models.load_processor(folder)
     dtype = memory.weights_dtype(s.weights)
+    if dtype == "nf4":
+        dtype = torch.bfloat16
+        del config.quantization_config  # `prepare_weights` says it again
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -354,10 +358,22 @@ def _read_moments(
     return found
 
 
+def _read_scales(model, folder: Path) -> None:
+    "What weights in 4 bits are read by."
+    layers, held = packed_layers(model), _held(folder)
+    for name, layer in layers.items():
+        first = f"{_key(name + '.weight')}."
+        its = {key: held[key] for key in held if key.startswith(first)}
+        found = {k: torch.empty(t.size, dtype=t.properties.dtype) for k, t in its.items()}
+        _read(found, folder)
+        restore(layer, {k.removeprefix(first): t for k, t in found.items()})
+
+
 def load_checkpoint(run: Run, folder: Path) -> None:
     "Fills the weights of a model in its place, and what the last phase has left for the next."
     named = own_weights(run.model).items()
     _read({_key(name): w for name, w in named}, folder)
+    _read_scales(run.model, folder)
     run.carried = _read_moments(run.model, folder, "carried") or None
 
 # %% ../nbs/43_checkpoint.ipynb #ck-load-optimizer

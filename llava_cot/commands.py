@@ -347,7 +347,7 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     size = sum(p.numel() for p in net.parameters())
     kind = net.config.model_type
     ok.append(f"model: {name} is a {kind} with {size:,} parameters; its processor fits")
-    trainable.check_schedule(net, s.schedule)
+    trainable.check_schedule(net, s.schedule, s.weights)
     pixels.begin(net, processor, s)
     for phase in s.schedule:
         trainable.add_phase_adapters(net, phase)

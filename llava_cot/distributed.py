@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from .cot import InputError
 from .families import part_modules
 from .files import locked
+from .opening import packed_tensors
 from .settings import RunError, Settings
 
 # %% ../nbs/41_distributed.ipynb #l011
@@ -222,6 +223,7 @@ def own_weights(model) -> dict[str, torch.Tensor]:
         return _zero_weights(model)
     once = {name for name, _ in model.named_parameters()}
     once |= {name for name, _ in model.named_buffers()}
+    once |= packed_tensors(model).keys()
     return {name: w for name, w in model.state_dict().items() if name in once}
 
 

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_files', 'stored_weights', 'adapter_base',
-           'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type', 'check_processor_files',
-           'check_tokens', 'chat_template_of', 'need_template']
+           'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type', 'need_bitsandbytes', 'nf4_layers',
+           'nf4_config', 'packed_layers', 'whole_weight', 'check_blocks', 'count_numbers', 'opened_in_nf4', 'as_packed',
+           'quantise', 'packed_tensors', 'restore', 'check_processor_files', 'check_tokens', 'chat_template_of',
+           'need_template']
 
 # %% ../nbs/21_opening.ipynb #opening-imports
 import contextlib
 import copy
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -385,6 +389,161 @@ def in_type(
         if isinstance(part, PreTrainedModel):
             part.config.dtype = dtype
     return model
+
+# %% ../nbs/21_opening.ipynb #op-nf4-layers
+# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
+logging.get_logger("bitsandbytes").setLevel("ERROR")
+
+
+def need_bitsandbytes():
+    "The package bitsandbytes. Raises `ModelError` where it cannot be imported."
+    try:
+        import bitsandbytes
+    except ImportError as e:
+        raise ModelError(
+            "weights: nf4 needs the package bitsandbytes, which cannot be imported"
+            f" ({first_sentence(e)}); run: pip install 'llava_cot[nf4]', or take bf16"
+        ) from e
+    return bitsandbytes
+
+
+def nf4_layers(
+    model: PreTrainedModel,  # of a family in `FAMILIES`; in 4 bits already or not
+) -> dict[str, torch.nn.Linear]:
+    "Name → layer, for each linear layer that `weights: nf4` keeps in 4 bits."
+    output, found = model.get_output_embeddings(), {}
+    inside = tuple(f"{path}." for path in family_of(model).parts["language"])
+    for name, m in model.named_modules():
+        is_linear = isinstance(m, torch.nn.Linear) and m is not output
+        if is_linear and name.startswith(inside) and ".lora_" not in name:
+            found[name] = m
+    return found
+
+# %% ../nbs/21_opening.ipynb #op-nf4-config
+def nf4_config(
+    model: PreTrainedModel | PreTrainedConfig,  # of a family in `FAMILIES`
+) -> BitsAndBytesConfig:
+    "How transformers opens a model in 4 bits: `nf4_layers` in NF4, all else in bfloat16."
+    need_bitsandbytes()
+    parts = family_of(model).parts
+    rest = [path for part, paths in parts.items() if part != "language" for path in paths]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*rest, "lm_head"],  # for 4 bits, too
+    )
+
+
+def packed_layers(
+    model: torch.nn.Module,  # with adapters or without
+) -> dict[str, torch.nn.Linear]:
+    "Name → layer, for each linear layer of a model whose weight is in 4 bits."
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, torch.nn.Linear) and hasattr(m, "quant_state")}
+
+
+def whole_weight(
+    layer: torch.nn.Linear,  # of `packed_layers`
+) -> torch.Tensor:  # (out, in), bfloat16
+    "The numbers that a layer in 4 bits computes with."
+    weight = layer.weight
+    return need_bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+def check_blocks(
+    model: PreTrainedModel,  # about to be kept in 4 bits
+) -> None:
+    "Raise `ModelError` for rows that are not whole blocks: a CPU would read other numbers."
+    for name, layer in nf4_layers(model).items():
+        if layer.in_features % 64:
+            raise ModelError(
+                f"weights: nf4: {name} has rows of {layer.in_features} numbers; expected a multiple"
+                " of 64, the length of a block: bitsandbytes reads others wrongly on a CPU; take"
+                " weights: bf16"
+            )
+
+
+def count_numbers(p: torch.Tensor) -> int:
+    "How many numbers a parameter stands for: of those in 4 bits a byte holds two."
+    return p.numel() * (2 if p.dtype == torch.uint8 else 1)
+
+# %% ../nbs/21_opening.ipynb #op-nf4-open
+def opened_in_nf4(
+    config: PreTrainedConfig,  # of the folder or hub name
+    device: torch.device,  # where the numbers are brought into 4 bits
+) -> dict:
+    "What `from_pretrained` is told, so that weights come in 4 bits, or stay in those they are in."
+    if device.type == "cuda":  # each process of a node on its own
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    need_bitsandbytes()
+    how = dict(dtype=torch.bfloat16, device_map={"": device})
+    if not getattr(config, "quantization_config", None):
+        how["quantization_config"] = nf4_config(config)
+    return how
+
+
+def _packs(change) -> bool:
+    "Whether a change of weights at opening is one into 4 bits, for which there is no way back."
+    steps = getattr(change, "operations", None) or []
+    return any(type(step).__name__.startswith("Bnb4bit") for step in steps)
+
+
+def as_packed(model: PreTrainedModel) -> PreTrainedModel:
+    "The model without what would hinder moving it, saving it, or training it on a CPU."
+    check_blocks(model)
+    model.hf_quantizer = None  # it would save adapters among the weights
+    model.is_loaded_in_4bit = True  # asked by peft
+    if hasattr(model, "hf_device_map"):
+        del model.hf_device_map  # who trains puts it where it belongs
+    changes = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [change for change in changes if not _packs(change)]
+    for layer in packed_layers(model).values():
+        layer.support_avx512bf16_for_cpu = False  # an order of bits that has no gradient
+    return model
+
+# %% ../nbs/21_opening.ipynb #op-nf4-quant
+@torch.no_grad()
+def quantise(
+    model: PreTrainedModel,  # changed in place; in 16 bits, without adapters
+) -> PreTrainedModel:  # the same model
+    "Bring the language model's linear layers into 4 bits, one after the other."
+    check_blocks(model)
+    nn, how, left = need_bitsandbytes().nn, nf4_config(model), nf4_layers(model)
+    kind = dict(compress_statistics=True, quant_type="nf4")
+    while left:
+        name, old = left.popitem()
+        size = old.in_features, old.out_features
+        new = nn.Linear4bit(*size, False, torch.bfloat16, **kind, device="meta")
+        weight, how_kept = old.weight.data, dict(requires_grad=False, **kind, module=new)
+        if weight.is_meta:  # `restore` fills it
+            empty = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+            new.weight = nn.Params4bit(empty, bnb_quantized=True, **how_kept)
+        else:
+            new.weight = nn.Params4bit(weight, **how_kept).to(weight.device)
+        new.bias = old.bias
+        model.set_submodule(name, new)
+    model.config.quantization_config = how
+    return as_packed(model)
+
+
+def packed_tensors(
+    model: torch.nn.Module,  # with adapters or without
+) -> dict[str, torch.Tensor]:
+    "Name → tensor, for all that weights in 4 bits need besides themselves: scales and levels."
+    inside = tuple(f"{name}.weight." for name in packed_layers(model))
+    return {n: t for n, t in model.state_dict().items() if inside and n.startswith(inside)}
+
+
+def restore(
+    layer: torch.nn.Linear,  # of `packed_layers`; its weight is there, without scales
+    scales: dict[str, torch.Tensor],  # as `packed_tensors` names them, from `weight.` on
+) -> None:
+    "Give a weight in 4 bits the scales by which its numbers are read."
+    kind, weight = need_bitsandbytes().nn.Params4bit, layer.weight.data
+    how = dict(requires_grad=False, device=weight.device, module=layer)
+    layer.weight = kind.from_prequantized(weight.as_subclass(torch.Tensor), scales, **how)
 
 # %% ../nbs/21_opening.ipynb #op-class
 def check_processor_files(

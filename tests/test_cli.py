@@ -731,10 +731,17 @@ def test_plan_reads_what_train_reads():
 
 
 def test_every_recipe_passes_a_dry_run():
-    assert set(recipes()) == {"demo", "llava_cot_100k_8xH100", "llava_cot_100k_1xH200", "lora_24gb"}
+    assert set(recipes()) == {
+        "demo",
+        "llava_cot_100k_8xH100",
+        "llava_cot_100k_1xH200",
+        "lora_24gb",
+        "qlora_24gb",
+    }
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         data_ = write_rows(tmp / "rows", 24)
+        models.save(*tiny_mllama(hidden=64), tmp / "mllama")  # rows wide enough for 4 bits
         for name, file in recipes().items():
             code, out, error = here(
                 "train", "--config", name, "--data", data_, "--out", tmp / "run", "--dry-run", "--json"
@@ -752,7 +759,7 @@ def test_every_recipe_passes_a_dry_run():
             )  # says what it is for and how it is called
             local = [
                 "--model",
-                "tiny_mllama" if "11B" in text.split("\nschedule")[0] else "tiny_llava",
+                tmp / "mllama" if "11B" in text.split("\nschedule")[0] else "tiny_llava",
             ]  # in place of weights from the hub
             code, out, error = here(
                 "train",
