@@ -258,8 +258,8 @@ def summary(
             "",
             f"accuracy {_percent(report['accuracy'])} [{lo:.1%}, {hi:.1%}]"
             f"   without the picture {blind}",
-            f"sound    {sound}{judged}   valid format {valid}",
-            f"truncated {cut}   unparsed {unread}",
+            f"sound    {sound}{judged}   right × sound {_percent(report.get('verdict'))}",
+            f"valid format {valid}   truncated {cut}   unparsed {unread}",
             "   ".join(kinds),
         ]
     )

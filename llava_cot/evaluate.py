@@ -34,6 +34,7 @@ from llava_cot.metrics import (
 from .pictures import example_at
 from .reasoning import soundness
 from .search import Answer, Greedy, answer, ids_of
+from .shapes import SHORTENED
 from llava_cot.statistics import (
     auroc,
     bootstrap_interval,
@@ -44,6 +45,7 @@ from llava_cot.statistics import (
     permutation_test,
     reliability,
 )
+from .verdict import soundness_score
 
 # %% ../nbs/73_evaluate.ipynb #c021
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class ScoredRow:
     logprob: float | None = None  # mean log-probability of its tokens
     other_right: bool | None = None  # the same question with another row's picture
     score: float = 0.0  # what it gave, between 0 and 1
+    soundness: float | None = None  # the probability that its reasoning holds
 
     @property
     def valid(self) -> bool:
@@ -80,6 +83,11 @@ class ScoredRow:
         "Not cut off, and the judge found nothing wrong in any stage."
         judged = self.problems is not None
         return judged and self.finished is not False and not self.problems
+
+    @property
+    def shortened(self) -> bool:
+        "True as far as its reasoning goes, which was cut at its end."
+        return bool(self.problems) and all(p.kind == SHORTENED for p in self.problems)
 
 # %% ../nbs/73_evaluate.ipynb #c035
 def _mark(
@@ -100,6 +108,7 @@ def _mark(
     def scored(said: Answer) -> float:
         return score_of(said, wanted, fmt, chosen, plain)
 
+    problems = None if judge is None else tuple(judge(example, given.text))
     return ScoredRow(
         index=i,
         id=example["id"],
@@ -111,7 +120,7 @@ def _mark(
         tokens=given.tokens,
         right=scored(given) == 1,
         format_problems=tuple(check(given.text, fmt)),
-        problems=None if judge is None else tuple(judge(example, given.text)),
+        problems=problems,
         metric=chosen.name,
         source=source,
         cluster=cluster,
@@ -119,7 +128,17 @@ def _mark(
         logprob=given.logprob,
         **{name: None if a is None else scored(a) == 1 for name, a in controls.items()},
         score=scored(given),
+        soundness=_soundness(problems, given.finished, getattr(judge, "name", None)),
     )
+
+
+def _soundness(problems: tuple | None, finished: bool | None, judge: str | None) -> float | None:
+    "The probability that reasoning holds; where a judge is certain of what it says, 0 or 1."
+    if problems is None:
+        return None
+    if finished is False:
+        return 0.0
+    return soundness_score(problems) if judge == "offline" else float(not problems)
 
 # %% ../nbs/73_evaluate.ipynb #c031
 def _share(values: Iterable) -> float | None:
@@ -158,6 +177,8 @@ def scores(
         truncated=_share(not r.finished for r in rows if r.finished is not None),
         sound=_share(r.sound for r in rows) if judged else None,
         sound_ci=sound_ci and list(sound_ci),
+        verdict=_share(r.right * r.soundness for r in rows) if judged else None,
+        shortened=_share(r.shortened for r in rows) if judged else None,
         sound_if_right=_share(r.sound for r in rows if r.right) if judged else None,
         mean_tokens=_share(r.tokens for r in rows if r.tokens is not None),
     )
@@ -239,6 +260,8 @@ class Report:
     read: dict = field(default_factory=dict)  # how conclusions were found -> rows
     judge: str | None = None  # scene, offline, another one's name; None: nothing was judged
     sound_ci: list | None = None  # the 95 % interval of `sound`
+    verdict: float | None = None  # right × soundness, the mean; see `verdict.verdict`
+    shortened: float | None = None  # true as far as they go, cut at the end of their reasoning
     problem_stages: dict = field(default_factory=dict)  # stage -> rows with a problem there
     by: dict = field(default_factory=dict)  # source, metric, question, answer -> figures
     calibration: dict = field(default_factory=dict)  # of the model's confidence

@@ -73,11 +73,11 @@ def soundness(
     text: str,  # the answer
     fmt: CoTFormat = LLAVA_COT,
     reference: str | None = None,  # reasoning to compare the steps with
-    finished: bool = True,  # not cut off by a limit
+    finished: bool | None = True,  # not cut off by a limit; None: nobody knows
 ) -> list[Problem]:  # their kinds are those of `check`, of `KINDS`, `missing step` and `order`
     "What is wrong with an answer as far as that shows without its picture."
     found = list(check(text, fmt))
-    if not finished:
+    if finished is False:
         found.append(Problem("truncated", None, KINDS["truncated"], len(text)))
     stages = _stages_of(text, fmt)
     places = {span.stage: span.start for span in spans(text, fmt)}

@@ -210,9 +210,11 @@ def _tiles_html(report: Report) -> str:
     right = f"accuracy on {report.n:,} questions; 95 % interval {lo:.1%} to {hi:.1%}"
     blind = "without the picture" + (": not measured" if report.blind_accuracy is None else "")
     blind += f"; always the most frequent answer: {_percent(report.majority_accuracy)}"
-    sound = "sound: no answer key to judge by"
+    sound = "sound: nobody judged"
     if report.sound is not None:
-        sound = f"sound, every stage verified; {_percent(report.sound_if_right)} of the right ones"
+        by = {"scene": "every stage verified", "offline": "by measures that need no picture"}
+        of = f"{_percent(report.sound_if_right)} of the right ones"
+        sound = f"sound, {by.get(report.judge, f'judge: {report.judge}')}; {of}"
     valid = f"well formed; {_percent(report.truncated)} cut off"
     shares = (report.accuracy, report.blind_accuracy, report.sound, report.format_valid)
     tiles = [

@@ -124,7 +124,7 @@ def _scores(scores: dict | None) -> str:
         ("accuracy", f"{_percent(scores['accuracy'])} (95 % interval {low:.1%} to {high:.1%})"),
         ("accuracy without the picture", _percent(scores.get("blind_accuracy"))),
         ("always the most frequent answer", _percent(scores.get("majority_accuracy"))),
-        ("sound reasoning", _percent(scores.get("sound"))),
+        (f"sound reasoning (judge: {scores.get('judge')})", _percent(scores.get("sound"))),
         ("well-formed answers", _percent(scores.get("format_valid"))),
         ("cut off before their end", _percent(scores.get("truncated"))),
     ]

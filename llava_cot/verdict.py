@@ -15,8 +15,8 @@ from importlib.resources import files
 import numpy as np
 
 from .cot import LLAVA_COT, CoTFormat, Problem, parse
-from .data import answer_text, question
-from .metrics import is_right, metric_for, reference
+from .data import answer_text
+from .metrics import chosen_for, is_right, reference
 from .reasoning import KINDS, soundness, spoil_unseen
 from .search import Answer
 
@@ -159,18 +159,20 @@ def verdict(
     text: str,  # the answer
     fmt: CoTFormat = LLAVA_COT,
     steps: str | None = None,  # reasoning to compare the steps with
-    finished: bool = True,  # not cut off by a limit
+    finished: bool | None = True,  # not cut off by a limit; None: nobody knows
     judge: Callable | None = None,  # (example, text) -> list of `Problem`, certain of all it says
 ) -> Verdict:
     "Whether an answer is right, and its reasoning holds. Raises `EvaluateError` without reference."
     wanted = reference(example, fmt)
-    chosen = metric_for(wanted, question(example))
+    chosen = chosen_for(example, wanted)
     right = is_right(Answer(example["id"], text, finished, 0), wanted, fmt, chosen)
     if judge is None:
         problems = soundness(example, text, fmt, steps, finished)
         return Verdict(right, soundness_score(problems), tuple(problems), chosen.name)
     problems = judge(example, text)
-    return Verdict(right, float(finished and not problems), tuple(problems), chosen.name)
+    return Verdict(
+        right, float(finished is not False and not problems), tuple(problems), chosen.name
+    )
 
 # %% ../nbs/67_verdict.ipynb #verdic-29
 def auc(

@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 
 from llava_cot import data, shapes
 from llava_cot import evaluate as evaluate_module
+from llava_cot.cot import Problem
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError
 from llava_cot.pictures import example_at
 from llava_cot.reasoning import spoil
 from llava_cot.scenes import KINDS
 from llava_cot.search import Answer, Greedy, answer
+from llava_cot.shapes import SHORTENED
 from llava_cot.statistics import bootstrap_interval, holm, mcnemar
 from llava_cot.tiny import tiny_base, tiny_llava, tiny_mllama
 from llava_cot.tokens import encode
+from llava_cot.verdict import verdict
 
 def hand_made(pairs):
     "Answers to five (scene, example) pairs, and their judge."
@@ -317,6 +320,23 @@ def test_two_processes_make_the_report_of_one():
         for its in (*one.values(), *two[0].values(), *two[1].values()):
             its.pop("calibration")  # of log-probabilities, whose last digits depend on the batch
         assert one == two[0] == two[1] and one["plain"]["n"] == 5 and any(one["plain"]["texts"])
+
+
+def test_a_verdict_is_right_times_the_probability_that_the_reasoning_holds():
+    examples, said = hand_scored()
+    asked = [replace(a, finished=True) for a in said]
+    by_rule = score(examples, asked, judge=offline_judge())
+    for row, example in zip(by_rule.rows, examples):
+        its = verdict(example, row.text)
+        assert row.soundness == its.soundness and row.right == its.right
+    assert by_rule.verdict == sum(r.right * r.soundness for r in by_rule.rows) / 5
+    assert score(examples, said).verdict is None and score(examples, said).rows[0].soundness is None
+    pairs = list(shapes.examples(5, seed=1))
+    answers, judge = hand_made(pairs)
+    certain = score(examples, answers, judge=judge)
+    assert [r.soundness for r in certain.rows] == [float(r.sound) for r in certain.rows]
+    one = replace(certain.rows[0], problems=(Problem(SHORTENED, "REASONING", "cut", 0),))
+    assert one.shortened and not one.sound and not certain.rows[1].shortened
 
 
 def test_a_blank_picture_is_zero_after_normalisation():
