@@ -184,11 +184,12 @@ def scores(
     )
 
 # %% ../nbs/73_evaluate.ipynb #ev-by
-def _by_length(lengths: Sequence[int], unit: str) -> list[str]:
+def _by_length(lengths: Sequence[int | None], unit: str) -> list[str]:
     "For each length its third, in words."
-    low, high = np.quantile(lengths, [1 / 3, 2 / 3], method="lower").astype(int).tolist()
+    known = [n for n in lengths if n is not None] or [0]
+    low, high = np.quantile(known, [1 / 3, 2 / 3], method="lower").astype(int).tolist()
     names = (f"up to {low} {unit}", f"{low + 1} to {high} {unit}", f"over {high} {unit}")
-    return [names[(n > low) + (n > high)] for n in lengths]
+    return ["unknown" if n is None else names[(n > low) + (n > high)] for n in lengths]
 
 
 def breakdown(

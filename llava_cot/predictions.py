@@ -11,6 +11,7 @@ __all__ = ['LAYOUTS', 'PredictionError', 'Prediction', 'Layout', 'Predictions', 
 import csv
 import io
 import json
+import math
 import os
 import re
 import warnings
@@ -46,6 +47,7 @@ class Prediction(NamedTuple):
     question: str | None = None
     finished: bool | None = None
     tokens: int | None = None
+    logprob: float | None = None  # mean log-probability of these tokens
 
 # %% ../nbs/71_predictions.ipynb #predic-08
 class Layout(NamedTuple):
@@ -214,6 +216,21 @@ def _written_tokens(row: dict) -> int | None:
     return tokens if type(tokens) is int else None
 
 
+def _logprob(row: dict, place: str) -> float | None:
+    "The mean log-probability that a row says, if it does."
+    value = row.get("logprob")
+    if value is None or value == "":
+        return None
+    try:
+        said = float(value)
+    except (TypeError, ValueError):
+        said = math.nan
+    if not said <= 0:  # not a number is not, either
+        expected = "expected a number of at most 0, or nothing"
+        raise PredictionError(f"{place}: logprob is {shown(value)}; {expected}")
+    return said
+
+
 def _prediction(
     place: str,
     row,  # of whatever the file holds
@@ -233,7 +250,7 @@ def _prediction(
     if name == "lmms-eval":
         return Prediction(place, id, text, asked, tokens=_written_tokens(row))
     finished, tokens = (_maybe(row, *what, place) for what in (("finished", bool), ("tokens", int)))
-    return Prediction(place, id, text, asked, finished, tokens)
+    return Prediction(place, id, text, asked, finished, tokens, _logprob(row, place))
 
 # %% ../nbs/71_predictions.ipynb #predic-23
 @dataclass(frozen=True)
@@ -364,7 +381,8 @@ def answers_to(
         warnings.warn(f"{said}: these count as wrong", InputWarning, stacklevel=2)
     nothing = Prediction("", "", "")
     rows = [placed.get(i, nothing) for i in wanted]
-    return [Answer(ids[i], row.text, row.finished, row.tokens) for i, row in zip(wanted, rows)]
+    said = [(row.text, row.finished, row.tokens, row.logprob) for row in rows]
+    return [Answer(ids[i], *each) for i, each in zip(wanted, said)]
 
 
 def read_predictions(
@@ -387,6 +405,8 @@ def _wanted(example: dict) -> str:
 
 def _own_row(i: int, example: dict, given: Answer) -> dict:
     said = dict(text=given.text, finished=given.finished, tokens=given.tokens)
+    if given.logprob is not None:
+        said |= dict(logprob=given.logprob)
     return dict(id=given.id, question=question(example)) | said
 
 

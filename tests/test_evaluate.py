@@ -193,6 +193,9 @@ def test_without_a_judge_and_by_another_kind():
 
 
 def test_rows_fall_into_thirds_by_length():
+    told_ = evaluate_module._by_length([None, 7], "words")
+    assert told_ == ["unknown", "up to 7 words"]
+    assert evaluate_module._by_length([None], "words") == ["unknown"]
     told_ = evaluate_module._by_length([1, 2, 3, 4, 5, 6], "words")
     assert told_ == ["up to 2 words"] * 2 + ["3 to 4 words"] * 2 + ["over 4 words"] * 2
     assert set(evaluate_module._by_length([7] * 5, "words")) == {"up to 7 words"}

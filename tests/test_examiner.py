@@ -5,6 +5,7 @@ import tempfile
 
 from llava_cot import shapes
 from llava_cot.cot import LLAVA_COT
+from llava_cot.report import write_report
 from llava_cot.schedule import Schedule
 from llava_cot.tiny import tiny_base
 
@@ -17,7 +18,7 @@ def test_a_file_of_answers_is_scored_as_the_model_was_that_wrote_them():
         assert set(left["id"]).isdisjoint(one.rows["id"]) and len(left) + len(one.rows) == 8
         toy, its = tiny_base()
         told = scored_model(one, toy, its, f"{d}/out", dict(data="rows"), blind=False)
-        told.save(f"{d}/out")
+        write_report(f"{d}/out", told)
         again, read = scored_file(one, f"{d}/out/answers.jsonl", one.rows)
         assert read.layout == "llava_cot" and again.accuracy == told.accuracy
         assert [r.text for r in again.rows] == [r.text for r in told.rows]
