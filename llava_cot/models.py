@@ -46,6 +46,7 @@ from llava_cot.opening import (
     read_config,
     read_json,
     root_of,
+    unread_model,
     weight_files,
 )
 
@@ -58,20 +59,22 @@ def load(
     dtype: str | torch.dtype = torch.float32,  # of the weights; see `find_dtype`
     device: str | None = None,  # where to put the model; see `find_device`
     chat: bool = False,  # refuse a model without a chat template
+    empty: bool = False,  # leave weights where they are if that can be: see `opening.unread_model`
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "Model and processor, in eval mode. Raises `ModelError`, of one line, whatever is wrong."
     name, at = str(name_or_path), find_device(device)
     found = find_dtype(dtype, at)
     _, processor = load_skeleton(name, chat)
 
-    base = adapter_base(name, root_of(name))
+    base, config = adapter_base(name, root_of(name)), load_config(name)
+    left = unread_model(name, config, found) if empty and not base else None
     if base:
         model = _merged_adapter(load(base, found)[0], name)
-    else:
-        model = _weights(name, load_config(name), found)
+    elif left is None:
+        model = _weights(name, config, found)
         family_of(model).prepare(model)
-    remember_preprocessing(model, processor, name)
-    return model.to(at).eval(), processor
+    model = model.to(at).eval() if left is None else left
+    return remember_preprocessing(model, processor, name), processor
 
 
 def load_config(
@@ -653,7 +656,13 @@ def model_digest(
     "SHA-256 over a model's config and every weight: names, types, shapes, bytes."
     changing = ("_name_or_path", "transformers_version")
     config = {k: v for k, v in model.config.to_dict().items() if k not in changing}
-    with ThreadPoolExecutor(8) as pool:
-        lines = list(pool.map(_weight_line, sorted(model.state_dict().items())))
+    unread = getattr(model, "unread", None)
+
+    def line(item: tuple[str, torch.Tensor]) -> str:
+        name, w = item
+        return _weight_line((name, unread.read(name, w.dtype) if unread else w))
+
+    with ThreadPoolExecutor(2 if unread else 8) as pool:  # as many weights are held at once
+        lines = list(pool.map(line, sorted(model.state_dict().items())))
     head = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_files', 'stored_weights', 'adapter_base',
-           'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type', 'check_processor_files',
-           'check_tokens', 'chat_template_of', 'need_template']
+           'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type', 'places_of', 'Unread', 'empty_model',
+           'unread_model', 'check_processor_files', 'check_tokens', 'chat_template_of', 'need_template']
 
 # %% ../nbs/21_opening.ipynb #opening-imports
 import contextlib
@@ -13,15 +13,19 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -234,6 +238,13 @@ def weight_files(
     return [folder / name for name in shards]
 
 
+def _listed(path: Path) -> dict[str, torch.Tensor]:
+    "What the header of a file lists: name -> a tensor of that shape on `meta`."
+    with safe_open(path, framework="pt") as f:
+        shapes = {name: f.get_slice(name).get_shape() for name in f.keys()}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 def stored_weights(
     folder: Path,  # of a model
 ) -> dict[str, torch.Tensor]:  # name -> a tensor of that shape on `meta`, without numbers
@@ -241,10 +252,7 @@ def stored_weights(
     found = {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as f:
-                for name in f.keys():
-                    shape = f.get_slice(name).get_shape()
-                    found[name] = torch.empty(shape, device="meta")
+            found |= _listed(path)
         except (SafetensorError, OSError, ValueError) as e:
             size = f"{path.stat().st_size:,} bytes"
             reason = f"{size}, cut off or damaged ({first_sentence(e)})"
@@ -384,6 +392,83 @@ def in_type(
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config.dtype = dtype
+    return model
+
+# %% ../nbs/21_opening.ipynb #un-places
+def places_of(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # its weights; only headers are read
+) -> dict[str, tuple[Path, str]] | None:  # name in the model -> file, name in it
+    "Where each weight lies; `None` where opening one is more than giving it another name."
+    stored, places = {}, {}
+    for path in weight_files(folder):
+        for key, w in _listed(path).items():
+            stored[key] = w
+            places[w.untyped_storage()._cdata] = (path, key)
+    found = {}
+    for name, w in opened_without_numbers(config, stored)[0].state_dict().items():
+        found[name] = file, key = places.get(w.untyped_storage()._cdata, (folder, ""))
+        whole = stored.get(key)
+        if whole is None or (w.shape, w.stride()) != (whole.shape, whole.stride()):
+            return None
+    return found
+
+
+@dataclass(frozen=True)
+class Unread:
+    "The weights of a model that are not read yet."
+
+    places: dict[str, tuple[Path, str]]  # from `places_of`
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        "One weight in a type; its file is closed again. Raises `ModelError`."
+        file, key = self.places[name]
+        try:
+            with safe_open(file, framework="pt") as f:
+                return f.get_tensor(key).to(dtype)
+        except (SafetensorError, OSError) as e:
+            reason = f"{key} cannot be read ({first_sentence(e)})"
+            raise ModelError(f"{file}: {reason}; was it changed or removed?") from e
+
+# %% ../nbs/21_opening.ipynb #un-model
+def empty_model(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # the rest is there
+    dtype: torch.dtype,  # as for `from_pretrained`
+) -> PreTrainedModel:  # in eval mode
+    "What `from_pretrained(dtype=…)` gives, but for the weights, which are on `meta`."
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    in_type(model, dtype)
+    name = "generation_config.json"
+    how = {} if (folder / name).is_file() else dict(_from_model_config=True)
+    named = name if not how else "config.json"
+    model.generation_config = GenerationConfig.from_pretrained(folder, named, **how)
+    family_of(model).prepare(model)
+    return model.eval()
+
+
+def unread_model(
+    name: str,  # a folder, or a name on the hub
+    config: PreTrainedConfig,  # its config
+    dtype: torch.dtype | str,  # as for `from_pretrained`
+) -> PreTrainedModel | None:  # its `unread` reads the weights
+    "An `empty_model`; `None` where weights are quantised, or opened by more than other names."
+    if not isinstance(dtype, torch.dtype) or getattr(config, "quantization_config", None):
+        return None
+    opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
+    try:
+        patterns = (*_SMALL, "*.safetensors")
+        here = Path(name).is_dir()
+        folder = Path(name if here else snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:
+        raise ModelError(f"{name}: its weights cannot be read ({first_sentence(e)})") from e
+    check_weights(config, folder)
+    places = places_of(config, folder)
+    if places is None:
+        return None
+    model = empty_model(config, folder, dtype)
+    model.unread, model.opened = Unread(places), opened
     return model
 
 # %% ../nbs/21_opening.ipynb #op-class

@@ -419,10 +419,11 @@ def open_model(
     name: str,  # one of `TINY`, a folder, or a name on the hub
     dtype: str | torch.dtype = torch.float32,  # as for `models.load`, like the next
     device: str | None = None,
+    empty: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "Model and processor, with a chat template. Raises `ModelError`, as `models.load` does."
     if name not in TINY:
-        return load(name, dtype, device, chat=True)
+        return load(name, dtype, device, chat=True, empty=empty)
     at, (model, processor) = find_device(device), globals()[name]()
     found = find_dtype(dtype, at)
     if found not in ("auto", model.dtype):
