@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['launch_configs', 'engine_of', 'check_engine', 'on_main', 'run_folder', 'shard_units', 'shard', 'fake_mesh',
-           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'optimizer_moments', 'load_moments',
-           'prepare_engine', 'check_zero', 'gathered', 'together', 'my_share']
+           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'shards_at_launch', 'open_for_run', 'is_unread',
+           'read_first', 'fill', 'optimizer_moments', 'load_moments', 'prepare_engine', 'check_zero', 'gathered',
+           'together', 'my_share']
 
 # %% ../nbs/41_distributed.ipynb #distributed-imports
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.resources import files
@@ -26,9 +29,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from .cot import InputError
-from .families import part_modules
+from .families import family_of, part_modules
 from .files import locked
+from .pixels import budget_of
 from .settings import RunError, Settings
+from .tiny import TINY, open_model
 
 # %% ../nbs/41_distributed.ipynb #l011
 def launch_configs() -> dict[str, Path]:
@@ -228,6 +233,106 @@ def own_weights(model) -> dict[str, torch.Tensor]:
 def whole(t: torch.Tensor) -> torch.Tensor:
     "A tensor that processes hold in shares, in one piece. All processes must call it."
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+# %% ../nbs/41_distributed.ipynb #un-open
+def shards_at_launch() -> bool:
+    "Whether `accelerate launch` has started several processes under FSDP2."
+    said = os.environ.get
+    fsdp = said("ACCELERATE_USE_FSDP", "").lower() == "true" and said("FSDP_VERSION") == "2"
+    return fsdp and int(said("WORLD_SIZE", "1")) > 1
+
+
+def _say_opened_whole(name: str, why: str) -> None:
+    "One line, from one process."
+    if os.environ.get("RANK", "0") == "0":
+        told = f"{name}: every process opens all of its weights, for {why}"
+        print(told, file=sys.stderr, flush=True)
+
+
+def open_for_run(
+    name: str,  # as for `tiny.open_model`, like the next
+    dtype: str | torch.dtype,
+) -> tuple:
+    "Model and processor; under FSDP2 on several processes the weights are left for `fill`."
+    empty = shards_at_launch() and name not in TINY
+    model, processor = open_model(name, dtype, empty=empty)
+    if empty and not is_unread(model):
+        _say_opened_whole(name, "they are an adapter's, quantised, or converted on opening")
+    return model, processor
+
+
+def is_unread(model) -> bool:
+    "Whether a model's weights are left where they lie."
+    return getattr(model, "unread", None) is not None
+
+# %% ../nbs/41_distributed.ipynb #un-first
+@torch.no_grad()
+def read_first(
+    model,  # changed in place, if it is `unread` and must be read
+    settings: Settings,
+    accelerator: Accelerator,
+    named: bool = True,  # the run's recipe says where the model lies
+) -> None:
+    "Reads the weights on each process, where a run needs them before the model is in shards."
+    if not is_unread(model):
+        return
+    asked = [v for phase in settings.schedule for v in budget_of(phase, settings).values()]
+    why = {
+        f"the engine is {engine_of(accelerator)}": engine_of(accelerator) != "fsdp2",
+        "separator_tokens changes them": settings.separator_tokens,
+        "max_tiles changes them": family_of(model).budget.fixed and any(asked),
+        "the first checkpoint holds them": not named,
+    }
+    if not any(why.values()):
+        return
+    _say_opened_whole(model.name_or_path, next(text for text, so in why.items() if so))
+    for name, w in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        read = model.unread.read(name, w.dtype).clone()
+        setattr(model.get_submodule(module), own, torch.nn.Parameter(read, w.requires_grad))
+    model.tie_weights()
+    model.unread = None
+
+# %% ../nbs/41_distributed.ipynb #un-fill
+def _give(
+    w: torch.Tensor,  # filled; a share, or whole
+    read: torch.Tensor | None,  # the whole of it, on the main process
+) -> None:
+    "Every process its share of what the main process has read. All processes must call it."
+    if isinstance(w, DTensor):
+        mesh = w.device_mesh
+        if read is None:  # a place that is never touched
+            read = torch.empty(w.shape, dtype=w.dtype, device=mesh.device_type)
+        w.to_local().copy_(distribute_tensor(read, mesh, w.placements).to_local())
+        return
+    if read is not None:
+        w.copy_(read)
+    if dist.is_initialized():
+        dist.broadcast(w, 0)
+
+
+@torch.no_grad()
+def fill(
+    model,  # `unread`, and in its place
+    accelerator: Accelerator,
+) -> None:
+    "Gives a model its weights, one by one. Raises `ModelError` on all. All processes must call it."
+    error = None
+    for name, w in own_weights(model).items():
+        read = None
+        if accelerator.is_main_process and not error:
+            try:
+                read = model.unread.read(name, w.dtype)
+            except InputError as e:  # told in the end: the others wait for their shares
+                error = e
+        _give(w, read)
+    model.unread = None
+
+    def tell() -> None:
+        if error:
+            raise error
+
+    on_main(accelerator, tell)
 
 # %% ../nbs/41_distributed.ipynb #l033
 def optimizer_moments(model, optimizer) -> dict:

@@ -439,6 +439,7 @@ def empty_model(
     "What `from_pretrained(dtype=…)` gives, but for the weights, which are on `meta`."
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()  # each has got a parameter of its own
     in_type(model, dtype)
     name = "generation_config.json"
     how = {} if (folder / name).is_file() else dict(_from_model_config=True)
