@@ -11,16 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from llava_cot import models, opening
+from llava_cot import models
 from llava_cot.families import ModelError
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 
-def turned(config, stored, dtype=torch.float32, own=opening.opened_without_numbers):
-    "What a version of transformers may do that turns a weight on opening it."
-    made, said = own(config, stored, dtype)
-    head = made.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
-    return made, said
+def turning(kind):
+    "A version of transformers that turns a weight on opening it."
+    own = kind.from_pretrained
+
+    def opened(*args, **options):
+        made, said = own(*args, **options)
+        head = made.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
+        return made, said
+
+    return mock.patch.object(kind, "from_pretrained", opened)
 
 
 def test_every_family_opens_without_numbers_and_misses_what_is_missing():
@@ -64,25 +69,24 @@ def test_weights_left_where_they_are_are_those_that_opening_gives_in_every_famil
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
             models.save(toy, own, f"{d}/m")
-            for there in (True, False):
-                for dtype in (torch.float32, torch.bfloat16):
-                    whole_ = models.load(f"{d}/m", dtype)[0]
-                    left = models.load(f"{d}/m", dtype, empty=True)[0]
-                    assert all(w.is_meta for w in left.parameters())
-                    named, state = dict(left.named_parameters()), whole_.state_dict()
-                    assert [*named] == [n for n, _ in whole_.named_parameters()]
-                    for n, w in whole_.named_parameters():
-                        assert (w.dtype, w.requires_grad) == (named[n].dtype, named[n].requires_grad)
-                    for (n, b), (m, c) in zip(whole_.named_buffers(), left.named_buffers()):
-                        assert n == m and b.dtype == c.dtype and torch.equal(b, c)
-                    for n, w in left.state_dict().items():
-                        assert torch.equal(left.unread.read(n, w.dtype), state[n])
-                    assert left.generation_config.to_dict() == whole_.generation_config.to_dict()
-                    assert left.opened == whole_.opened and not left.training
-                    assert models.model_digest(left) == models.model_digest(whole_)
-                Path(f"{d}/m/generation_config.json").unlink(missing_ok=True)
+            for dtype in (torch.float32, torch.bfloat16):
+                whole_ = models.load(f"{d}/m", dtype)[0]
+                left = models.load(f"{d}/m", dtype, empty=True)[0]
+                assert all(w.is_meta for w in left.parameters())
+                named, state = dict(left.named_parameters()), whole_.state_dict()
+                assert [*named] == [n for n, _ in whole_.named_parameters()]
+                for n, w in whole_.named_parameters():
+                    assert (w.dtype, w.requires_grad) == (named[n].dtype, named[n].requires_grad)
+                for (n, b), (m, c) in zip(whole_.named_buffers(), left.named_buffers()):
+                    assert n == m and b.dtype == c.dtype and torch.equal(b, c)
+                for n, w in left.state_dict().items():
+                    assert torch.equal(left.unread.read(n, w.dtype), state[n])
+                assert left.generation_config.to_dict() == whole_.generation_config.to_dict()
+                assert left.opened == whole_.opened and not left.training
+                assert models.model_digest(left) == models.model_digest(whole_)
+                Path(f"{d}/m/generation_config.json").unlink(missing_ok=True)  # for the second
             mixed = models.load_config(f"{d}/m")
-            with mock.patch.object(opening, "opened_without_numbers", turned):
+            with turning(type(toy)):
                 assert unread_model(f"{d}/m", mixed, torch.float32) is None
             assert unread_model(f"{d}/m", mixed, "auto") is None
             Path(f"{d}/m/model.safetensors").unlink()
