@@ -28,12 +28,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from . import tiny as toys
 from .cot import InputError
 from .families import family_of, part_modules
 from .files import locked
 from .pixels import budget_of
 from .settings import RunError, Settings
-from .tiny import TINY, open_model
 
 # %% ../nbs/41_distributed.ipynb #l011
 def launch_configs() -> dict[str, Path]:
@@ -254,9 +254,10 @@ def open_for_run(
     dtype: str | torch.dtype,
 ) -> tuple:
     "Model and processor; under FSDP2 on several processes the weights are left for `fill`."
-    empty = shards_at_launch() and name not in TINY
-    model, processor = open_model(name, dtype, empty=empty)
-    if empty and not is_unread(model):
+    if name in toys.TINY or not shards_at_launch():
+        return toys.open_model(name, dtype)
+    model, processor = toys.open_model(name, dtype, empty=True)
+    if not is_unread(model):
         _say_opened_whole(name, "they are an adapter's, quantised, or converted on opening")
     return model, processor
 
