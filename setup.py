@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 cfg = ConfigParser()
 cfg.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-extras = ("dev", "lora", "torchao", "liger", "deepspeed")
+extras = ("dev", "lora", "math", "torchao", "liger", "nf4", "deepspeed")
 
 setup(
     name=cfg["lib_name"],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CliError', 'Interrupted', 'say', 'format_of', 'policy_of', 'setting_fields', 'limited', 'train', 'summary', 'recipes',
-           'plan', 'demo', 'evaluate', 'ask', 'memory_line', 'push']
+           'plan', 'demo', 'ask', 'memory_line', 'push']
 
 # %% ../nbs/80_commands.ipynb #commands-imports
 import inspect
@@ -124,7 +124,7 @@ def train(
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
     from llava_cot.distributed import open_for_run
-    from llava_cot.evaluate import examination, leave_out_bad, measured
+    from llava_cot.examiner import examination, leave_out_bad, measured
     from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
@@ -188,7 +188,7 @@ def _warnings(report: dict) -> list[str]:
 
 def _resume(out, start, json) -> dict:
     "Goes on with the run in a folder."
-    from llava_cot.evaluate import examination, leave_out, measured
+    from llava_cot.examiner import examination, leave_out, measured
     from llava_cot.run import read_recipe, settings_from
     from llava_cot.train import resume
 
@@ -249,6 +249,8 @@ def summary(
     lo, hi = report["accuracy_ci"]
     blind, sound = _percent(report.get("blind_accuracy")), _percent(report.get("sound"))
     valid, cut = _percent(report["format_valid"]), _percent(report["truncated"])
+    judged = f" (judge: {report['judge']})" if report.get("judge") else ""
+    unread = _percent(report.get("unparsed"))
     kinds = (f"{kind} {k['accuracy']:.1%}" for kind, k in report["per_kind"].items())
     return "\n".join(
         [
@@ -256,7 +258,8 @@ def summary(
             "",
             f"accuracy {_percent(report['accuracy'])} [{lo:.1%}, {hi:.1%}]"
             f"   without the picture {blind}",
-            f"sound    {sound}   valid format {valid}   truncated {cut}",
+            f"sound    {sound}{judged}   right × sound {_percent(report.get('verdict'))}",
+            f"valid format {valid}   truncated {cut}   unparsed {unread}",
             "   ".join(kinds),
         ]
     )
@@ -308,7 +311,7 @@ def _dry_run(source, model, out, schedule, settings, json) -> dict:
 # %% ../nbs/80_commands.ipynb #c013d
 def _dry_data(source, s, ok: list, unchecked: list, check: bool | str = True) -> dict | None:
     "The rows of a run by name, or None where they are not on this machine."
-    from llava_cot.evaluate import examination, measured
+    from llava_cot.examiner import examination, measured
 
     if not source["data"]:
         unchecked.append("data: not given")
@@ -344,7 +347,7 @@ def _dry_model(name, s, rows, ok: list, unchecked: list) -> None:
     size = sum(p.numel() for p in net.parameters())
     kind = net.config.model_type
     ok.append(f"model: {name} is a {kind} with {size:,} parameters; its processor fits")
-    trainable.check_schedule(net, s.schedule)
+    trainable.check_schedule(net, s.schedule, s.weights)
     pixels.begin(net, processor, s)
     for phase in s.schedule:
         trainable.add_phase_adapters(net, phase)
@@ -441,7 +444,7 @@ def _config(name: str):
 
 def _rows(options: dict) -> int | None:
     "How many rows `train` would train on, where the data is on this machine."
-    from llava_cot.evaluate import examination
+    from llava_cot.examiner import examination
     from llava_cot.schedule import Schedule
 
     if not options.get("data") or not Path(options["data"]).exists():
@@ -490,50 +493,6 @@ def demo(
     source = dict(data=train_, eval_data=test, held_out=0.0, eval_n=n_test, max_new_tokens=240)
     settings = dict(fmt=format_of("llava_cot"), seed=seed, batch_size=32, workers=1, save_every=100)
     return _train(source, "tiny_base", out, "demo", settings, start, json)
-
-# %% ../nbs/80_commands.ipynb #c017
-@limited
-def evaluate(
-    model: str,  # folder or hub name, or tiny_base, …
-    data: str,  # folder or file of rows in any layout
-    out: str | None = None,  # new folder for report.json and report.html
-    columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
-    fmt: str = "llava_cot",  # format of the answers
-    n: int = 1000,  # at most so many rows
-    max_new_tokens: int = 1024,  # longest answer
-    blind: bool = True,  # also with the picture zeroed
-    seed: int = 0,  # of the intervals
-    picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
-    picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
-    dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
-    device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
-    json: bool = False,  # print the report as JSON, all else to stderr
-) -> dict:  # what `report.json` holds
-    "Score a model's answers and reasoning on a folder of questions."
-    from llava_cot import data as source
-    from llava_cot.evaluate import Examiner
-    from llava_cot.reasoning import answer_key_judge
-    from llava_cot.report import write_report
-    from llava_cot.run import check_folder, new_folder
-    from llava_cot.tiny import open_model
-
-    start, fmt = time.time(), format_of(fmt)
-    if out:
-        check_folder(out)
-    rows = source.load(data, fmt, columns=columns)
-    net, processor = open_model(model, dtype, device)
-    judge = answer_key_judge(data, fmt)
-    rows = rows.select(range(min(n, len(rows))))
-    examiner = Examiner(rows, fmt, "", judge, max_new_tokens, seed)
-    report = examiner.scores(net, processor, rows, blind, progress=not json)
-    if out:
-        result = write_report(new_folder(out), report, seconds=time.time() - start)
-    else:
-        result = report.to_dict() | {"phases": []}
-    say(summary(result), json=json)
-    if json:
-        print(json_module.dumps(result))
-    return result
 
 # %% ../nbs/80_commands.ipynb #c018
 @limited

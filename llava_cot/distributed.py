@@ -4,34 +4,53 @@
 
 # %% auto #0
 __all__ = ['launch_configs', 'engine_of', 'check_engine', 'on_main', 'run_folder', 'shard_units', 'shard', 'fake_mesh',
-           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'shards_at_launch', 'open_for_run', 'is_unread',
-           'read_first', 'fill', 'optimizer_moments', 'load_moments', 'prepare_engine', 'check_zero', 'gathered',
-           'together', 'my_share']
+           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'places_of', 'Unread', 'empty_model',
+           'open_unread', 'shards_at_launch', 'open_for_run', 'is_unread', 'read_first', 'fill', 'optimizer_moments',
+           'load_moments', 'prepare_engine', 'check_zero', 'gathered', 'together', 'my_share']
 
 # %% ../nbs/41_distributed.ipynb #distributed-imports
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType, broadcast_object_list
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from . import models
 from . import tiny as toys
 from .cot import InputError
-from .families import family_of, part_modules
+from .families import ModelError, family_of, part_modules
 from .files import locked
+from llava_cot.opening import (
+    adapter_base,
+    check_weights,
+    first_sentence,
+    folder_of_weights,
+    header_of,
+    in_type,
+    opened_without_numbers,
+    packed_tensors,
+    root_of,
+    weight_files,
+)
 from .pixels import budget_of
 from .settings import RunError, Settings
 
@@ -227,12 +246,88 @@ def own_weights(model) -> dict[str, torch.Tensor]:
         return _zero_weights(model)
     once = {name for name, _ in model.named_parameters()}
     once |= {name for name, _ in model.named_buffers()}
+    once |= packed_tensors(model).keys()
     return {name: w for name, w in model.state_dict().items() if name in once}
 
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     "A tensor that processes hold in shares, in one piece. All processes must call it."
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+# %% ../nbs/41_distributed.ipynb #un-places
+def places_of(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # its weights; only headers are read
+) -> dict[str, tuple[Path, str]] | None:  # name in the model -> file, name in it
+    "Where each weight lies; `None` where opening one is more than giving it another name."
+    stored, places = {}, {}
+    for path in weight_files(folder):
+        for key, w in header_of(path).items():
+            stored[key] = w
+            places[w.untyped_storage()._cdata] = (path, key)
+    found = {}
+    for name, w in opened_without_numbers(config, stored)[0].state_dict().items():
+        found[name] = file, key = places.get(w.untyped_storage()._cdata, (folder, ""))
+        whole = stored.get(key)
+        if whole is None or (w.shape, w.stride()) != (whole.shape, whole.stride()):
+            return None
+    return found
+
+
+@dataclass(frozen=True)
+class Unread:
+    "The weights of a model that are not read yet."
+
+    places: dict[str, tuple[Path, str]]  # from `places_of`
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        "One weight in a type; its file is closed again. Raises `ModelError`."
+        file, key = self.places[name]
+        try:
+            with safe_open(file, framework="pt") as f:
+                return f.get_tensor(key).to(dtype)
+        except (SafetensorError, OSError) as e:
+            reason = f"{key} cannot be read ({first_sentence(e)})"
+            raise ModelError(f"{file}: {reason}; was it changed or removed?") from e
+
+# %% ../nbs/41_distributed.ipynb #un-model
+def empty_model(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # the rest is there
+    dtype: torch.dtype,  # as for `from_pretrained`
+) -> PreTrainedModel:  # in eval mode
+    "What `from_pretrained(dtype=…)` gives, but for the weights, which are on `meta`."
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()  # each has got a parameter of its own
+    in_type(model, dtype)
+    name = "generation_config.json"
+    how = {} if (folder / name).is_file() else dict(_from_model_config=True)
+    named = name if not how else "config.json"
+    model.generation_config = GenerationConfig.from_pretrained(folder, named, **how)
+    family_of(model).prepare(model)
+    return model.eval()
+
+
+def open_unread(
+    name: str,  # a folder, or a name on the hub
+    dtype: torch.dtype | str,  # as for `models.load`
+) -> tuple | None:
+    "Model and processor, the weights left to `unread`; `None` where they must be opened whole."
+    _, processor = models.load_skeleton(name, chat=True)
+    config, adapter = models.load_config(name), adapter_base(name, root_of(name))
+    quantised = getattr(config, "quantization_config", None)
+    if adapter or quantised or not isinstance(dtype, torch.dtype):
+        return None
+    opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
+    folder = folder_of_weights(name)
+    check_weights(config, folder)
+    places = places_of(config, folder)
+    if places is None:
+        return None
+    model = empty_model(config, folder, dtype)
+    model.unread, model.opened = Unread(places), opened
+    return models.remember_preprocessing(model, processor, name), processor
 
 # %% ../nbs/41_distributed.ipynb #un-open
 def shards_at_launch() -> bool:
@@ -256,10 +351,11 @@ def open_for_run(
     "Model and processor; under FSDP2 on several processes the weights are left for `fill`."
     if name in toys.TINY or not shards_at_launch():
         return toys.open_model(name, dtype)
-    model, processor = toys.open_model(name, dtype, empty=True)
-    if not is_unread(model):
+    found = open_unread(name, dtype)
+    if found is None:
         _say_opened_whole(name, "they are an adapter's, quantised, or converted on opening")
-    return model, processor
+        return toys.open_model(name, dtype)
+    return found
 
 
 def is_unread(model) -> bool:

@@ -75,7 +75,8 @@ def _digest(file: Path) -> dict:
 def _folder_contents(folder: Path) -> dict[str, dict]:
     "File → its digest, for all files below a folder but the manifest."
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
-    with ThreadPoolExecutor(8) as pool:
+    threads = max(1, min(8, (os.cpu_count() or 2) // 2))  # the rest is for whoever trains meanwhile
+    with ThreadPoolExecutor(threads) as pool:
         digests = list(pool.map(_digest, files))  # hashing leaves the interpreter free
     return {f.relative_to(folder).as_posix(): d for f, d in zip(files, digests)}
 

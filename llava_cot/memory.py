@@ -41,7 +41,7 @@ from .files import write_file
 from .gate import PICTURES
 from .loss import makes_logits, replaced_forward, token_losses
 from .models import DTYPES, model_digest
-from .opening import in_type
+from .opening import in_type, need_bitsandbytes, nf4_layers, packed_layers, quantise
 from .pixels import adopted
 from .schedule import Phase
 from .settings import RunError, Settings
@@ -206,12 +206,16 @@ def _places(index: torch.Tensor | None) -> list:
 # %% ../nbs/40_memory.ipynb #c008
 def pretend(
     config: PreTrainedConfig,  # of a family that `families` knows; not changed
-    dtype: str = "float32",  # of the weights
+    dtype: str = "float32",  # of the weights; or nf4
 ) -> tuple:  # the model, and the `FakeTensorMode` that its tensors belong to
     "The model of a config, its tensors without numbers. Raises `ModelError` for an unknown family."
     family, mode = family_of(config), FakeTensorMode(allow_non_fake_inputs=True)
+    kind = DTYPES.get(dtype, torch.bfloat16)
     with mode:
-        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=DTYPES[dtype])
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=kind)
+        if dtype == "nf4":
+            for name, layer in nf4_layers(model).items():
+                model.set_submodule(name, _Packed(layer))
     family.prepare(model)
     return model, mode
 
@@ -444,6 +448,39 @@ def stochastic_rounding(
     rounding.register_step_pre_hook(draw)
     return rounding
 
+# %% ../nbs/40_memory.ipynb #q013
+class _PackedProduct(torch.autograd.Function):
+    "Through a weight that is there only while it is used."
+
+    @staticmethod
+    def forward(ctx, x, bias, shape):
+        ctx.shape = shape
+        return torch.nn.functional.linear(x, x.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ grad.new_empty(ctx.shape), None, None
+
+
+class _Packed(torch.nn.Linear):
+    "What bitsandbytes' layer holds in place of a linear layer: for tensors without numbers."
+
+    quant_state = None
+
+    def __init__(self, layer: torch.nn.Linear):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias, n = layer.bias, layer.weight.numel()
+        packed = torch.empty(-(-n // 2), 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        blocks = -(-n // 64)
+        self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8))
+        self.register_buffer("levels", torch.empty(16 + 256 + -(-blocks // 256) + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = self.out_features, self.in_features
+        return _PackedProduct.apply(x.bfloat16(), self.bias, shape).to(x.dtype)
+
 # %% ../nbs/40_memory.ipynb #m031
 def compile_layers(model) -> None:
     "`torch.compile` of each layer, in place."
@@ -482,32 +519,44 @@ def fuse_kernels(model) -> None:
 
 # %% ../nbs/40_memory.ipynb #m041
 def check_extras(
-    weights: str,  # the setting: float32, bf16 or bf16_stochastic
+    weights: str,  # the setting: float32, bf16, bf16_stochastic or nf4
     liger: bool,
+    engine: str = "single",  # of `ENGINES`
 ) -> None:
-    "Raises `RunError` for what this machine has not got."
+    "Raises `RunError`, or `ModelError`, for what this machine has not got, or an engine cannot do."
     if weights == "bf16_stochastic":
         _torchao()
+    if weights == "nf4":
+        if engine in ("fsdp2", "zero3"):
+            raise RunError(
+                f"weights: found nf4 with the engine {engine}, which cannot shard 4 bits; expected"
+                " single or ddp, or weights: bf16"
+            )
+        need_bitsandbytes()
     if liger:
         _liger()
 
 
 def weights_dtype(
-    weights: str,  # the setting: float32, bf16 or bf16_stochastic
-) -> torch.dtype:
+    weights: str,  # the setting: float32, bf16, bf16_stochastic or nf4
+) -> torch.dtype | str:  # as `models.load` takes it
     "The type in which a model is opened for such a run."
+    if weights == "nf4":
+        return weights
     return torch.float32 if weights == "float32" else torch.bfloat16
 
 
 def prepare_weights(
     model,  # changed in place
-    weights: str = "float32",  # the setting: float32, bf16 or bf16_stochastic
+    weights: str = "float32",  # the setting: float32, bf16, bf16_stochastic or nf4
     compiled: bool = False,
     liger: bool = False,
 ):  # the same model
     "The model as these settings want it."
-    if weights != "float32":
-        in_type(model, weights_dtype(weights))
+    if weights != "float32" and not packed_layers(model):
+        in_type(model, torch.bfloat16)
+        if weights == "nf4":
+            quantise(model)
     if liger:
         fuse_kernels(model)
     if compiled:

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'normalise', 'exact', 'contains', 'anls', 'vqa_normalised', 'vqa_accuracy', 'EvaluateError', 'mathvista',
-           'math_equal', 'reference', 'Metric', 'options_in', 'Chosen', 'metric_for', 'conclusion_of', 'is_right']
+           'math_equal', 'reference', 'Metric', 'options_in', 'Chosen', 'metric_for', 'chosen_for', 'conclusion_of',
+           'score_of', 'is_right']
 
 # %% ../nbs/62_metrics.ipynb #metr-02
+import inspect
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from rapidfuzz.distance import Levenshtein
 
 from .choices import lettered, mcq, unmarked, yes_no
 from .cot import DIRECT, LLAVA_COT, REORDERED, CoTFormat, InputError, check, parse
-from .data import answer_text
+from .data import answer_text, question
 from llava_cot.quantities import (
     relaxed_number,
     relaxed_official,
@@ -194,6 +196,16 @@ def _number(text: str, reference: str) -> float:
     return float(same_quantity(said, wanted))
 
 
+def _anls(text: str, reference: str, answers=None) -> float:
+    "ANLS to the nearest of a row's answers, or to the one reference."
+    return anls(text, answers or [reference])
+
+
+def _vqa(text: str, reference: str, answers) -> float:
+    "VQA accuracy by all people's answers."
+    return vqa_accuracy(text, answers)
+
+
 @dataclass(frozen=True)
 class Metric:
     "How a conclusion is compared with a reference."
@@ -202,13 +214,17 @@ class Metric:
     score: Callable  # (conclusion, reference, **facts) -> between 0 and 1
     facts: tuple[str, ...] = ()  # what of a row it needs to know besides
 
-    def __call__(self, conclusion: str, reference, **facts) -> float:
-        "The score. Raises `EvaluateError` for a fact that is not there."
-        missing = [name for name in self.facts if name not in facts]
+    def check(self, facts: dict) -> None:
+        "Raises `EvaluateError` for a fact that is not there."
+        missing = [name for name in self.facts if not facts.get(name)]
         if missing:
             raise EvaluateError(
                 f"metric {self.name}: found no {missing[0]}; expected it of the row"
             )
+
+    def __call__(self, conclusion: str, reference, **facts) -> float:
+        "The score. Raises `EvaluateError` for a fact that is not there."
+        self.check(facts)
         return float(self.score(conclusion, reference, **facts))
 
 
@@ -222,8 +238,8 @@ METRICS = {
         Metric("relaxed_official", relaxed_official),
         Metric("mcq", _letter, ("options",)),
         Metric("yes_no", _yes_or_no),
-        Metric("anls", anls),
-        Metric("vqa_accuracy", vqa_accuracy),
+        Metric("anls", _anls),
+        Metric("vqa_accuracy", _vqa, ("answers",)),
         Metric("mathvista", mathvista),
         Metric("math_equal", math_equal),
     )
@@ -264,6 +280,8 @@ def metric_for(
     if declared is not None:
         if declared not in METRICS:
             raise EvaluateError(f"metric: found {declared!r}, expected one of {', '.join(METRICS)}")
+        if declared == "mcq" and not facts.get("options"):
+            facts["options"] = options_in(question)
         return Chosen(declared, "declared", facts)
     options = facts.get("options") or options_in(question)
     if options and mcq(reference, options):
@@ -274,6 +292,23 @@ def metric_for(
         return Chosen("number", "the reference is a number")
     return Chosen("exact", "the reference is a text")
 
+# %% ../nbs/62_metrics.ipynb #metr-27b
+def chosen_for(
+    example: dict,  # its `metric` and `facts` are a declaration, where it has them
+    wanted: str,  # the reference's conclusion
+) -> Chosen:
+    "The metric that a row declares, or that fits its reference. Raises `EvaluateError`."
+    facts = {name: fact for name, fact in (example.get("facts") or {}).items() if fact is not None}
+    try:
+        chosen = metric_for(wanted, question(example), example.get("metric"), **facts)
+        metric = METRICS[chosen.name]
+        asked_for = inspect.signature(metric.score).parameters
+        known = {name: fact for name, fact in chosen.facts.items() if name in asked_for}
+        metric.check(known)
+    except EvaluateError as e:
+        raise EvaluateError(f"{example['id']}: {e}") from None
+    return Chosen(chosen.name, chosen.why, known)
+
 # %% ../nbs/62_metrics.ipynb #metr-29
 def conclusion_of(
     given: Answer,
@@ -281,7 +316,7 @@ def conclusion_of(
     plain: bool = False,  # take a text without stages for its conclusion
 ) -> tuple[str | None, str]:
     "The conclusion and `stages` or `plain text`; or none and why: `truncated`, `unparsed`."
-    if not given.finished:
+    if given.finished is False:
         return None, "truncated"
     if not check(given.text, fmt):
         return parse(given.text, fmt)["CONCLUSION"], "stages"
@@ -290,15 +325,27 @@ def conclusion_of(
     return None, "unparsed"
 
 
+def score_of(
+    given: Answer,
+    wanted: str,  # the reference's conclusion
+    fmt: CoTFormat = LLAVA_COT,
+    chosen: Chosen | None = None,  # from `chosen_for`; left out: by the reference's form
+    plain: bool = False,  # take a text without stages for its conclusion
+) -> float:
+    "The metric's score of an answer, between 0 and 1; 0 where it did not end or is not whole."
+    said, _ = conclusion_of(given, fmt, plain)
+    if said is None:
+        return 0.0
+    chosen = chosen or metric_for(wanted)
+    return METRICS[chosen.name](said, wanted, **chosen.facts)
+
+
 def is_right(
     given: Answer,
     wanted: str,  # the reference's conclusion
     fmt: CoTFormat = LLAVA_COT,
-    chosen: Chosen | None = None,  # from `metric_for`; left out: by the reference's form
+    chosen: Chosen | None = None,  # from `chosen_for`; left out: by the reference's form
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> bool:
     "Whether an answer ended, is whole, and concludes what was wanted."
-    said, _ = conclusion_of(given, fmt)
-    if said is None:
-        return False
-    chosen = chosen or metric_for(wanted)
-    return METRICS[chosen.name](said, wanted, **chosen.facts) == 1
+    return score_of(given, wanted, fmt, chosen, plain) == 1

@@ -34,6 +34,7 @@ from .families import ModelError, family_of, parts, select, without_gradient
 from .files import whole_folder, write_file
 from llava_cot.opening import (
     adapter_base,
+    as_packed,
     chat_template_of,
     check_processor_files,
     check_tokens,
@@ -42,12 +43,15 @@ from llava_cot.opening import (
     first_sentence,
     holds_weights,
     need_template,
+    opened_in_nf4,
+    packed_layers,
+    quantise,
     quietly,
     read_config,
     read_json,
     root_of,
-    unread_model,
     weight_files,
+    whole_weight,
 )
 
 # what a user of models looks for here, too
@@ -59,22 +63,23 @@ def load(
     dtype: str | torch.dtype = torch.float32,  # of the weights; see `find_dtype`
     device: str | None = None,  # where to put the model; see `find_device`
     chat: bool = False,  # refuse a model without a chat template
-    empty: bool = False,  # leave weights where they are if that can be: see `opening.unread_model`
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "Model and processor, in eval mode. Raises `ModelError`, of one line, whatever is wrong."
     name, at = str(name_or_path), find_device(device)
     found = find_dtype(dtype, at)
     _, processor = load_skeleton(name, chat)
 
-    base, config = adapter_base(name, root_of(name)), load_config(name)
-    left = unread_model(name, config, found) if empty and not base else None
+    base = adapter_base(name, root_of(name))
     if base:
-        model = _merged_adapter(load(base, found)[0], name)
-    elif left is None:
-        model = _weights(name, config, found)
+        whole = torch.bfloat16 if found == "nf4" else found
+        model = _merged_adapter(load(base, whole)[0], name)
+        if found == "nf4":
+            quantise(model)
+    else:
+        model = _weights(name, load_config(name), found)
         family_of(model).prepare(model)
-    model = model.to(at).eval() if left is None else left
-    return remember_preprocessing(model, processor, name), processor
+    remember_preprocessing(model, processor, name)
+    return model.to(at).eval(), processor
 
 
 def load_config(
@@ -138,10 +143,12 @@ def find_device(
 
 
 def find_dtype(
-    dtype: str | torch.dtype,  # a type, its name, or auto
+    dtype: str | torch.dtype,  # a type, its name, auto, or nf4
     device: torch.device,  # where the model is put
 ) -> torch.dtype | str:  # "auto" stands for the type in which the weights are stored
     "The type to open weights in: with auto, their own on an accelerator, else float32."
+    if dtype == "nf4":
+        return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     found = DTYPES.get(dtype, dtype)
@@ -193,7 +200,8 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     "The model of a config, with every weight from the file."
     if Path(name).is_dir():
         weight_files(Path(name))  # there must be some
-    how = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    how = dict(config=config, use_safetensors=True, trust_remote_code=False)
+    how |= opened_in_nf4(config, find_device("auto")) if dtype == "nf4" else dict(dtype=dtype)
     try:
         with quietly():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -205,7 +213,7 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     why = fault_in_names(info["missing_keys"], info["unexpected_keys"])
     if why:
         raise ModelError(f"{name}: {why}")
-    return model
+    return as_packed(model) if dtype == "nf4" else model
 
 # %% ../nbs/22_models.ipynb #c042
 _STEPS = "do_resize do_center_crop do_rescale do_normalize do_convert_rgb do_pad"
@@ -293,6 +301,8 @@ def save(
         if apart and adapter_layers(model):
             save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
         _save_rest(processor, new, dtype)
+        if packed_layers(model):
+            _edit_json(new / "config.json", _without_quantisation)
 
 
 def save_files(
@@ -374,6 +384,11 @@ def _config_for_both(config: dict, dtype: torch.dtype) -> dict:
         scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
         config["text_config"] |= dict(rope_theta=rope["rope_theta"], rope_scaling=scaling)
     return config
+
+
+def _without_quantisation(config: dict) -> dict:
+    "The config of a model whose weights are written in 16 bits."
+    return {k: v for k, v in config.items() if k != "quantization_config"}
 
 
 def _tokenizer_for_both(config: dict, tokenizer) -> dict:
@@ -472,22 +487,37 @@ def merged_state(
 ) -> dict[str, torch.Tensor]:
     "The weights, under the names that they have without adapters."
     state = dict(model.state_dict() if state is None else state)
+    _unpack(model, state)
     for name, layer in adapter_layers(model).items():
         a = state.pop(f"{name}.lora_A.default.weight")
         b = state.pop(f"{name}.lora_B.default.weight")
         weight = state[f"{name}.base_layer.weight"]
         if not apart:
-            merged = weight + b @ a * layer.scaling["default"]
+            merged = weight + (b @ a * layer.scaling["default"]).to(weight.device)
             state[f"{name}.base_layer.weight"] = merged.to(weight.dtype).cpu()
     return {n.replace(".base_layer.", "."): w for n, w in state.items()}
+
+
+def _unpack(model: torch.nn.Module, state: dict) -> None:
+    "In place of each weight of 4 bits the numbers it stands for, on the CPU."
+    for name, layer in packed_layers(model).items():
+        for key in [key for key in state if key.startswith(f"{name}.weight.")]:
+            del state[key]  # its scales
+        state[f"{name}.weight"] = whole_weight(layer).cpu()
 
 
 @torch.no_grad()
 def merge_adapters(
     model: torch.nn.Module,  # changed in place
 ) -> None:
-    "Add the adapters into the weights, in place; what is left is a model without adapters."
+    """Add the adapters into the weights, in place; what is left is a model without adapters.
+
+    Those over weights of 4 bits stay, as they would be rounded away there: `save` adds them in.
+    """
+    packed = packed_layers(model)
     for name, layer in adapter_layers(model).items():
+        if f"{name}.base_layer" in packed:
+            continue
         layer.merge()
         model.set_submodule(name, layer.base_layer)
 

@@ -9,7 +9,6 @@ __all__ = ['CONTEXT', 'EXCHANGE', 'SLACK', 'IMPORTS', 'LARGEST', 'on_card', 'hos
 # %% ../nbs/47_node.ipynb #nd-imports
 from dataclasses import dataclass
 
-from .checkpoint import SHARD_FILE
 from .cot import InputError
 from .plan import PhasePlan, Plan
 from .show import size_text
@@ -61,7 +60,7 @@ def saving_memory(
     processes: int,  # of the node
 ) -> int:  # bytes
     "The most that the processes of a node hold together while a checkpoint is written."
-    return processes * (IMPORTS + SHARD_FILE) + size
+    return processes * IMPORTS + size
 
 
 def write_seconds(

@@ -30,6 +30,7 @@ from .distributed import fake_mesh, fsdp_policy, shard
 from .families import BUDGET, ModelError, config_with_budget, family_of, parts
 from .loss import one_update
 from .memory import DTYPES, KINDS, Ledger, gradient_checkpointing, pretend, pretended_batch
+from .opening import count_numbers
 from .pixels import Pictures, budget_of, check_fixed
 from .schedule import Phase, Schedule
 from .settings import Settings
@@ -290,12 +291,11 @@ def _by_rows(s: Settings, length: int) -> Settings:
 def _engine(s: Settings, gpus: int) -> str:
     "The engine that is asked for, or fits. Raises `PlanError` for one that cannot be planned."
     adapted = [p.name for p in s.schedule if p.lora]
-    for_many = "ddp" if adapted else "fsdp2"
+    for_many = "ddp" if adapted or s.weights == "nf4" else "fsdp2"
     engine = s.engine or ("single" if gpus == 1 else for_many)
     if engine == "fsdp2" and adapted:
         raise PlanError(
-            f"engine: found fsdp2, and phase {adapted[0]!r} has lora, which the loop does not"
-            " shard; expected ddp"
+            f"engine: found fsdp2, and phase {adapted[0]!r} has lora, never sharded; expected ddp"
         )
     if engine == "zero3":
         raise PlanError(
@@ -318,8 +318,8 @@ def _of(model_or_config, dtype: str | None, weights: str) -> tuple:
             " config"
         )
     if weights != "float32":
-        dtype = dtype or "bfloat16"
-    if dtype is not None and dtype not in DTYPES:
+        dtype = "nf4" if weights == "nf4" else dtype or "bfloat16"
+    if dtype not in (None, "nf4", *DTYPES):
         raise PlanError(f"dtype: found {dtype!r}; expected one of {', '.join(DTYPES)}")
     if isinstance(model_or_config, PreTrainedConfig):
         return model_or_config, dtype or "float32"
@@ -365,6 +365,7 @@ def plan(
     batches = [batch] * len(s.schedule) if batch else _batches(pictures, s, length)
     with _one_process(s.precision, s.engine, gpus) as accelerator, _mesh(s.engine, gpus) as mesh:
         model, mode = pretend(config, dtype)
+        train.check_schedule(model, s.schedule, s.weights)
         numbers = _numbers(model)
         ledger = Ledger(config.get_text_config().vocab_size, mode)
         if mesh is not None:
@@ -385,7 +386,7 @@ def _numbers(model, trained: bool = False) -> dict:
     "Part → how many numbers it has, or those that are trained."
     found = {}
     for part, named in parts(model).items():
-        found[part] = sum(p.numel() for _, p in named if p.requires_grad or not trained)
+        found[part] = sum(count_numbers(p) for _, p in named if p.requires_grad or not trained)
     return found
 
 

@@ -41,6 +41,7 @@ from .cot import FORMATS, STAGES
 from .files import LOCK, write_file, writing
 from .gate import Policy
 from .models import model_digest
+from .opening import count_numbers
 from .rowcheck import BadRow
 from .schedule import Phase, Schedule, has_adapters_on
 from .settings import RunError, Settings
@@ -375,6 +376,7 @@ def phase_record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
     "Seconds, updates, parameters trained, and the loss by stage over the phase's last tenth."
     counted = [m for m in run.metrics() if m["phase"] == phase.name and m["loss"] is not None]
     lines = counted[-max(1, updates // 10) :]
+    named = run.model.named_parameters()
     by_stage = {}
     for stage in ("OTHER", *STAGES):
         losses = [m["loss_by_stage"][stage] for m in lines if stage in m["loss_by_stage"]]
@@ -385,7 +387,7 @@ def phase_record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
         seconds=round(run.seconds, 2),
         updates=updates,
         trainable=trained,
-        total=sum(p.numel() for p in run.model.parameters()),
+        total=sum(count_numbers(p) for n, p in named if ".lora_" not in n),
         loss=sum(m["loss"] for m in lines) / max(1, len(lines)),
         loss_by_stage=by_stage,
     )

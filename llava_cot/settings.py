@@ -167,9 +167,9 @@ class _Memory(_Shown):
     )
     weights: str = option(
         "float32",
-        "what the model is kept in; bf16_stochastic needs torchao",
+        "what the model is kept in; bf16_stochastic needs torchao, nf4 bitsandbytes and lora",
         _SAVING,
-        ("float32", "bf16", "bf16_stochastic"),
+        ("float32", "bf16", "bf16_stochastic", "nf4"),
     )
     checkpointing: str = option(
         "none",

@@ -53,7 +53,7 @@ from llava_cot.models import (
     load_skeleton,
     remember_preprocessing,
 )
-from .opening import in_type, need_template
+from .opening import in_type, need_template, quantise
 
 # %% ../nbs/23_tiny.ipynb #c029
 # a tag with its space, a word with its space, punctuation, whitespace
@@ -213,11 +213,12 @@ def _llama_config(tokenizer, hidden, layers, heads, ffn, tie=False) -> LlamaConf
 
 def tiny_llava(
     seed: int = 0,  # of the weights
+    hidden: int = 48,  # of the Llama
 ) -> tuple[PreTrainedModel, LlavaProcessor]:
     "A random LLaVA of 0.1 M parameters, built offline, and its processor."
     tokenizer = train_tokenizer([TINY_TEXT])
-    small = {"vision_hidden": 32, "vision_layers": 2, "hidden": 48, "layers": 2}
-    return build_llava(tokenizer, **small, seed=seed)
+    small = {"vision_hidden": 32, "vision_layers": 2, "layers": 2, "ffn": 128}
+    return build_llava(tokenizer, hidden=hidden, **small, seed=seed)
 
 # %% ../nbs/23_tiny.ipynb #c053
 _MLLAMA_TEMPLATE = """\
@@ -249,7 +250,7 @@ def _mllama_processor(
     return MllamaProcessor(pixels, tokenizer, chat_template=_MLLAMA_TEMPLATE)
 
 # %% ../nbs/23_tiny.ipynb #c055
-def _mllama_config(tokenizer, image_size: int, tiles: int) -> MllamaConfig:
+def _mllama_config(tokenizer, image_size: int, tiles: int, hidden: int) -> MllamaConfig:
     shapes = [[w, h] for w in range(1, tiles + 1) for h in range(1, tiles + 1) if w * h <= tiles]
     vision = dict(
         hidden_size=32,
@@ -266,8 +267,8 @@ def _mllama_config(tokenizer, image_size: int, tiles: int) -> MllamaConfig:
     )
     text = dict(
         vocab_size=len(tokenizer) - 1,
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -282,11 +283,13 @@ def _mllama_config(tokenizer, image_size: int, tiles: int) -> MllamaConfig:
 def tiny_mllama(
     seed: int = 0,  # of the weights
     tiles: int = 2,  # most tiles an image is cut into
+    hidden: int = 48,  # of the language model
 ) -> tuple[PreTrainedModel, MllamaProcessor]:
     "A random Mllama of 0.2 M parameters, built offline, its gates at 0.5 so that images count."
     processor = _mllama_processor(tiles=tiles)
     pixels = processor.image_processor
-    config = _mllama_config(processor.tokenizer, pixels.size["height"], pixels.max_image_tiles)
+    side, tiles = pixels.size["height"], pixels.max_image_tiles
+    config = _mllama_config(processor.tokenizer, side, tiles, hidden)
     model = _build(config, processor.tokenizer, seed)
     for name, p in model.named_parameters():
         if "gate" in name and p.shape == (1,):
@@ -313,6 +316,7 @@ def _llava_next_processor(
 # %% ../nbs/23_tiny.ipynb #c059c
 def tiny_llava_next(
     seed: int = 0,  # of the weights
+    hidden: int = 48,  # of the Llama
 ) -> tuple[PreTrainedModel, LlavaNextProcessor]:
     "A random LLaVA-NeXT of 0.1 M parameters, built offline, and its processor."
     tokenizer = train_tokenizer([TINY_TEXT])
@@ -327,7 +331,7 @@ def tiny_llava_next(
     )
     config = LlavaNextConfig(
         vision_config=vision,
-        text_config=_llama_config(tokenizer, hidden=48, layers=2, heads=4, ffn=128),
+        text_config=_llama_config(tokenizer, hidden, layers=2, heads=4, ffn=128),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
     )
@@ -365,7 +369,7 @@ def _qwen_processor(
     return Qwen2_5_VLProcessor(pixels, tokenizer, chat_template=_QWEN_TEMPLATE)
 
 # %% ../nbs/23_tiny.ipynb #c059f
-def _qwen_config(tokenizer, patch_size: int) -> Qwen2_5_VLConfig:
+def _qwen_config(tokenizer, patch_size: int, hidden: int) -> Qwen2_5_VLConfig:
     vision = dict(
         depth=2,
         hidden_size=32,
@@ -374,17 +378,24 @@ def _qwen_config(tokenizer, patch_size: int) -> Qwen2_5_VLConfig:
         patch_size=patch_size,
         window_size=4 * patch_size,  # the first layer looks within windows of 2 × 2 tokens
         fullatt_block_indexes=[1],
-        out_hidden_size=48,
+        out_hidden_size=hidden,
     )
+    third = (
+        hidden // 24
+    )  # of a head's pairs; time, which a picture does not have, gets what is left
     text = dict(
         vocab_size=len(tokenizer),
-        hidden_size=48,
+        hidden_size=hidden,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [hidden // 8 - 2 * third, third, third],
+        },
         **_special_ids(tokenizer),
     )
     of_vision = ("vision_start", "vision_end", "image", "video")
@@ -396,10 +407,11 @@ def _qwen_config(tokenizer, patch_size: int) -> Qwen2_5_VLConfig:
 
 def tiny_qwen2_5_vl(
     seed: int = 0,  # of the weights
+    hidden: int = 48,  # of the language model
 ) -> tuple[PreTrainedModel, Qwen2_5_VLProcessor]:
     "A random Qwen2.5-VL of 0.2 M parameters, built offline, and its processor."
     processor = _qwen_processor()
-    config = _qwen_config(processor.tokenizer, processor.image_processor.patch_size)
+    config = _qwen_config(processor.tokenizer, processor.image_processor.patch_size, hidden)
     model = _build(config, processor.tokenizer, seed)
     return remember_preprocessing(model, processor), processor
 
@@ -419,14 +431,15 @@ def open_model(
     name: str,  # one of `TINY`, a folder, or a name on the hub
     dtype: str | torch.dtype = torch.float32,  # as for `models.load`, like the next
     device: str | None = None,
-    empty: bool = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     "Model and processor, with a chat template. Raises `ModelError`, as `models.load` does."
     if name not in TINY:
-        return load(name, dtype, device, chat=True, empty=empty)
+        return load(name, dtype, device, chat=True)
     at, (model, processor) = find_device(device), globals()[name]()
     found = find_dtype(dtype, at)
-    if found not in ("auto", model.dtype):
+    if found == "nf4":
+        quantise(in_type(model, torch.bfloat16))
+    elif found not in ("auto", model.dtype):
         in_type(model, found)
     return model.to(at), processor
 

@@ -99,7 +99,7 @@ def _accelerator(settings: Settings, out) -> Accelerator:
         mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out)
     )
     found = distributed.check_engine(accelerator, settings.engine, settings.reduce)
-    memory.check_extras(settings.weights, settings.liger)
+    memory.check_extras(settings.weights, settings.liger, found)
     if found == "zero3":
         distributed.check_zero(settings)
         unset_hf_deepspeed_config()  # models are opened whole
@@ -514,7 +514,7 @@ def fit(
     distributed.read_first(model, s, accelerator, named)
     if s.separator_tokens:
         models.add_separators(model, processor)
-    check_schedule(model, schedule)
+    check_schedule(model, schedule, s.weights)
     processor = pixels.begin(model, processor, s)
     run = Run(Path(out), s, model=model, processor=processor)
     reads, sound, found = _plan_reading(run, processor, data, exam, accelerator, progress)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import families, models
 from .families import ModelError, part_modules, parts, selected_modules, without_gradient
+from .opening import check_blocks, nf4_layers
 from .schedule import LORA, Phase, Schedule, ScheduleError, has_adapters_on
 
 # %% ../nbs/32_trainable.ipynb #c036
@@ -145,11 +146,35 @@ def add_phase_adapters(
         models.add_adapters(model, lora_targets(model, phase), **how, seed=seed)
 
 # %% ../nbs/32_trainable.ipynb #g002c
+def _check_nf4(model: PreTrainedModel, schedule: list[Phase]) -> None:
+    "Raise `ScheduleError` for a phase that would change weights of 4 bits."
+    check_blocks(model)
+    fixed = set(nf4_layers(model))
+    for phase in schedule:
+        for key, names in _resolve(models.linear_layers, model, phase).items():
+            if not fixed.intersection(names):
+                continue
+            if not has_adapters_on(phase, key):
+                raise ScheduleError(
+                    f"phase {phase.name!r}: train names {key!r}, whose weights cannot learn in 4"
+                    " bits (weights: nf4); give the phase lora on it, or take weights: bf16"
+                )
+            if phase is not schedule[-1]:
+                raise ScheduleError(
+                    f"phase {phase.name!r}: lora on {key!r} over weights of 4 bits (weights: nf4)"
+                    f" and a phase after it, {schedule[-1].name!r}; its adapters are added into 16"
+                    " bits when the run ends: make it the last phase, or take weights: bf16"
+                )
+
+
 def check_schedule(
     model: PreTrainedModel,  # without adapters; not changed
     schedule: Schedule,
+    weights: str = "float32",  # the setting
 ) -> None:
     "Raise `ScheduleError` for the first phase that this model cannot go through."
+    if weights == "nf4":
+        _check_nf4(model, list(schedule))
     for phase in schedule:
         if phase.lora:
             models.need_peft()

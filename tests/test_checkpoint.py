@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -90,6 +91,7 @@ def process(rank, job):
     try:
         work(Path(sys.argv[1]), **job | dict(full=job["full"] if rank == 2 else None))
     except BaseException:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
@@ -156,6 +158,11 @@ def ended(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     net = AutoModelForImageTextToText.from_pretrained(out / "model")
     return net.state_dict(), [line["loss"] for line in lines]
+
+
+def files_of(out):
+    "What a run left that must not differ."
+    return {f.name: f.read_bytes() for f in [out / "metrics.jsonl", *out.glob("model/model*")]}
 
 
 def test_the_newest_whole_one_is_taken_and_what_lies_beyond_it_goes():
@@ -315,11 +322,6 @@ def test_four_processes_go_on_as_four_two_or_one():
 
 @pytest.mark.slow
 def test_killed_at_25_random_moments_while_processes_write_their_shards():
-    def files_of(out):
-        "What a run left that must not differ."
-        return {f.name: f.read_bytes() for f in [out / "metrics.jsonl", *out.glob("model/model*")]}
-
-
     def killed(jobs, processes, name, draw):
         "A run killed at a random update or within a save: whether it was, and whether a save was cut."
         out, lines = jobs.folder / name, jobs.folder / name / "metrics.jsonl"
@@ -357,3 +359,29 @@ def test_killed_at_25_random_moments_while_processes_write_their_shards():
         kills, cut = map(sum, zip(*found))
         print(f"killed {kills} times, {cut} of them while a checkpoint was written")
         assert len(found) == 25 and kills >= 22 and cut >= 5
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_of_four_and_a_damaged_shard_lose_nothing():
+    with tempfile.TemporaryDirectory() as tmp, Jobs(Path(tmp)) as jobs:
+        jobs.run(4, "whole")
+        out, errors = jobs.folder / "full", jobs.folder / "errors.txt"
+        jobs.start(4, "full", full=4)  # the third of them, from its fifth update on
+        assert jobs.line() == [1, 1, 1, 1]
+        told = re.findall("FileError: checkpoint (.*) could not be written", errors.read_text())
+        whole = sorted(f.name for f in (out / "checkpoints").iterdir())
+        assert len(told) == 4 and len(set(told)) == 1 and len(whole) > 1
+        assert told[0] == {"1-0000004": "1-0000006", "0-0000003": "1-0000004"}[whole[-1]]
+        for damage in ("none", "flipped", "missing"):
+            again = jobs.folder / damage
+            shutil.copytree(out, again)
+            shard = sorted((again / "checkpoints" / whole[-1]).glob("shard-*"))[2]
+            if damage == "flipped":
+                shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+            if damage == "missing":
+                shard.unlink()
+            jobs.run(4, damage)
+            assert files_of(again) == files_of(jobs.folder / "whole")
+        told = [line for line in errors.read_text().splitlines() if "is refused" in line]
+        print(*told, sep="\n")
+        assert len(told) == 2 and "was changed" in told[0] and "is missing" in told[1]

@@ -1024,6 +1024,28 @@ def test_a_hundred_thousand_lines_are_examples_or_DataErrors():
         assert outcome["read"] + outcome["refused"] >= 100_000 and outcome["slowest"] < 2
 
 
+def test_rows_that_share_a_picture_are_tied_in_a_list_as_in_a_dataset():
+    with tempfile.TemporaryDirectory() as d:
+        shapes_ = Path(d) / "p"
+        shapes_.mkdir()
+        lines_ = []
+        for i, colour in enumerate(("red", "blue", "red", "green")):
+            PILImage.new("RGB", (9, 9), colour).save(shapes_ / f"{i}.png")
+            turns_ = [dict(role=r, content="Hm?") for r in ("user", "assistant")]
+            lines_.append(dict(id=str(i), image=f"p/{i}.png", messages=turns_))
+        (Path(d) / "rows.jsonl").write_text("\n".join(map(json.dumps, lines_)))
+        stored_ = load(f"{d}/rows.jsonl", None)
+        opened_ = [stored_[i] for i in range(4)]
+        plain_ = [dict(id=str(i), images=[str(shapes_ / f"{i}.png")]) for i in range(4)]
+        bare_ = [dict(id="x", images=[]), dict(id="y", images=[])]
+        for rows_ in (stored_, opened_, plain_):
+            first_ = picture_groups(rows_)
+            assert [first_.index(key) for key in first_] == [0, 1, 0, 3]
+        assert len(set(picture_groups(bare_))) == 2
+        two_ = [dict(id="z", images=[*opened_[0]["images"], *opened_[1]["images"]])]
+        assert len(set(picture_groups([*opened_, *two_]))) == 2
+
+
 def test_split_is_by_image_and_stable():
     with tempfile.TemporaryDirectory() as made:
         for i in range(40):

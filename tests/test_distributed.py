@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from accelerate.utils import DistributedType
 
 from llava_cot import data, distributed, models, shapes, train
 from llava_cot import tiny as toys
-from llava_cot.families import parts
+from llava_cot.families import ModelError, parts
 from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
@@ -228,7 +229,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-from llava_cot import data, distributed, models, opening, train
+from llava_cot import data, distributed, models, train
 from llava_cot.families import ModelError
 from llava_cot.schedule import Schedule
 
@@ -259,12 +260,12 @@ def lost(name):
     net, made = opened(name)[0], itertools.count()
     distributed.place(net, torch.device("cpu"), {})
 
-    def read(self, name, dtype, own=opening.Unread.read):
+    def read(self, name, dtype, own=distributed.Unread.read):
         if next(made) == 3:
             raise ModelError("it is gone")
         return own(self, name, dtype)
 
-    with mock.patch.object(opening.Unread, "read", read):
+    with mock.patch.object(distributed.Unread, "read", read):
         try:
             distributed.fill(net, accelerator)
         except ModelError as e:
@@ -328,6 +329,18 @@ def read_once(processes):
                 assert (out / file).read_bytes() == (first / file).read_bytes(), (out, file)
             started = [yaml.safe_load((o / "recipe.yaml").read_text()) for o in (first, out)]
             assert started[0]["start"] == started[1]["start"]
+
+def turning(kind):
+    "A version of transformers that turns a weight on opening it."
+    own = kind.from_pretrained
+
+    def opened(*args, **options):
+        made, said = own(*args, **options)
+        head = made.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
+        return made, said
+
+    return mock.patch.object(kind, "from_pretrained", opened)
 
 PRECISION = """
 import contextlib, copy, sys
@@ -609,7 +622,9 @@ def test_a_run_that_needs_its_weights_before_they_are_in_shards_reads_them_first
         for kind in ("whole", "once"):
             for engine, more in (("fsdp2", dict(separator_tokens=True, max_tiles=1)), ("single", {})):
                 made = (
-                    models.load(base) if kind == "whole" else distributed.open_for_run(base, "float32")
+                    models.load(base)
+                    if kind == "whole"
+                    else distributed.open_for_run(base, torch.float32)
                 )
                 assert distributed.is_unread(made[0]) == (kind == "once")
                 patch.setattr(distributed, "engine_of", lambda accelerator: engine)
@@ -620,7 +635,7 @@ def test_a_run_that_needs_its_weights_before_they_are_in_shards_reads_them_first
                 ends.setdefault((engine, *more), []).append(ended.model.state_dict())
         for whole_, once in ends.values():
             assert all(torch.equal(w, once[n]) for n, w in whole_.items())
-        assert not distributed.is_unread(distributed.open_for_run("tiny_llava", "float32")[0])
+        assert not distributed.is_unread(distributed.open_for_run("tiny_llava", torch.float32)[0])
 
 
 def test_shards_are_expected_where_accelerate_launches_several_processes_under_fsdp2():
@@ -636,6 +651,35 @@ def test_shards_are_expected_where_accelerate_launches_several_processes_under_f
             with pytest.MonkeyPatch.context() as other:
                 other.setenv(name, value)
                 assert not distributed.shards_at_launch()
+
+
+def test_weights_left_where_they_are_are_those_that_opening_gives_in_every_family():
+    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+        toy, own = tiny()
+        with tempfile.TemporaryDirectory() as d:
+            models.save(toy, own, f"{d}/m")
+            for dtype in (torch.float32, torch.bfloat16):
+                whole_ = models.load(f"{d}/m", dtype)[0]
+                left = distributed.open_unread(f"{d}/m", dtype)[0]
+                assert all(w.is_meta for w in left.parameters())
+                named, state = dict(left.named_parameters()), whole_.state_dict()
+                assert [*named] == [n for n, _ in whole_.named_parameters()]
+                for n, w in whole_.named_parameters():
+                    assert (w.dtype, w.requires_grad) == (named[n].dtype, named[n].requires_grad)
+                for (n, b), (m, c) in zip(whole_.named_buffers(), left.named_buffers()):
+                    assert n == m and b.dtype == c.dtype and torch.equal(b, c)
+                for n, w in left.state_dict().items():
+                    assert torch.equal(left.unread.read(n, w.dtype), state[n])
+                assert left.generation_config.to_dict() == whole_.generation_config.to_dict()
+                assert left.opened == whole_.opened and not left.training
+                assert models.model_digest(left) == models.model_digest(whole_)
+                Path(f"{d}/m/generation_config.json").unlink(missing_ok=True)  # for the second
+            with turning(type(toy)):
+                assert distributed.open_unread(f"{d}/m", torch.float32) is None
+            assert distributed.open_unread(f"{d}/m", "nf4") is None
+            Path(f"{d}/m/model.safetensors").unlink()
+            with pytest.raises(ModelError, match="model.safetensors: .*cannot be read"):
+                left.unread.read(n, torch.float32)
 
 
 def test_fsdp2_in_bf16_is_as_exact_as_one_process():

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,15 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_cot import data, shapes
 from llava_cot import evaluate as evaluate_module
-from llava_cot import shapes
+from llava_cot.cot import Problem
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError
+from llava_cot.pictures import example_at
 from llava_cot.reasoning import spoil
 from llava_cot.scenes import KINDS
 from llava_cot.search import Answer, Greedy, answer
+from llava_cot.shapes import SHORTENED
+from llava_cot.statistics import bootstrap_interval, holm, mcnemar
 from llava_cot.tiny import tiny_base, tiny_llava, tiny_mllama
 from llava_cot.tokens import encode
+from llava_cot.verdict import verdict
 
 def hand_made(pairs):
     "Answers to five (scene, example) pairs, and their judge."
@@ -32,6 +38,12 @@ def hand_made(pairs):
     ended = [i != 3 for i in range(5)]
     answers = [Answer(ex["id"], t, e, 90) for (_, ex), t, e in zip(pairs, texts, ended)]
     return answers, lambda ex, text: shapes.verify(text, key[ex["id"]], question(ex))
+
+
+def hand_scored():
+    "Those five examples, and their answers."
+    pairs = list(shapes.examples(5, seed=1))
+    return [ex for _, ex in pairs], hand_made(pairs)[0]
 
 TWO = """
 import json, os, sys
@@ -69,22 +81,34 @@ if dist.is_initialized():
     dist.destroy_process_group()
 """
 
+def forty(wrong=(), unsound=()):
+    "A report on forty questions, two to a picture, some of them answered wrong."
+    rows, said, key = [], [], {}
+    for i, (scene, example) in enumerate(shapes.examples(20, seed=3)):
+        for j in (2 * i, 2 * i + 1):
+            text = answer_text(example)
+            text = spoil(text, "conclusion") if j in wrong else text
+            text = spoil(text, "reasons") if j in unsound else text
+            rows.append({**example, "id": f"row {j}"})
+            said.append(Answer(f"row {j}", text, True, 90))
+            key[f"row {j}"] = scene
+    return score(
+        rows, said, judge=lambda ex, text: shapes.verify(text, key[ex["id"]], question(ex))
+    )
 
-def test_bootstrap_holds_the_mean():
-    @settings(max_examples=40, deadline=None)
-    @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 5), st.randoms())
-    def holds(values, seed, shuffle):
-        lo, hi = bootstrap_interval(values, seed, resamples=400)
-        mean = sum(values) / len(values)
-        assert 0 <= lo <= mean + 1e-12 and mean - 1e-12 <= hi <= 1
-        again = values[:]
-        shuffle.shuffle(again)
-        assert bootstrap_interval(again, seed, resamples=400) == (lo, hi)
 
-
-    holds()
-    lo, hi = bootstrap_interval([1] * 90 + [0] * 10)
-    assert abs(lo - 0.84) < 0.02 and abs(hi - 0.95) < 0.02  # normal approximation: 0.90 ± 0.059
+def test_an_answer_of_which_nobody_knows_whether_it_ended_is_taken_by_its_form():
+    pair_ = list(shapes.examples(5, seed=1))
+    handed_, judge_ = hand_made(pair_)
+    five_ = [example for _, example in pair_]
+    unknown = [Answer(a.id, a.text, None, None) for a in handed_]
+    known = [Answer(a.id, a.text, True, 90) for a in handed_]
+    found_, whole_ = (evaluate_module.score(five_, a, judge=judge_) for a in (unknown, known))
+    assert found_.truncated is None and found_.mean_tokens is None and whole_.truncated == 0
+    for name in ("accuracy", "format_valid", "sound", "sound_if_right"):
+        assert getattr(found_, name) == getattr(whole_, name)
+    mixed = evaluate_module.score(five_, [*unknown[:4], handed_[4]], judge=judge_)
+    assert mixed.truncated == 0 and mixed.mean_tokens == 90
 
 
 def test_hand_made_answers_score_as_they_should():
@@ -168,6 +192,54 @@ def test_without_a_judge_and_by_another_kind():
     assert set(score(examples, answers, kind=lambda ex: len(ex["images"])).per_kind) == {"1"}
 
 
+def test_rows_fall_into_thirds_by_length():
+    told_ = evaluate_module._by_length([1, 2, 3, 4, 5, 6], "words")
+    assert told_ == ["up to 2 words"] * 2 + ["3 to 4 words"] * 2 + ["over 4 words"] * 2
+    assert set(evaluate_module._by_length([7] * 5, "words")) == {"up to 7 words"}
+    pairs = list(shapes.examples(5, seed=1))
+    answers, judge = hand_made(pairs)
+    marked = score([ex for _, ex in pairs], answers, judge=judge)
+    for part_ in marked.by.values():
+        assert sum(f["n"] for f in part_.values()) == 5 and all(f["clusters"] for f in part_.values())
+    assert set(marked.by["source"]) == set(KINDS) or len(marked.by["source"]) == 1
+    assert marked.problem_stages["REASONING"] >= 0.2 and marked.read == dict(
+        stages=3, truncated=1, unparsed=1
+    )
+
+
+def test_a_model_that_knows_has_area_one():
+    rows_ = score(*hand_scored()).rows
+    assert calibration(rows_) == {}
+    knows = [replace(r, logprob=-0.1 if r.right else -2.0) for r in rows_]
+    told_ = calibration(knows)
+    assert told_["right"]["auroc"] == 1 and "sound" not in told_
+    assert sum(b["n"] for b in told_["right"]["bins"]) == len(rows_)
+    assert json.loads(json.dumps(told_)) == told_
+
+
+def test_plain_text_is_a_conclusion_only_where_that_is_asked_for():
+    examples, _ = hand_scored()
+    said = [Answer(ex["id"], evaluate_module.reference(ex), i != 3, 9) for i, ex in enumerate(examples)]
+    found = score(examples, said)
+    assert (found.accuracy, found.unparsed, found.truncated, found.plain) == (0, 0.8, 0.2, 0)
+    found = score(examples, said, plain=True)
+    assert (found.accuracy, found.unparsed, found.truncated, found.plain) == (0.8, 0, 0.2, 0.8)
+    assert found.read == {"plain text": 4, "truncated": 1}
+    assert [r.read for r in found.rows].index("truncated") == 3
+
+
+def test_rows_of_a_picture_are_one_cluster_and_widen_the_interval():
+    _, one = next(shapes.examples(1))
+    _, two = list(shapes.examples(2, seed=5))[1]
+    many = [{**(one if i % 2 else two), "id": str(i)} for i in range(40)]
+    said = [Answer(ex["id"], answer_text(ex) if i % 2 else "", True, 9) for i, ex in enumerate(many)]
+    tied = score(many, said)
+    assert tied.clusters == 2 and len({r.cluster for r in tied.rows}) == 2 and tied.n == 40
+    alone = bootstrap_interval([r.right for r in tied.rows])
+    low, high = tied.accuracy_ci
+    assert tied.accuracy == 0.5 and high - low > 2 * (alone[1] - alone[0])
+
+
 def test_wrong_input_names_the_culprit():
     pairs = list(shapes.examples(3, seed=1))
     examples = [ex for _, ex in pairs]
@@ -181,6 +253,35 @@ def test_wrong_input_names_the_culprit():
         with pytest.raises(EvaluateError, match=words) as e:
             call()
         assert "\n" not in str(e.value)
+
+
+def test_the_picture_of_another_row_is_never_the_same():
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(0, 9))
+    def holds(clusters, seed):
+        counts = [c % 3 for c in clusters]
+        found = evaluate_module.other_rows(clusters, counts, seed)
+        assert found == evaluate_module.other_rows(clusters, counts, seed)
+        for i, j in enumerate(found):
+            if j is not None:
+                assert clusters[i] != clusters[j] and counts[i] == counts[j] > 0
+            else:
+                like = {c for c, n in zip(clusters, counts) if n == counts[i]}
+                assert counts[i] == 0 or like == {clusters[i]}
+
+
+    holds()
+    even = evaluate_module.other_rows(list("aabbccdd"), [1] * 8)
+    assert sorted(even) == list(range(8))  # a derangement: each picture is shown as often as it was
+    with tempfile.TemporaryDirectory() as tmp:
+        home = shapes.write(Path(tmp) / "rows", 6, split="val", progress=False)
+        rows_ = data.load(home)
+        turned = evaluate_module.with_other_pictures(rows_, [0, 3, 5], [4, 1, 2])
+        listed = evaluate_module.with_other_pictures([rows_[i] for i in range(6)], [0, 3, 5], [4, 1, 2])
+        for at, (i, j) in enumerate(((0, 4), (3, 1), (5, 2))):
+            for its in (example_at(turned, at), listed[at]):
+                assert its["id"] == rows_[i]["id"] and its["messages"] == rows_[i]["messages"]
+                assert its["images"] == example_at(rows_, j)["images"]
 
 
 def test_answers_are_the_same_whatever_batch_the_memory_holds():
@@ -216,7 +317,26 @@ def test_two_processes_make_the_report_of_one():
             assert its["in_step"].pop("asked") == [5, 5]
         for its in one.values():
             its.pop("asked")
+        for its in (*one.values(), *two[0].values(), *two[1].values()):
+            its.pop("calibration")  # of log-probabilities, whose last digits depend on the batch
         assert one == two[0] == two[1] and one["plain"]["n"] == 5 and any(one["plain"]["texts"])
+
+
+def test_a_verdict_is_right_times_the_probability_that_the_reasoning_holds():
+    examples, said = hand_scored()
+    asked = [replace(a, finished=True) for a in said]
+    by_rule = score(examples, asked, judge=offline_judge())
+    for row, example in zip(by_rule.rows, examples):
+        its = verdict(example, row.text)
+        assert row.soundness == its.soundness and row.right == its.right
+    assert by_rule.verdict == sum(r.right * r.soundness for r in by_rule.rows) / 5
+    assert score(examples, said).verdict is None and score(examples, said).rows[0].soundness is None
+    pairs = list(shapes.examples(5, seed=1))
+    answers, judge = hand_made(pairs)
+    certain = score(examples, answers, judge=judge)
+    assert [r.soundness for r in certain.rows] == [float(r.sound) for r in certain.rows]
+    one = replace(certain.rows[0], problems=(Problem(SHORTENED, "REASONING", "cut", 0),))
+    assert one.shortened and not one.sound and not certain.rows[1].shortened
 
 
 def test_a_blank_picture_is_zero_after_normalisation():
@@ -239,9 +359,26 @@ def test_evaluate_asks_twice():
     assert (
         report.accuracy == report.blind_accuracy == 0
         and report.truncated == 1
-        and report.n == 4
+        and report.n == report.clusters == 4
+        and report.judge == "offline"
+        and all(r.logprob < 0 and r.other_right is None for r in report.rows)
         and model.training
     )
+    swapped = evaluate(
+        model,
+        processor,
+        examples,
+        method=Greedy(6),
+        judge=False,
+        blind=False,
+        other=True,
+        progress=False,
+    )
+    assert swapped.other_accuracy == 0 and swapped.judge is swapped.sound is swapped.blind_accuracy
+    same_ = evaluate(
+        model, processor, examples[:1] * 2, method=Greedy(2), blind=False, other=True, progress=False
+    )
+    assert same_.other_accuracy is None and same_.clusters == 1
     assert (
         evaluate(
             model, processor, examples[:1], method=Greedy(2), blind=False, progress=False
@@ -264,3 +401,38 @@ def test_evaluate_asks_twice():
         )
     with pytest.raises(EvaluateError, match="found none"):
         evaluate(model, processor, [])
+
+
+def test_models_are_compared_by_picture_and_corrected_by_holm():
+    its = dict(a=forty({0, 1}), b=forty(range(18)), c=forty(range(1, 19), {30}))
+    found = evaluate_module.compare(its)
+    order = [(p.a, p.b, p.measure) for p in found.pairs]
+    pairs_ = (("a", "b"), ("a", "c"), ("b", "c"))
+    assert order == [(*two, m) for two in pairs_ for m in ("right", "sound")]
+    ab = found.pairs[0]
+    assert abs(ab.difference - 0.4) < 1e-9 and ab.low < 0.4 < ab.high and ab.low > 0
+    rights = [[r.right for r in its[k].rows] for k in "ab"]
+    assert ab.p == mcnemar(*rights, [r.cluster for r in its["a"].rows])
+    assert abs(ab.p - 2 / 2**8) < 1e-12  # eight pictures, eight coins
+    assert abs(mcnemar(*rights) - 2 / 2**16) < 1e-12  # as if each row had its own
+    assert [p.p_holm for p in found.pairs] == holm([p.p for p in found.pairs])
+    assert all(p.p <= p.p_holm <= 1 for p in found.pairs) and found.pairs[4].p > 0.9
+    assert list(found.reports) == ["a", "b", "c"]
+    assert json.loads(json.dumps(found.to_dict()))["pairs"][0]["a"] == "a"
+    unjudged = evaluate_module.score(*hand_scored())
+    other = evaluate_module.score(*hand_scored(), judge=evaluate_module.offline_judge())
+    assert [p.measure for p in evaluate_module.compare(dict(x=unjudged, y=other)).pairs] == ["right"]
+    for bad, words in (
+        (dict(a=its["a"]), "found 1 reports"),
+        (dict(a=its["a"], five=other), "five was scored on 5 rows, a 40"),
+        (dict(a=its["a"], t=replace(its["b"], rows=its["b"].rows[::-1])), "row 0 of t is 'row 39'"),
+    ):
+        with pytest.raises(EvaluateError, match=words):
+            evaluate_module.compare(bad)
+    asked_ = []
+    both = evaluate_module.compare_models(
+        ["x", "y"],
+        lambda name: (name, asked_.append(name)),
+        lambda net, _: its["a" if net == "x" else "b"],
+    )
+    assert asked_ == ["x", "y"] and both.pairs[0].difference == ab.difference

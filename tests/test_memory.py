@@ -3,6 +3,7 @@ import pytest
 from llava_cot.memory import *
 
 import contextlib
+import copy
 import gc
 import importlib.util
 import subprocess
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -25,6 +27,7 @@ from transformers import (
 from llava_cot import families, memory, models, shapes
 from llava_cot.families import ModelError, family_of, part_modules, parts, without_gradient
 from llava_cot.loss import replaced_forward, token_losses
+from llava_cot.opening import nf4_layers, packed_layers
 from llava_cot.pixels import adopt, with_budget
 from llava_cot.schedule import Phase
 from llava_cot.settings import RunError, Settings
@@ -397,6 +400,33 @@ def test_torchao_that_is_missing_is_one_clear_line():
         patch.setitem(sys.modules, "torchao.optim", None)
         with pytest.raises(RunError, match="needs torchao.*pip install"):
             memory.stochastic_rounding(torch.optim.AdamW([torch.nn.Parameter(ONES)]), 0)
+
+
+def test_a_model_without_numbers_holds_what_bitsandbytes_holds():
+    pytest.importorskip("bitsandbytes")
+    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+        toy, _ = tiny(hidden=64)
+        memory.prepare_weights(toy, "nf4")
+        assert memory.prepare_weights(toy, "nf4") is toy
+        made, _ = memory.pretend(tiny(hidden=64)[0].config, "nf4")
+        assert packed_layers(made).keys() == packed_layers(toy).keys() == nf4_layers(toy).keys()
+        for name, layer in packed_layers(toy).items():
+            state = layer.weight.quant_state
+            held = [layer.weight, state.absmax, state.code, state.offset]
+            held += [state.state2.absmax, state.state2.code]
+            mine = made.get_submodule(name)
+            planned = [mine.weight, *mine.buffers()]
+            assert sum(t.nbytes for t in planned) == sum(t.nbytes for t in held), name
+
+
+def test_what_4_bits_cannot_do_is_said_in_a_line():
+    for engine in ("fsdp2", "zero3"):
+        with pytest.raises(RunError, match=f"found nf4 with the engine {engine}"):
+            memory.check_extras("nf4", False, engine)
+    with mock.patch.dict(sys.modules, {"bitsandbytes": None}):
+        with pytest.raises(ModelError, match=r"pip install 'llava_cot\[nf4\]'"):
+            memory.check_extras("nf4", False)
+    assert memory.weights_dtype("nf4") == "nf4"
 
 
 def test_liger_is_asked_for_its_kernels_without_its_loss_or_refused_in_a_line():

@@ -130,6 +130,24 @@ def test_the_form_of_the_reference_decides_and_says_so():
         assert METRICS[name](wanted.upper() + ".", wanted) == 1
 
 
+def test_a_row_declares_its_metric_and_what_it_has_to_know():
+    row = next(shapes.examples(1))[1]
+    found = chosen_for(row | dict(metric="anls", facts=dict(answers=["two", "2"], options=None)), "two")
+    assert (found.name, found.why, found.facts) == ("anls", "declared", dict(answers=["two", "2"]))
+    assert METRICS["anls"]("2", "two", **found.facts) == 1 == METRICS["anls"]("two", "two")
+    ten = dict(answers=["cab"] * 6 + ["taxi"] * 4)
+    people = chosen_for(row | dict(metric="vqa_accuracy", facts=ten), "cab")
+    assert METRICS["vqa_accuracy"]("taxi", "cab", **people.facts) == 1
+    other = chosen_for(row | dict(metric="exact", facts=dict(options=["a", "b"])), "a")
+    assert other.facts == {}  # what a metric does not ask for is left
+    listed = {"role": "user", "content": [{"type": "text", "text": "Which? A. cat B. dog"}]}
+    choice = dict(id="c", images=[], messages=[listed], metric="mcq")
+    assert chosen_for(choice, "B").facts == dict(options={"A": "cat", "B": "dog"})
+    assert chosen_for(choice | dict(metric=None), "B").name == "mcq"
+    with pytest.raises(EvaluateError, match="metric mcq: found no options"):
+        chosen_for(row | dict(metric="mcq"), "B")
+
+
 def test_a_truncated_answer_is_never_right():
     @given(st.integers(0, 400))
     def holds(cut):

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
 from llava_cot.models import _adapter_state
+from llava_cot.opening import nf4_layers, packed_layers, quantise, whole_weight
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, encode, lengths
@@ -848,3 +849,32 @@ def test_the_digest_sees_weights_and_config():
     assert model_digest(one) == model_digest(two) != model_digest(tiny_mllama(seed=1)[0])
     two.config.text_config.dropout = 0.1
     assert model_digest(one) != model_digest(two)
+
+
+def test_four_bits_are_the_same_from_a_folder_and_in_place():
+    pytest.importorskip("bitsandbytes")
+    for tiny in TINY:
+        toy, own = tiny(hidden=64)
+        with tempfile.TemporaryDirectory() as d:
+            save(toy, own, f"{d}/m", dtype=torch.bfloat16)
+            read = load(f"{d}/m", "nf4")[0]
+            whole = load(f"{d}/m", torch.bfloat16)[0]
+            before = {n: m.weight for n, m in nf4_layers(whole).items()}
+            packed = quantise(whole)
+            assert packed is whole
+            assert packed_layers(packed).keys() == packed_layers(read).keys() == before.keys()
+            assert model_digest(packed) == model_digest(read)
+            for name, layer in packed_layers(read).items():
+                there = whole_weight(layer)
+                assert there.dtype == torch.bfloat16 and there.shape == before[name].shape
+                assert (there - before[name]).norm() < 0.1 * before[name].norm()
+            save(read, own, f"{d}/wide")
+            sixteen, said = AutoModelForImageTextToText.from_pretrained(
+                f"{d}/wide", dtype="auto", output_loading_info=True
+            )
+            assert not said["missing_keys"] and not said["unexpected_keys"]
+            assert sixteen.dtype == torch.bfloat16 and not packed_layers(sixteen)
+            batch = model_inputs(batch_of(own))
+            batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+            with torch.no_grad():
+                assert torch.allclose(read(**batch).logits, sixteen(**batch).logits, atol=0.02)

@@ -20,9 +20,16 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, MllamaConfig
 
 from llava_cot import models
-from llava_cot.distributed import fake_mesh, fill, own_weights, place
+from llava_cot.distributed import (
+    Unread,
+    empty_model,
+    fake_mesh,
+    fill,
+    own_weights,
+    place,
+    places_of,
+)
 from llava_cot.node import NodeError
-from llava_cot.opening import Unread, unread_model
 from llava_cot.plan import GPUS, plan
 from llava_cot.tiny import TINY_TEXT, build_llava, tiny_llava, train_tokenizer
 
@@ -182,7 +189,8 @@ def test_eleven_billion_weights_are_read_once_and_given_to_eight_processes():
     with tempfile.TemporaryDirectory() as d, mock.patch.object(Unread, "read", counted):
         hollow(Path(d), llama)
         begun, held = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        empty = unread_model(d, llama, torch.bfloat16)
+        empty = empty_model(llama, Path(d), torch.bfloat16)
+        empty.unread = Unread(places_of(llama, Path(d)))
         with fake_mesh(8) as mesh:
             place(empty, torch.device("meta"), dict(mesh=mesh))
             fill(empty, alone)

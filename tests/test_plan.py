@@ -29,7 +29,7 @@ from transformers import (
 from llava_cot import train
 from llava_cot.families import example_batch, family_of
 from llava_cot.loss import one_update
-from llava_cot.memory import KINDS, gradient_checkpointing
+from llava_cot.memory import KINDS, gradient_checkpointing, prepare_weights
 from llava_cot.pixels import adopt, with_budget
 from llava_cot.plan import PlanError
 from llava_cot.schedule import PRESETS, Phase, Schedule
@@ -94,6 +94,13 @@ def wordy_llava():
     "Of whose logits not all are there at a time."
     return small_llava(65_536)
 
+
+def whole_blocks():
+    "Whose rows are whole blocks of 4 bits."
+    config = small_llava()
+    config.text_config.intermediate_size = 704
+    return config
+
 def two_updates(config, phase, batch, mark, **settings):
     "Two updates of a phase by the loop's own functions, with numbers; the second inside `mark()`."
     AcceleratorState._reset_state()
@@ -101,6 +108,7 @@ def two_updates(config, phase, batch, mark, **settings):
     accelerator = Accelerator(mixed_precision=s.precision, cpu=True)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     family_of(config).prepare(model)
+    prepare_weights(model, s.weights)
     prepared, optimizer, scheduler = train.prepare_phase(model, phase, 2, accelerator)
     group = [{k: v.clone() for k, v in batch.items()} for _ in range(s.accumulate)]
     with gradient_checkpointing(model, s.checkpointing):
@@ -218,6 +226,7 @@ RECIPES = (  # and the GiB that their comments say
     ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8), 33),
     ("llava_cot_100k_1xH200", LLAMA, dict(gpu="H200"), 94),
     ("lora_24gb", SEVEN, dict(gpu="RTX4090"), 16),
+    ("qlora_24gb", LLAMA, dict(gpu="RTX4090"), 13),
 )
 
 
@@ -300,6 +309,19 @@ def test_flops_are_those_of_torchs_counter():
     plain._attn_implementation = "eager"
     eager = plan(plain, Schedule([ALIGN]), length=128, batch_size=2)[0]
     assert 1 < fused.flops / eager.flops < 1.05  # attention in one piece makes its scores again
+
+
+def test_four_bits_are_planned_as_the_allocator_gives_them_out():
+    pytest.importorskip("bitsandbytes")
+    phase = PRESETS["lora"][0]
+    inputs = example_batch(small_llava(), 2, 128)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    for checkpointing in ("none", "all"):
+        how = dict(weights="nf4", checkpointing=checkpointing)
+        planned = plan(whole_blocks(), Schedule([phase]), batch=inputs, **how).peak
+        real = allocated(whole_blocks(), phase, inputs, **how)
+        print(f"{checkpointing:4}  planned {planned / 2**20:.2f}  allocated {real / 2**20:.2f} MiB")
+        assert abs(planned / real - 1) < 0.02
 
 
 @pytest.mark.slow

@@ -13,8 +13,34 @@ from hypothesis import strategies as st
 from llava_cot import shapes
 from llava_cot.cot import DIRECT, CoT, parse, render
 from llava_cot.data import answer_text, question
-from llava_cot.metrics import EvaluateError
-from llava_cot.shapes import verify
+from llava_cot.metrics import EvaluateError, is_right, reference
+from llava_cot.search import Answer
+from llava_cot.shapes import SHORTENED, verify
+from llava_cot.tiny import tiny_llava
+from llava_cot.tokens import TooLong, encode
+
+HIDDEN = ("unsupported", "ungrounded", "repetition")  # faults that need no scene to be planted
+
+
+def tried_forms(n, seed, level="easy"):
+    "Answers right, sound, and spoilt ones found, all rewritten at random; and how many there were."
+    draw, counts = random.Random(seed), dict(right=0, sound=0, wrong=0, found=0, true=0, spoilt=0)
+    for scene_, one in shapes.examples(n, seed, level):
+        ways = draw.sample(list(REWRITINGS), draw.randrange(4))
+        text, asked_, wanted = answer_text(one), question(one), reference(one)
+        faults = [spoil(text, draw.choice(FAULTS)), spoil_unseen(text, draw.choice(HIDDEN), draw)]
+        told = rewritten(text, *ways)
+        counts["true"] += 1
+        counts["right"] += is_right(Answer("", told, True, 0), wanted)
+        counts["sound"] += not verify(told, scene_, asked_)
+        for fault in faults:
+            whole = "</REASONING>" in fault
+            its = rewritten(fault, *ways) if whole else fault
+            counts["spoilt"] += 1
+            counts["found"] += bool(verify(its, scene_, asked_))
+            if not whole or parse(fault)["CONCLUSION"] != wanted:
+                counts["wrong"] += is_right(Answer("", its, True, 0), wanted)
+    return counts
 
 
 def test_soundness_finds_a_planted_fault_and_says_where():
@@ -90,3 +116,46 @@ def test_every_planted_fault_is_found():
     for scene, ex in shapes.examples(60, seed=3):
         for fault in FAULTS:
             assert verify(spoil(answer_text(ex), fault), scene, question(ex)), (ex["id"], fault)
+
+
+def test_right_and_sound_agree_on_form():
+    for way_ in REWRITINGS:
+        for scene_, one in shapes.examples(40, seed=8):
+            told = rewritten(answer_text(one), way_)
+            assert verify(told, scene_, question(one)) == [], told
+            assert is_right(Answer("", told, True, 0), reference(one)), told
+    found_ = tried_forms(150, 1)
+    assert found_["right"] == found_["sound"] == found_["true"] == 150, found_
+    assert found_["found"] == found_["spoilt"] == 300 and found_["wrong"] == 0, found_
+
+
+@pytest.mark.slow
+def test_two_thousand_answers_in_other_forms():
+    for level_ in ("easy", "hard"):
+        found_ = tried_forms(2000, 12, level_)
+        print(level_, found_)
+        assert found_["right"] == found_["sound"] == found_["true"] == 2000, found_
+        assert found_["found"] == found_["spoilt"] == 4000 and found_["wrong"] == 0, found_
+
+
+def test_what_training_shortened_is_told_apart():
+    _, reader_ = tiny_llava()
+    cuts_, kinds_ = 0, set()
+    for scene_, one in shapes.examples(10, seed=3):
+        n = len(encode(one, reader_)["input_ids"])
+        for most in range(n - 90, n, 9):
+            try:
+                its = encode(one, reader_, max_length=most, too_long="shorten")
+            except TooLong:
+                continue
+            text = reader_.tokenizer.decode(its["labels"][its["labels"] != -100])
+            text = text[: text.index("</CONCLUSION>") + len("</CONCLUSION>")]
+            assert [p.kind for p in verify(text, scene_, question(one))] == [SHORTENED], text
+            lower = rewritten(text, "lower case", "semicolons for stops")
+            assert [p.kind for p in verify(lower, scene_, question(one))] == [SHORTENED], lower
+            cuts_ += 1
+            kinds_.add(one["source"])
+            wrong = text.replace("? yes", "? no").replace("? first", "? second")
+            lied = {p.kind for p in verify(wrong, scene_, question(one))}
+            assert wrong == text or lied > {SHORTENED}, wrong
+    assert cuts_ > 30 and len(kinds_) == 5, (cuts_, kinds_)

@@ -2,9 +2,11 @@
 from llava_cot.report import *
 
 import json
+import re
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image
 
@@ -104,6 +106,45 @@ def test_choose_shows_all_sorts():
     assert choose_rows([r for r in report.rows if r.right and r.sound], 4) and choose_rows([], 4) == []
 
 
+def test_failures_lie_by_kind_with_the_place_marked():
+    pairs_ = list(shapes.examples(5, seed=1))
+    answers_, judge_ = hand_made(pairs_)
+    report_ = score([ex for _, ex in pairs_], answers_, judge=judge_)
+    kinds_ = failures(report_.rows)
+    assert (
+        len(kinds_["wrong answer"]) == 3 and len(kinds_["cut off"]) == 1 and len(kinds_["false"]) == 1
+    )
+    assert kinds_["unclosed"] == [report_.rows[4]] and failures([]) == {}
+    html_ = failures_html(report_)
+    assert html_.count("<details") == len(kinds_) and html_.count("<mark>") >= len(kinds_)
+    assert "1 of them shown" in failures_html(report_, 1)
+    false_ = report_.rows[2]
+    for problem in false_.problems:
+        told = staged_html(false_.text, places=[problem.start])
+        marked = re.search(r"<mark>(.*?)</mark>", told)[1]
+        assert false_.text[problem.start :].startswith(marked) and len(marked) < 80
+    assert staged_html(false_.text, places=[-5, 10**6]).count("<mark>") == 1
+    hidden = "a <script> & b. c"
+    assert "<mark>b.</mark>" in staged_html(hidden, DIRECT, [hidden.index("b.")])
+    assert "&lt;script&gt; &amp; <mark>" in staged_html(hidden, DIRECT, [hidden.index("b.")])
+
+
+def test_right_times_sound_counts_every_answer_once():
+    pairs_ = list(shapes.examples(5, seed=1))
+    answers_, judge_ = hand_made(pairs_)
+    report_ = score([ex for _, ex in pairs_], answers_, judge=judge_)
+    groups = right_and_sound(report_.rows)
+    counts_ = [k for k, *_ in groups.values()]
+    assert counts_ == [1, 1, 0, 3], groups
+    assert all(0 <= low <= share <= high <= 1 for _, share, low, high in groups.values())
+    assert len(plot_right_sound(report_).axes[0].patches) == 4
+    unjudged = score([ex for _, ex in pairs_], answers_)
+    assert right_and_sound(unjudged.rows) == {} and plot_right_sound(unjudged)
+    many_ = [report_.rows[0]] * 48
+    none_, low, high = right_and_sound(many_)["wrong, sound"][1:]
+    assert none_ == 0 and low < 1e-9 and abs(high - 0.0741) < 1e-3
+
+
 def test_a_run_has_a_whole_report():
     KEYS = (
         "accuracy accuracy_ci per_kind blind_accuracy format_valid truncated sound phases seconds"
@@ -196,3 +237,23 @@ def test_reports_cope_with_any_dataset():
                 and "nan"
                 not in page.lower().split("<details")[0].split("</style>")[1].replace("data:", "")[:400]
             )
+
+
+def test_compared_models_stand_on_one_page():
+    pairs_ = list(shapes.examples(5, seed=1))
+    answers_, judge_ = hand_made(pairs_)
+    rows_ = [ex for _, ex in pairs_]
+    best = [Answer(ex["id"], answer_text(ex), True, 90) for ex in rows_]
+    nasty_ = "<script>b</script>"
+    reports_ = {"one": score(rows_, answers_, judge=judge_), nasty_: score(rows_, best, judge=judge_)}
+    result = SimpleNamespace(a="one", b=nasty_, measure="right", difference=-0.6, low=-1.0, high=0.0)
+    result.p, result.p_holm = 0.25, 0.25
+    both_ = SimpleNamespace(reports=reports_, pairs=[result])
+    assert [rows[0][1].id for rows in differing(reports_)] == [rows_[i]["id"] for i in (1, 3, 4)]
+    with tempfile.TemporaryDirectory() as tmp:
+        page = write_comparison(Path(tmp) / "new", both_).read_text()
+        kept_ = json.loads((Path(tmp) / "new/comparison.json").read_text())
+    assert "<script" not in page and "-60.0%" in page and page.count("<article") >= 6
+    assert not {"script", "link", "iframe"} & set(Page(page).tags)
+    assert kept_["pairs"][0]["p_holm"] == 0.25 and kept_["models"]["one"]["n"] == 5
+    assert "Nothing to compare" in comparison_html(SimpleNamespace(reports={}, pairs=[]))

@@ -42,7 +42,15 @@ from llava_cot.rowcheck import BadRows
 from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import (
+    TINY_TEXT,
+    build_llava,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    train_tokenizer,
+)
 from llava_cot.tokens import Collator, TooLong, encode
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -359,11 +367,13 @@ def events(run):
 
 @contextlib.contextmanager
 def no_room(out, at):
-    "From the `at`-th update on, no file may grow beyond a checkpoint, or half a log line."
+    "From the `at`-th update on, no file may grow beyond 10 kB, or half a log line."
     calls, own, old = iter(range(1, at)), one_update, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def update(*args, **asked_):
         if next(calls, None) is None:
+            while not newest_checkpoint(out).name.endswith(str((at - 1) // 3 * 3)):
+                time.sleep(0.01)  # until what was on its way is written
             resource.setrlimit(
                 resource.RLIMIT_FSIZE,
                 ((out / "metrics.jsonl").stat().st_size + (100 if at % 2 else 10_000), old[1]),
@@ -385,6 +395,20 @@ def small_memory(rows, own=token_losses):
         return own(toy, inputs)
 
     return losses_replaced(losses_of)
+
+def of_blocks(width=128):
+    "A small LLaVA whose rows are whole blocks of 4 bits."
+    tokenizer = train_tokenizer([TINY_TEXT])
+    size = dict(hidden=width, ffn=2 * width, layers=2, vision_layers=2)
+    return build_llava(tokenizer, **size)
+
+
+def logits_of(toy, its):
+    batch = Collator(its)([encode(its_row, its) for its_row in some_rows(4)])
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    del batch["labels"], batch["stage_ids"]
+    with torch.no_grad():
+        return toy.eval()(**batch).logits.float()
 
 
 def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scored():
@@ -1552,6 +1576,86 @@ def test_weights_in_16_bits_train_and_survive_an_interruption():
             for k, v in ends[0][0].items()
         ]
         assert any(moved)
+
+
+def test_four_bits_are_resumed_to_the_bit_and_end_as_a_plain_model_of_sixteen():
+    pytest.importorskip("bitsandbytes")
+    by_blocks = Schedule(
+        [
+            Phase("align", train={"projector": 2e-3}, updates=2),
+            Phase("lora", train={"projector": 1e-3, "language": 5e-3}, lora={"r": 8}, updates=3),
+        ]
+    )
+    how = dict(batch_size=4, weights="nf4", save_every=1, keep_adapter=True, progress=False)
+    ends = []
+    for at in (99, 2, 4):  # never, at the end of the first phase, within the second
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                with interrupted(at):
+                    ended = train.fit(*of_blocks(), ROWS, by_blocks, Path(tmp) / "run", **how)
+            except KeyboardInterrupt:
+                ended = train.resume(Path(tmp) / "run", ROWS, progress=False)
+            plain, said = AutoModelForImageTextToText.from_pretrained(
+                ended.out / "model", output_loading_info=True
+            )
+            assert not said["missing_keys"] and not said["unexpected_keys"]
+            assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+            assert "quantization_config" not in (ended.out / "model/config.json").read_text()
+            kept = PeftConfig.from_pretrained(ended.out / "adapters/lora")
+            whole = models.load(kept.base_model_name_or_path, torch.bfloat16)[0]
+            adapted = PeftModel.from_pretrained(whole, ended.out / "adapters/lora").merge_and_unload()
+            trained = logits_of(ended.model, ended.processor)
+            for opened in (plain, adapted):
+                assert (logits_of(opened, ended.processor) - trained).abs().max() < 0.05
+            ends.append((ended.model.state_dict(), ended.metrics(), weights(plain)))
+    packed, metrics, merged = ends[0]
+    assert "model.language_model.layers.0.mlp.up_proj.base_layer.weight.absmax" in packed
+    for again, told, sixteen in ends[1:]:
+        assert told == metrics and again.keys() == packed.keys()
+        assert all(torch.equal(w, packed[n]) for n, w in again.items())
+        assert all(torch.equal(w, merged[n]) for n, w in sixteen.items())
+
+
+@pytest.mark.slow
+def test_fifty_updates_over_four_bits_learn_what_they_learn_over_sixteen():
+    pytest.importorskip("bitsandbytes")
+    unseen = [e for _, e in shapes.examples(260)][200:]
+    seen = [e for _, e in shapes.examples(200)]
+
+
+    def loss_on_unseen(folder_):
+        toy, its = models.load(folder_)
+        total, n = 0.0, 0
+        for i in range(0, len(unseen), 10):
+            batch = Collator(its)([encode(e, its) for e in unseen[i : i + 10]])
+            with torch.no_grad():
+                total += token_losses(toy, batch)[0].sum().item()
+            n += batch["labels"][:, 1:].ne(-100).sum().item()
+        return total / n
+
+
+    every_weight = Phase("all", train={"projector": 2e-3, "language": 2e-3}, updates=60)
+    adapters = Phase(
+        "lora",
+        train={"projector": 1e-3, "language": 1e-3},
+        lora={"r": 8},
+        updates=50,
+        betas=(0.9, 0.99),
+    )
+    how, found = dict(batch_size=8, progress=False), {}
+    with tempfile.TemporaryDirectory() as tmp:
+        base = train.fit(*of_blocks(), seen, Schedule([every_weight]), Path(tmp) / "base", **how).out
+        found["before"] = loss_on_unseen(base / "model")
+        for kind in ("bf16", "nf4"):
+            start = models.load(base / "model", memory.weights_dtype(kind))
+            ended = train.fit(*start, seen, Schedule([adapters]), Path(tmp) / kind, weights=kind, **how)
+            found[kind] = loss_on_unseen(ended.out / "model")
+            last = [m["loss"] for m in ended.metrics()][-10:]
+            found[f"{kind}, last ten updates"] = sum(last) / len(last)
+    print({k: round(v, 4) for k, v in found.items()})
+    assert found["bf16"] < 0.95 * found["before"]  # there was something to learn
+    assert found["nf4"] < 1.05 * found["bf16"]
+    assert found["nf4, last ten updates"] < 1.05 * found["bf16, last ten updates"]
 
 
 @pytest.mark.slow

@@ -240,6 +240,22 @@ def test_a_schedule_is_checked_before_its_first_phase():
     assert not models.adapter_layers(fresh)
 
 
+def test_four_bits_are_never_trained():
+    lora = Phase("b", train={"projector": 1.0, "language": 1.0}, lora={})
+    for tiny in TINY:
+        toy, _ = tiny(hidden=64)
+        check_schedule(toy, [Phase("a", train={"vision": 1.0, "projector": 1.0}), lora], "nf4")
+        for key in ("language", "language.layers[-1]"):
+            trains = [Phase("a", train={key: 1.0}), lora]
+            with pytest.raises(ScheduleError, match="phase 'a': train names.*cannot learn in 4 bits"):
+                check_schedule(toy, trains, "nf4")
+            check_schedule(toy, trains, "bf16")
+        with pytest.raises(ScheduleError, match="phase 'b': lora on.*make it the last phase"):
+            check_schedule(toy, [lora, Phase("c", train={"projector": 1.0})], "nf4")
+    with pytest.raises(ModelError, match="rows of 48 numbers; expected a multiple of 64"):
+        check_schedule(tiny_llava()[0], [lora], "nf4")
+
+
 def test_wrong_lora_is_refused_by_name():
     good = dict(name="a", train={"projector": 1e-3, "language": 1e-4})
     for lora, match in (
