@@ -5,6 +5,7 @@ import sys
 import tempfile
 from contextlib import chdir
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
