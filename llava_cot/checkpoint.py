@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fastcore.basics import patch
 from safetensors import safe_open
@@ -29,16 +29,19 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from . import memory, models, pixels
 from .batches import phase_settings
 from llava_cot.distributed import (
+    empty_model,
+    is_unread,
     is_zero,
     load_moments,
     on_main,
+    open_for_run,
     optimizer_moments,
     own_weights,
+    read_first,
     whole,
 )
 from .families import family_of
@@ -48,7 +51,6 @@ from .opening import packed_layers, restore
 from .run import Run, result_dtype
 from .schedule import Schedule
 from .settings import RunError, Settings
-from .tiny import open_model
 from .trainable import add_phase_adapters
 
 # one process has no one to talk to, and need not be told so at every checkpoint
@@ -310,11 +312,8 @@ def reopen_checkpoint(out, folder: Path, s: Settings) -> Run:
     if dtype == "nf4":
         dtype = torch.bfloat16
         del config.quantization_config  # `prepare_weights` says it again
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    family_of(model).prepare(model)
-    models.remember_preprocessing(model.eval(), processor, str(folder))
+    model = empty_model(config, folder, dtype)
+    models.remember_preprocessing(model, processor, str(folder))
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     progress = json.loads((folder / "progress.json").read_text())
     run = Run(Path(out), s, **progress, model=model, processor=processor)
@@ -402,7 +401,7 @@ def load_optimizer(
         scaler.load_state_dict(numbers["scaler"])
 
 # %% ../nbs/43_checkpoint.ipynb #c052
-def reopen_model(out, recipe: dict, s: Settings) -> tuple:
+def reopen_model(out, recipe: dict, s: Settings, accelerator: Accelerator) -> tuple:
     "`(model, processor)` that a run began with. Raises `RunError` where it is not what it was."
     name = (recipe["source"] or {}).get("model")
     if not name:
@@ -410,12 +409,15 @@ def reopen_model(out, recipe: dict, s: Settings) -> tuple:
             f"resume {out}: no checkpoint here, the run stopped before its first; remove the folder"
             " and start again"
         )
-    model, processor = open_model(name, memory.weights_dtype(s.weights))
+    model, processor = open_for_run(name, memory.weights_dtype(s.weights))
+    read_first(model, s, accelerator)
     if s.separator_tokens:
         models.add_separators(model, processor)
     processor = pixels.begin(model, processor, s)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
-    if model_digest(model) != recipe["start"]:
+    unread = is_unread(model)
+    found = on_main(accelerator, lambda: model_digest(model)) if unread else model_digest(model)
+    if found != recipe["start"]:
         raise RunError(
             f"resume {out}: {name} is no longer the model that the run began with, and there is no"
             " checkpoint yet; start again in a new folder"

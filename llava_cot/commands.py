@@ -123,11 +123,11 @@ def train(
 # %% ../nbs/80_commands.ipynb #c012a
 def _train(source, model, out, schedule, settings, start, json) -> dict:
     "Everything is opened and checked before the first file is written."
+    from llava_cot.distributed import open_for_run
     from llava_cot.examiner import examination, leave_out_bad, measured
     from llava_cot.memory import weights_dtype
     from llava_cot.run import check_folder
     from llava_cot.schedule import Schedule
-    from llava_cot.tiny import open_model
     from llava_cot.train import fit
 
     schedule = Schedule.load(schedule)
@@ -140,7 +140,7 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
             f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data,"
             " or a held_out share above 0"
         )
-    net, processor = open_model(model, weights_dtype(s.weights))
+    net, processor = open_for_run(model, weights_dtype(s.weights))
     say(
         f"{len(rows):,} rows to train on, {len(examiner.rows):,} to score on; model {model}; run"
         f" in {out}\n\n{schedule}\n",

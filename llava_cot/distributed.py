@@ -4,31 +4,54 @@
 
 # %% auto #0
 __all__ = ['launch_configs', 'engine_of', 'check_engine', 'on_main', 'run_folder', 'shard_units', 'shard', 'fake_mesh',
-           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'optimizer_moments', 'load_moments',
-           'prepare_engine', 'check_zero', 'gathered', 'together', 'my_share']
+           'fsdp_policy', 'is_zero', 'place', 'own_weights', 'whole', 'places_of', 'Unread', 'empty_model',
+           'open_unread', 'shards_at_launch', 'open_for_run', 'is_unread', 'read_first', 'fill', 'optimizer_moments',
+           'load_moments', 'prepare_engine', 'check_zero', 'gathered', 'together', 'my_share']
 
 # %% ../nbs/41_distributed.ipynb #distributed-imports
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType, broadcast_object_list
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from . import models
+from . import tiny as toys
 from .cot import InputError
-from .families import part_modules
+from .families import ModelError, family_of, part_modules
 from .files import locked
-from .opening import packed_tensors
+from llava_cot.opening import (
+    adapter_base,
+    check_weights,
+    first_sentence,
+    folder_of_weights,
+    header_of,
+    in_type,
+    opened_without_numbers,
+    packed_tensors,
+    root_of,
+    weight_files,
+)
+from .pixels import budget_of
 from .settings import RunError, Settings
 
 # %% ../nbs/41_distributed.ipynb #l011
@@ -230,6 +253,183 @@ def own_weights(model) -> dict[str, torch.Tensor]:
 def whole(t: torch.Tensor) -> torch.Tensor:
     "A tensor that processes hold in shares, in one piece. All processes must call it."
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+# %% ../nbs/41_distributed.ipynb #un-places
+def places_of(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # its weights; only headers are read
+) -> dict[str, tuple[Path, str]] | None:  # name in the model -> file, name in it
+    "Where each weight lies; `None` where opening one is more than giving it another name."
+    stored, places = {}, {}
+    for path in weight_files(folder):
+        for key, w in header_of(path).items():
+            stored[key] = w
+            places[w.untyped_storage()._cdata] = (path, key)
+    found = {}
+    for name, w in opened_without_numbers(config, stored)[0].state_dict().items():
+        found[name] = file, key = places.get(w.untyped_storage()._cdata, (folder, ""))
+        whole = stored.get(key)
+        if whole is None or (w.shape, w.stride()) != (whole.shape, whole.stride()):
+            return None
+    return found
+
+
+@dataclass(frozen=True)
+class Unread:
+    "The weights of a model that are not read yet."
+
+    places: dict[str, tuple[Path, str]]  # from `places_of`
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        "One weight in a type; its file is closed again. Raises `ModelError`."
+        file, key = self.places[name]
+        try:
+            with safe_open(file, framework="pt") as f:
+                return f.get_tensor(key).to(dtype)
+        except (SafetensorError, OSError) as e:
+            reason = f"{key} cannot be read ({first_sentence(e)})"
+            raise ModelError(f"{file}: {reason}; was it changed or removed?") from e
+
+# %% ../nbs/41_distributed.ipynb #un-model
+def empty_model(
+    config: PreTrainedConfig,  # of a family in `FAMILIES`
+    folder: Path,  # the rest is there
+    dtype: torch.dtype,  # as for `from_pretrained`
+) -> PreTrainedModel:  # in eval mode
+    "What `from_pretrained(dtype=…)` gives, but for the weights, which are on `meta`."
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()  # each has got a parameter of its own
+    in_type(model, dtype)
+    name = "generation_config.json"
+    how = {} if (folder / name).is_file() else dict(_from_model_config=True)
+    named = name if not how else "config.json"
+    model.generation_config = GenerationConfig.from_pretrained(folder, named, **how)
+    family_of(model).prepare(model)
+    return model.eval()
+
+
+def open_unread(
+    name: str,  # a folder, or a name on the hub
+    dtype: torch.dtype | str,  # as for `models.load`
+) -> tuple | None:
+    "Model and processor, the weights left to `unread`; `None` where they must be opened whole."
+    _, processor = models.load_skeleton(name, chat=True)
+    config, adapter = models.load_config(name), adapter_base(name, root_of(name))
+    quantised = getattr(config, "quantization_config", None)
+    if adapter or quantised or not isinstance(dtype, torch.dtype):
+        return None
+    opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
+    folder = folder_of_weights(name)
+    check_weights(config, folder)
+    places = places_of(config, folder)
+    if places is None:
+        return None
+    model = empty_model(config, folder, dtype)
+    model.unread, model.opened = Unread(places), opened
+    return models.remember_preprocessing(model, processor, name), processor
+
+# %% ../nbs/41_distributed.ipynb #un-open
+def shards_at_launch() -> bool:
+    "Whether `accelerate launch` has started several processes under FSDP2."
+    said = os.environ.get
+    fsdp = said("ACCELERATE_USE_FSDP", "").lower() == "true" and said("FSDP_VERSION") == "2"
+    return fsdp and int(said("WORLD_SIZE", "1")) > 1
+
+
+def _say_opened_whole(name: str, why: str) -> None:
+    "One line, from one process."
+    if os.environ.get("RANK", "0") == "0":
+        told = f"{name}: every process opens all of its weights, for {why}"
+        print(told, file=sys.stderr, flush=True)
+
+
+def open_for_run(
+    name: str,  # as for `tiny.open_model`, like the next
+    dtype: str | torch.dtype,
+) -> tuple:
+    "Model and processor; under FSDP2 on several processes the weights are left for `fill`."
+    if name in toys.TINY or not shards_at_launch():
+        return toys.open_model(name, dtype)
+    found = open_unread(name, dtype)
+    if found is None:
+        _say_opened_whole(name, "they are an adapter's, quantised, or converted on opening")
+        return toys.open_model(name, dtype)
+    return found
+
+
+def is_unread(model) -> bool:
+    "Whether a model's weights are left where they lie."
+    return getattr(model, "unread", None) is not None
+
+# %% ../nbs/41_distributed.ipynb #un-first
+@torch.no_grad()
+def read_first(
+    model,  # changed in place, if it is `unread` and must be read
+    settings: Settings,
+    accelerator: Accelerator,
+    named: bool = True,  # the run's recipe says where the model lies
+) -> None:
+    "Reads the weights on each process, where a run needs them before the model is in shards."
+    if not is_unread(model):
+        return
+    asked = [v for phase in settings.schedule for v in budget_of(phase, settings).values()]
+    why = {
+        f"the engine is {engine_of(accelerator)}": engine_of(accelerator) != "fsdp2",
+        "separator_tokens changes them": settings.separator_tokens,
+        "max_tiles changes them": family_of(model).budget.fixed and any(asked),
+        "the first checkpoint holds them": not named,
+    }
+    if not any(why.values()):
+        return
+    _say_opened_whole(model.name_or_path, next(text for text, so in why.items() if so))
+    for name, w in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        read = model.unread.read(name, w.dtype).clone()
+        setattr(model.get_submodule(module), own, torch.nn.Parameter(read, w.requires_grad))
+    model.tie_weights()
+    model.unread = None
+
+# %% ../nbs/41_distributed.ipynb #un-fill
+def _give(
+    w: torch.Tensor,  # filled; a share, or whole
+    read: torch.Tensor | None,  # the whole of it, on the main process
+) -> None:
+    "Every process its share of what the main process has read. All processes must call it."
+    if isinstance(w, DTensor):
+        mesh = w.device_mesh
+        if read is None:  # a place that is never touched
+            read = torch.empty(w.shape, dtype=w.dtype, device=mesh.device_type)
+        w.to_local().copy_(distribute_tensor(read, mesh, w.placements).to_local())
+        return
+    if read is not None:
+        w.copy_(read)
+    if dist.is_initialized():
+        dist.broadcast(w, 0)
+
+
+@torch.no_grad()
+def fill(
+    model,  # `unread`, and in its place
+    accelerator: Accelerator,
+) -> None:
+    "Gives a model its weights, one by one. Raises `ModelError` on all. All processes must call it."
+    error = None
+    for name, w in own_weights(model).items():
+        read = None
+        if accelerator.is_main_process and not error:
+            try:
+                read = model.unread.read(name, w.dtype)
+            except InputError as e:  # told in the end: the others wait for their shares
+                error = e
+        _give(w, read)
+    model.unread = None
+
+    def tell() -> None:
+        if error:
+            raise error
+
+    on_main(accelerator, tell)
 
 # %% ../nbs/41_distributed.ipynb #l033
 def optimizer_moments(model, optimizer) -> dict:

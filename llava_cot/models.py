@@ -686,7 +686,13 @@ def model_digest(
     "SHA-256 over a model's config and every weight: names, types, shapes, bytes."
     changing = ("_name_or_path", "transformers_version")
     config = {k: v for k, v in model.config.to_dict().items() if k not in changing}
-    with ThreadPoolExecutor(8) as pool:
-        lines = list(pool.map(_weight_line, sorted(model.state_dict().items())))
+    unread = getattr(model, "unread", None)
+
+    def line(item: tuple[str, torch.Tensor]) -> str:
+        name, w = item
+        return _weight_line((name, unread.read(name, w.dtype) if unread else w))
+
+    with ThreadPoolExecutor(2 if unread else 8) as pool:  # as many weights are held at once
+        lines = list(pool.map(line, sorted(model.state_dict().items())))
     head = json.dumps(config, sort_keys=True, default=str)
     return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()

@@ -417,6 +417,8 @@ def _run_phases(
     distributed.place(run.model, accelerator.device, policy)
     if newest:
         checkpoint.load_checkpoint(run, newest)
+    elif distributed.is_unread(run.model):
+        distributed.fill(run.model, accelerator)
     state = newest if run.update else None
     if run.before is None:
         run.before = _retention(run, exam, accelerator)
@@ -508,6 +510,8 @@ def fit(
         data = datasource.load(data, s.fmt, check="text")
     _check_request(s, exam, data, out)
     accelerator = _accelerator(s, out)
+    named = bool((source or {}).get("model"))  # it can be opened again by name
+    distributed.read_first(model, s, accelerator, named)
     if s.separator_tokens:
         models.add_separators(model, processor)
     check_schedule(model, schedule, s.weights)
@@ -521,7 +525,7 @@ def fit(
     skipped = {name: f.skipped for name, f in found.items()}
     with distributed.run_folder(accelerator, out):
         runs.start_run(run, accelerator, recipe, found["data"].dropped, progress, skipped)
-        if not (source or {}).get("model"):  # it cannot be opened again by name
+        if not named:
             checkpoint.save_checkpoint(run, accelerator)
         return _run_phases(run, reads, sound, accelerator, progress)
 
@@ -576,7 +580,7 @@ def _go_on(out, recipe: dict, s: Settings, data, exam, accelerator, progress) ->
     if newest:
         run = checkpoint.reopen_checkpoint(out, newest, s)
     else:
-        model, processor = checkpoint.reopen_model(out, recipe, s)
+        model, processor = checkpoint.reopen_model(out, recipe, s, accelerator)
         run = Run(Path(out), s, model=model, processor=processor)
     known = runs.read_skipped(out, recipe)
     as_begun = pixels.with_fields(run.processor, recipe["fingerprint"])

@@ -30,7 +30,7 @@ from llava_cot.files import FileError, sealed
 from llava_cot.run import Run
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import tiny_llava, tiny_mllama
+from llava_cot.tiny import TINY_TEXT, build_llava, tiny_llava, tiny_mllama, train_tokenizer
 from llava_cot.trainable import freeze, make_optimizer
 
 def begun(tiny, out):
@@ -231,6 +231,20 @@ def test_a_checkpoint_gives_back_every_number_and_nothing_else():
             assert all(torch.equal(w, state[n]) for n, w in plain.items())
             for file in kept.iterdir():
                 assert file.suffix in (".json", ".safetensors", ".jinja")
+
+
+def test_a_weight_that_two_layers_share_is_one_in_a_reopened_run():
+    def tied(seed):
+        small = dict(vision_hidden=32, vision_layers=2, hidden=48, layers=2)
+        return build_llava(train_tokenizer([TINY_TEXT]), **small, seed=seed, tie=True)
+
+
+    with tempfile.TemporaryDirectory() as tmp:
+        now, _ = begun(tied, tmp)
+        checkpoint.save_checkpoint(now, Accelerator(cpu=True))
+        again = checkpoint.reopen_checkpoint(tmp, checkpoint.newest_checkpoint(tmp), now.settings)
+        embed, head = again.model.get_input_embeddings(), again.model.get_output_embeddings()
+        assert head.weight is embed.weight and head.weight.is_meta  # before it is cut up
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_the_one_before():

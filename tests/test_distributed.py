@@ -11,14 +11,17 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from llava_cot import data, distributed, models, shapes, train
 from llava_cot import tiny as toys
-from llava_cot.families import parts
+from llava_cot.families import ModelError, parts
 from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
@@ -129,16 +132,16 @@ def two_phases(first, second, optimizer):
     )
 
 
-def torchrun(folder, jobs, environment, text=SCRIPT):
-    "What two processes print that run a script."
+def torchrun(folder, jobs, environment, text=SCRIPT, processes=2):
+    "What so many processes print that run a script."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     script = folder / "script.py"
     script.write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
     done = subprocess.run(
-        [*command, "--master_port", port, str(script), str(folder), *jobs],
+        [*command, str(processes), "--master_port", port, str(script), str(folder), *jobs],
         env=os.environ | environment | dict(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
@@ -217,6 +220,127 @@ def by_hand(peak, n, warm):
     rising = [(u + 1) / warm for u in range(warm - 1)]
     falling = [(n - u) / (n + 1 - warm) for u in range(warm - 1, n)]
     return [peak * factor for factor in rising + falling]
+
+ONCE = """
+import itertools, sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+
+from llava_cot import data, distributed, models, train
+from llava_cot.families import ModelError
+from llava_cot.schedule import Schedule
+
+torch.set_num_threads(1)
+folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
+rows, schedule = data.load(folder / "shapes"), Schedule.from_yaml(folder / "schedule.yaml")
+
+
+def opened(name, dtype=torch.float32):
+    net, processor = distributed.open_for_run(str(folder / name), dtype)
+    assert distributed.is_unread(net)
+    return net, processor
+
+
+def same(name, dtype):
+    "A model that one process has read is the model."
+    net, _ = opened(name, dtype)
+    distributed.place(net, torch.device("cpu"), {})
+    distributed.fill(net, accelerator)
+    state = models.load(folder / name, dtype)[0].state_dict()
+    for n, w in net.state_dict().items():
+        assert isinstance(w, distributed.DTensor) and w.dtype == state[n].dtype, n
+        assert torch.equal(distributed.whole(w), state[n]), n
+
+
+def lost(name):
+    "A file that cannot be read is an error on all."
+    net, made = opened(name)[0], itertools.count()
+    distributed.place(net, torch.device("cpu"), {})
+
+    def read(self, name, dtype, own=distributed.Unread.read):
+        if next(made) == 3:
+            raise ModelError("it is gone")
+        return own(self, name, dtype)
+
+    with mock.patch.object(distributed.Unread, "read", read):
+        try:
+            distributed.fill(net, accelerator)
+        except ModelError as e:
+            assert str(e) == "it is gone"
+        else:
+            raise AssertionError("filled")
+
+
+def run(name, kind, stop=99):
+    made, own, out = itertools.count(), train.one_update, folder / f"{name}-{kind}"
+
+    def update(*args, **options):
+        if next(made) == stop:
+            raise KeyboardInterrupt
+        return own(*args, **options)
+
+    given = models.load(folder / name) if kind == "whole" else opened(name)
+    how = dict(batch_size=2, progress=False, source=dict(model=str(folder / name)))
+    try:
+        with mock.patch.object(train, "one_update", update):
+            train.fit(*given, rows, schedule, out, **how)
+    except KeyboardInterrupt:
+        assert not (out / "checkpoints").exists()
+        train.resume(out, rows, progress=False)
+
+
+with mock.patch.object(distributed, "shards_at_launch", lambda: True):
+    for name in sys.argv[2:]:
+        for dtype in (torch.float32, torch.bfloat16):
+            same(name, dtype)
+    lost(name)
+    for module in (train, distributed):
+        module.engine_of = lambda accelerator: "fsdp2"
+    few = accelerator.num_processes == 2
+    for name in sys.argv[2 : 3 if few else None]:
+        for kind in ("whole", "begun") if few else ("whole", "once", "begun"):
+            run(name, kind, 1 if kind == "begun" else 99)
+torch.distributed.destroy_process_group()
+"""
+
+
+def read_once(processes):
+    "Models and runs on so many processes, the weights read by each or by one."
+    folder = Path(tempfile.mkdtemp())
+    shapes.write(folder / "shapes", 8)
+    Schedule([Phase("all", train=ALL, updates=3)]).to_yaml(folder / "schedule.yaml")
+    tied = dict(vision_hidden=32, vision_layers=2, hidden=48, layers=2, tie=True)
+    made = dict(tied=toys.build_llava(toys.train_tokenizer([toys.TINY_TEXT]), **tied))
+    families = ("tiny_mllama", "tiny_llava", "tiny_llava_next", "tiny_qwen2_5_vl")
+    for name in families[: 1 if processes == 2 else None]:
+        made[name] = getattr(toys, name)()
+    for name, of in made.items():
+        models.save(*of, folder / name)
+    torchrun(folder, made, dict(ACCELERATE_USE_CPU="true"), ONCE, processes)
+    for name in made:
+        for out in folder.glob(f"{name}-*"):
+            first = folder / f"{name}-whole"
+            names = [f"model/{f.name}" for f in first.glob("model/*")]
+            assert len(names) == sum(1 for _ in out.glob("model/*"))
+            for file in ("metrics.jsonl", *names):
+                assert (out / file).read_bytes() == (first / file).read_bytes(), (out, file)
+            started = [yaml.safe_load((o / "recipe.yaml").read_text()) for o in (first, out)]
+            assert started[0]["start"] == started[1]["start"]
+
+def turning(kind):
+    "A version of transformers that turns a weight on opening it."
+    own = kind.from_pretrained
+
+    def opened(*args, **options):
+        made, said = own(*args, **options)
+        head = made.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
+        return made, said
+
+    return mock.patch.object(kind, "from_pretrained", opened)
 
 PRECISION = """
 import contextlib, copy, sys
@@ -477,6 +601,85 @@ def test_two_processes_are_one_over_50_updates_in_both_families():
 @pytest.mark.slow
 def test_text_beside_pictures_comes_to_the_same_in_every_family_under_every_engine():
     assert all_small(apart((3, 8), *jobs_of("ddp"), *jobs_of("fsdp2")))
+
+
+def test_weights_that_one_of_two_processes_reads_are_those_that_each_would_open():
+    read_once(2)
+
+
+@pytest.mark.slow
+def test_four_processes_train_every_family_on_weights_that_one_has_read():
+    read_once(4)
+
+
+def test_a_run_that_needs_its_weights_before_they_are_in_shards_reads_them_first():
+    one_phase = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
+    with tempfile.TemporaryDirectory() as tmp, pytest.MonkeyPatch.context() as patch:
+        base, ends = f"{tmp}/base", {}
+        models.save(*tiny_mllama(), base)
+        drawn = data.load(shapes.write(f"{tmp}/shapes", 4))
+        patch.setattr(distributed, "shards_at_launch", lambda: True)
+        for kind in ("whole", "once"):
+            for engine, more in (("fsdp2", dict(separator_tokens=True, max_tiles=1)), ("single", {})):
+                made = (
+                    models.load(base)
+                    if kind == "whole"
+                    else distributed.open_for_run(base, torch.float32)
+                )
+                assert distributed.is_unread(made[0]) == (kind == "once")
+                patch.setattr(distributed, "engine_of", lambda accelerator: engine)
+                out = Path(tmp) / f"{kind}-{engine}-{'-'.join(more)}"
+                how = dict(progress=False, batch_size=2, source=dict(model=base)) | more
+                patch.setattr(distributed, "check_engine", lambda *_: "single")
+                ended = train.fit(*made, drawn, one_phase, out, **how)
+                ends.setdefault((engine, *more), []).append(ended.model.state_dict())
+        for whole_, once in ends.values():
+            assert all(torch.equal(w, once[n]) for n, w in whole_.items())
+        assert not distributed.is_unread(distributed.open_for_run("tiny_llava", torch.float32)[0])
+
+
+def test_shards_are_expected_where_accelerate_launches_several_processes_under_fsdp2():
+    fsdp = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", WORLD_SIZE="8")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in fsdp:
+            patch.delenv(name, raising=False)
+        assert not distributed.shards_at_launch()
+        for name, value in fsdp.items():
+            patch.setenv(name, value)
+        assert distributed.shards_at_launch()
+        for name, value in (("WORLD_SIZE", "1"), ("FSDP_VERSION", "1"), ("ACCELERATE_USE_FSDP", "no")):
+            with pytest.MonkeyPatch.context() as other:
+                other.setenv(name, value)
+                assert not distributed.shards_at_launch()
+
+
+def test_weights_left_where_they_are_are_those_that_opening_gives_in_every_family():
+    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+        toy, own = tiny()
+        with tempfile.TemporaryDirectory() as d:
+            models.save(toy, own, f"{d}/m")
+            for dtype in (torch.float32, torch.bfloat16):
+                whole_ = models.load(f"{d}/m", dtype)[0]
+                left = distributed.open_unread(f"{d}/m", dtype)[0]
+                assert all(w.is_meta for w in left.parameters())
+                named, state = dict(left.named_parameters()), whole_.state_dict()
+                assert [*named] == [n for n, _ in whole_.named_parameters()]
+                for n, w in whole_.named_parameters():
+                    assert (w.dtype, w.requires_grad) == (named[n].dtype, named[n].requires_grad)
+                for (n, b), (m, c) in zip(whole_.named_buffers(), left.named_buffers()):
+                    assert n == m and b.dtype == c.dtype and torch.equal(b, c)
+                for n, w in left.state_dict().items():
+                    assert torch.equal(left.unread.read(n, w.dtype), state[n])
+                assert left.generation_config.to_dict() == whole_.generation_config.to_dict()
+                assert left.opened == whole_.opened and not left.training
+                assert models.model_digest(left) == models.model_digest(whole_)
+                Path(f"{d}/m/generation_config.json").unlink(missing_ok=True)  # for the second
+            with turning(type(toy)):
+                assert distributed.open_unread(f"{d}/m", torch.float32) is None
+            assert distributed.open_unread(f"{d}/m", "nf4") is None
+            Path(f"{d}/m/model.safetensors").unlink()
+            with pytest.raises(ModelError, match="model.safetensors: .*cannot be read"):
+                left.unread.read(n, torch.float32)
 
 
 def test_fsdp2_in_bf16_is_as_exact_as_one_process():

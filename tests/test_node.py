@@ -2,15 +2,111 @@
 import pytest
 from llava_cot.node import *
 
+import json
 import os
+import resource
+import struct
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForImageTextToText, MllamaConfig
 
+from llava_cot import models
+from llava_cot.distributed import (
+    Unread,
+    empty_model,
+    fake_mesh,
+    fill,
+    own_weights,
+    place,
+    places_of,
+)
 from llava_cot.node import NodeError
 from llava_cot.plan import GPUS, plan
-from llava_cot.tiny import tiny_llava
+from llava_cot.tiny import TINY_TEXT, build_llava, tiny_llava, train_tokenizer
+
+OPENS = """
+import sys
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from llava_cot import distributed, models
+
+torch.set_num_threads(1)
+accelerator, once = Accelerator(cpu=True), sys.argv[3] == "one"
+distributed.shards_at_launch = lambda: once
+
+
+def kib(name):
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(lines[name].split()[0])
+
+
+def opened(folder):
+    model, _ = distributed.open_for_run(folder, torch.float32)
+    assert distributed.is_unread(model) == once
+    if accelerator.is_main_process:
+        models.model_digest(model)
+    distributed.place(model, accelerator.device, {})
+    if once:
+        distributed.fill(model, accelerator)
+    return model
+
+
+opened(sys.argv[1])  # what is set up at first use is not counted
+dist.barrier()
+before = kib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # forget the highest RSS
+model, rose = opened(sys.argv[2]), [None] * dist.get_world_size()
+dist.all_gather_object(rose, 1024 * (kib("VmHWM") - before))
+if accelerator.is_main_process:
+    print("rose", *rose)
+dist.destroy_process_group()
+"""
+
+
+def host_rises(folder, how):
+    "By how much the highest RSS of each of four processes rises that open a model."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    (folder / "opens.py").write_text(OPENS)
+    done = subprocess.run(
+        [*command, str(folder / "opens.py"), str(folder / "toy"), str(folder / "wide"), how],
+        env=os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("rose")]
+    return [int(n) for n in line.split()[1:]]
+
+def hollow(folder, config, most=5 * 10**9):
+    "A model's folder in bf16 whose files have headers and sizes, and holes in place of numbers."
+    with torch.device("meta"):
+        state = AutoModelForImageTextToText.from_config(config).state_dict()
+    config.save_pretrained(folder)
+    files, size = [{}], 0
+    for name, w in state.items():
+        if size + 2 * w.numel() > most:
+            files.append({})
+            size = 0
+        ends = [size, size + 2 * w.numel()]
+        files[-1][name] = dict(dtype="BF16", shape=list(w.shape), data_offsets=ends)
+        size = ends[1]
+    where = {}
+    for i, listed in enumerate(files):
+        header, file = json.dumps(listed).encode(), folder / f"model-{i}.safetensors"
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(file, 8 + len(header) + max(w["data_offsets"][1] for w in listed.values()))
+        where |= dict.fromkeys(listed, file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
 
 GROWS = """
 import gc
@@ -60,10 +156,60 @@ def test_every_figure_of_a_gpu_has_a_source():
     assert all("data sheet" in gpu.source or "whitepaper" in gpu.source for gpu in GPUS.values())
 
 
+@pytest.mark.slow
+def test_four_processes_hold_a_model_of_one_gigabyte_about_once_while_they_open_it():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    with tempfile.TemporaryDirectory() as d:
+        wide = dict(vision_hidden=32, vision_layers=2, hidden=2048, layers=5, heads=16, ffn=5632)
+        net, its = build_llava(train_tokenizer([TINY_TEXT]), **wide)
+        size = sum(p.nbytes for p in net.parameters())
+        models.save(net, its, f"{d}/wide")
+        models.save(*tiny_llava(), f"{d}/toy")
+        del net
+        rises = {how: host_rises(Path(d), how) for how in ("each", "one")}
+    for how, rose in rises.items():
+        parts = ", ".join(f"{r / 1e9:.2f}" for r in rose)
+        print(f"{size / 1e9:.2f} GB, {how:4} opens it: {sum(rose) / 1e9:.2f} GB in all ({parts})")
+    assert 1e9 < size and sum(rises["one"]) < 1.6e9 < 2 * sum(rises["one"]) < sum(rises["each"])
+
+
+@pytest.mark.slow
+def test_eleven_billion_weights_are_read_once_and_given_to_eight_processes():
+    llama = MllamaConfig(vision_config={"image_size": 560})  # all else is Llama-3.2-11B-Vision's
+    read, own = [], Unread.read
+
+
+    def counted(self, name, dtype):
+        read.append(name)
+        return own(self, name, dtype)
+
+
+    alone = Accelerator(cpu=True)
+    with tempfile.TemporaryDirectory() as d, mock.patch.object(Unread, "read", counted):
+        hollow(Path(d), llama)
+        begun, held = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        empty = empty_model(llama, Path(d), torch.bfloat16)
+        empty.unread = Unread(places_of(llama, Path(d)))
+        with fake_mesh(8) as mesh:
+            place(empty, torch.device("meta"), dict(mesh=mesh))
+            fill(empty, alone)
+            shares = own_weights(empty)
+        took, most = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whole_ = sum(w.nbytes for w in shares.values())
+    mine = sum(w.to_local().nbytes for w in shares.values())
+    assert sorted(read) == sorted(shares) and whole_ == 2 * 10_670_220_835
+    assert 0 <= mine / whole_ - 1 / 8 < 0.001 and max(w.nbytes for w in shares.values()) <= LARGEST
+    assert 1024 * (most - held) < 3 * LARGEST
+    print(f"{len(read)} weights, {whole_ / 1e9:.1f} GB, a share {mine / 1e9:.2f} GB", end="; ")
+    print(f"{took:.0f} s, RSS rose {1024 * (most - held) / 1e9:.2f} GB")
+
+
 def test_margins_host_memory_and_checkpoints_are_by_rule():
     assert on_card(2**30, 8) - on_card(2**30) == EXCHANGE and on_card(0) == CONTEXT
     assert host_memory(43 * 10**9, 8) > 8 * 43 * 10**9
-    assert host_memory(10**9, 4, each=False) == 4 * IMPORTS + 10**9
+    assert host_memory(10**9, 4, each=False, largest=10**8) == 4 * IMPORTS + 3 * 10**8
+    assert host_memory(10**9, 1, each=False) == host_memory(10**9, 1)
     assert host_memory(43 * 10**9, 8, each=False) < 60e9
     assert saving_memory(10**9, 4) - saving_memory(0, 4) == 10**9
     whole = plan(tiny_llava()[0], "two_phase", length=128)[1]
@@ -80,6 +226,19 @@ def test_a_node_says_what_the_plan_comes_to():
     found = node(made, bandwidth=1e6)
     assert found.on_card == on_card(made.peak, 4)
     assert found.seconds == found.checkpoint / 1e6 and "a card should have" in str(found)
+
+
+    class Made(list):
+        "A plan of one phase that is all weights, 10 GB on each process."
+
+        peak = 0
+        setting = dict(engine="ddp", gpus=4)
+
+
+    made = Made([SimpleNamespace(weights=10**10, optimizer=0)])
+    assert node(made).host == host_memory(10**10, 4) == 4 * (IMPORTS + 10**10)
+    made.setting = made.setting | dict(engine="fsdp2")
+    assert node(made).host == saving_memory(4 * 10**10, 4) > host_memory(4 * 10**10, 4, each=False)
 
 
 @pytest.mark.slow
