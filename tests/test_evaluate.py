@@ -50,8 +50,7 @@ import json, os, sys
 from unittest import mock
 import torch, torch.distributed as dist
 from llava_cot import data, distributed, evaluate
-from llava_cot.cot import LLAVA_COT
-from llava_cot.schedule import Schedule
+from llava_cot.search import Greedy
 from llava_cot.tiny import tiny_base
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -70,10 +69,8 @@ for way in ("plain", "gathered", "in_step"):
         return own(*args, **kw)
     with (mock.patch.object(distributed, "_holds_whole", lambda m: room),
           mock.patch.object(evaluate, "answer", answer)):
-        schedule = Schedule.load("demo")
-        examiner = evaluate.Examiner(rows, LLAVA_COT, schedule[-1].name, None, 20, progress=False)
-        examiner(model, processor, schedule[-1])
-        report = examiner.report
+        how = dict(method=Greedy(20), progress=False)
+        report = evaluate.evaluate(model, processor, rows, **how)
         found[way] = report.to_dict() | dict(texts=[r.text for r in report.rows], asked=asked)
 rank = os.environ.get("RANK", "one")
 open(f"{sys.argv[1]}-{rank}.json", "w").write(json.dumps(found))
