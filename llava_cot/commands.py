@@ -406,6 +406,7 @@ def plan(
 ) -> dict:
     "Say what each phase of a run holds and how long it takes, without reading weights."
     from llava_cot import plan as planning
+    from llava_cot.node import node
     from llava_cot.tiny import open_processor
 
     if not options.get("model"):
@@ -421,9 +422,11 @@ def plan(
         how |= dict(image_size=_image_size(image_size), processor=open_processor(options["model"]))
     made = planning.plan(config, schedule, **how, **settings)
     say(made, json=json)
+    beside = node(made)
+    say(beside, json=json)
     if gpu:
         say(_verdict(made, planning), json=json)
-    result = made.to_dict()
+    result = made.to_dict() | dict(node=vars(beside))
     if advise:
         free = {k: v for k, v in settings.items() if k not in ("engine", "checkpointing")}
         found = planning.advise(config, schedule, **how, **free)

@@ -86,7 +86,7 @@ class Node:
         return (
             f"a card should have {size_text(self.on_card)}, the host {size_text(self.host)}"
             f" while the weights are opened or saved; a checkpoint is {size_text(self.checkpoint)},"
-            f" {self.seconds:,.0f} s"
+            f" {self.seconds:,.0f} s at {self.checkpoint / self.seconds / 1e9:.3g} GB/s"
         )
 
 
