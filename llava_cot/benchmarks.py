@@ -28,6 +28,7 @@ from .data import FEATURES, load, picture_lists
 from .files import DataError, first_line
 from .metrics import METRICS, options_in
 from .pictures import why_unreadable
+from .rows import long_cells
 
 # %% ../nbs/70_benchmarks.ipynb #benchm-07
 def _percent(scores: Iterable[float]) -> float | None:
@@ -385,8 +386,7 @@ def _json_rows(file: Path) -> list[dict]:
 
 def _tsv_rows(file: Path) -> list[dict]:
     "The rows of a TSV file; a cell may hold a picture."
-    csv.field_size_limit(2**31 - 1)
-    with open(file, newline="", encoding="utf-8-sig") as f:
+    with long_cells(), open(file, newline="", encoding="utf-8-sig") as f:
         rows = list(csv.DictReader(f, delimiter="\t"))
     for i, row in enumerate(rows):
         if None in row or None in row.values():

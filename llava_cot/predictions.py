@@ -30,6 +30,7 @@ from .files import first_line, locked, write_file, writing
 from .given import shown
 from .metrics import EvaluateError, options_in, reference
 from .models import model_digest
+from .rows import long_cells
 from .run import check_folder, read_lines
 from .search import Answer
 
@@ -135,18 +136,17 @@ def _json_rows(path: Path, text: str) -> list[tuple]:
 def _cells(path: Path, text: str) -> Iterator[tuple]:
     "`(place, cells)` of a table with commas or tabs. Raises `PredictionError`."
     mark = "\t" if "\t" in text.split("\n", 1)[0] else ","
-    before, limit = 0, csv.field_size_limit(2**31 - 1)  # an answer may be long
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    before = 0
     try:
-        for cells in reader:
-            if cells:
-                yield f"{path}:{before + 1}", cells
-            before = reader.line_num
+        with long_cells():
+            for cells in reader:
+                if cells:
+                    yield f"{path}:{before + 1}", cells
+                before = reader.line_num
     except csv.Error as e:
         said = f"not a row of a table ({first_line(e)}); put quotes around a cell that has some"
         raise PredictionError(f"{path}:{before + 1}: {said}") from None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _table_rows(path: Path, text: str) -> list[tuple]:
