@@ -2,7 +2,9 @@
 import pytest
 from llava_cot.distributed import *
 
+import contextlib
 import functools
+import io
 import json
 import os
 import socket
@@ -614,7 +616,11 @@ def test_four_processes_train_every_family_on_weights_that_one_has_read():
 
 def test_a_run_that_needs_its_weights_before_they_are_in_shards_reads_them_first():
     one_phase = Schedule([Phase("one", train={"projector": 1e-3}, updates=1)])
-    with tempfile.TemporaryDirectory() as tmp, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as tmp,
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as told_,
+    ):
         base, ends = f"{tmp}/base", {}
         models.save(*tiny_mllama(), base)
         drawn = data.load(shapes.write(f"{tmp}/shapes", 4))
@@ -636,6 +642,8 @@ def test_a_run_that_needs_its_weights_before_they_are_in_shards_reads_them_first
         for whole_, once in ends.values():
             assert all(torch.equal(w, once[n]) for n, w in whole_.items())
         assert not distributed.is_unread(distributed.open_for_run("tiny_llava", torch.float32)[0])
+    for why in ("separator_tokens changes them", "the engine is single"):
+        assert f"every process opens all of its weights, for {why}" in told_.getvalue()
 
 
 def test_shards_are_expected_where_accelerate_launches_several_processes_under_fsdp2():
