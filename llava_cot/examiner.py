@@ -11,7 +11,7 @@ import os
 from .batches import find_rows, reader_of, select_rows
 from .data import in_stages, load, split
 from .endpoint import Endpoint, endpoint_answers
-from .evaluate import Report, evaluate, score
+from .evaluate import Report, evaluate, offline_judge, score
 from .metrics import reference
 from .predictions import Predictions, evaluation_facts, kept_answers, open_predictions
 from .reasoning import answer_key_judge
@@ -91,17 +91,24 @@ def scored_model(
         return examiner.scores(*asked, progress=examiner.progress, kept=kept, **how)
 
 
+def _scored(examiner: Examiner, given: list, **more) -> Report:
+    "Scores answers as `evaluate` would: where there is no answer key, offline."
+    judge = examiner.judge or offline_judge(examiner.fmt)
+    how = dict(fmt=examiner.fmt, judge=judge, seed=examiner.seed)
+    return score(examiner.rows, given, **how, **more)
+
+
 def scored_file(
     examiner: Examiner,  # of the first of the rows
     path: str,  # of a file of predictions in any layout
     rows,  # all that were asked
     missing: str = "refuse",  # or "wrong": a row without an answer counts as wrong
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> tuple[Report, Predictions]:
     "Scores the answers in a file. Raises `PredictionError` where they are not to these rows."
     found = open_predictions(path, raw=len(examiner.fmt.stages) > 1)
     given = found.answers_to(rows, len(examiner.rows), missing)
-    how = dict(fmt=examiner.fmt, judge=examiner.judge, seed=examiner.seed)
-    return score(examiner.rows, given, **how), found
+    return _scored(examiner, given, plain=plain), found
 
 # %% ../nbs/75_examiner.ipynb #endpoint-scored
 def scored_endpoint(
@@ -109,6 +116,7 @@ def scored_endpoint(
     endpoint: Endpoint,
     blind: bool = True,  # ask again with grey pictures
     instruct: bool = False,  # say in the prompt how an answer is written
+    plain: bool = False,  # take a text without stages for its conclusion
 ) -> Report:
     "Asks an endpoint, and scores. Raises `EvaluateError` before asking, and `EndpointError`."
     rows, fmt = examiner.rows, examiner.fmt
@@ -117,8 +125,7 @@ def scored_endpoint(
     how = (rows, endpoint, fmt if instruct else None, examiner.max_new_tokens)
     given = endpoint_answers(*how, progress=examiner.progress)
     control = endpoint_answers(*how, blind=True, progress=examiner.progress) if blind else None
-    more = dict(judge=examiner.judge, blind=control, seed=examiner.seed)
-    return score(rows, given, fmt=fmt, **more)
+    return _scored(examiner, given, blind=control, plain=plain)
 
 # %% ../nbs/75_examiner.ipynb #c009b
 def examination(

@@ -23,7 +23,7 @@ class _Found:
     facts: dict = field(default_factory=dict)  # for `report.json`
 
 
-def _check_asked(model, data, compare, endpoint, predictions) -> None:
+def _check_asked(model, data, compare, endpoint, predictions, other, instruct) -> None:
     "Raises `CliError` for a request that says too little, or two things."
     if not data:
         raise CliError("eval: --data is missing; give a folder or file of rows")
@@ -32,9 +32,12 @@ def _check_asked(model, data, compare, endpoint, predictions) -> None:
         raise CliError(f"eval: found {found}, expected one of --model or --predictions")
     if predictions and endpoint:
         raise CliError("predictions: found --endpoint, too; expected one of the two")
-    if compare and (endpoint or predictions):
-        other = "endpoint" if endpoint else "predictions"
-        raise CliError(f"compare: found --{other}, too; expected models that are opened here")
+    if instruct and not endpoint:
+        raise CliError("instruct: found no --endpoint; only a server is told how to write stages")
+    for name, asked in dict(compare=compare, other=other).items():
+        if asked and (endpoint or predictions):
+            found = "endpoint" if endpoint else "predictions"
+            raise CliError(f"{name}: found --{found}, too; expected models that are opened here")
 
 
 def _asked_here(examiner, names, out, opened, **how) -> _Found:
@@ -65,7 +68,7 @@ def place_of_model(
     return Path(out) / "compared" / name.strip("/").replace("/", "_") if out else None
 
 
-def _asked_there(examiner, endpoint, model, out, blind, instruct) -> _Found:
+def _asked_there(examiner, endpoint, model, out, blind, instruct, plain) -> _Found:
     "A model behind an endpoint."
     from llava_cot.endpoint import Endpoint
     from llava_cot.examiner import scored_endpoint
@@ -76,15 +79,15 @@ def _asked_there(examiner, endpoint, model, out, blind, instruct) -> _Found:
     say(
         f"asking {where}; replies are kept in {asked.store or 'memory'}", json=not examiner.progress
     )
-    report = scored_endpoint(examiner, asked, blind, instruct)
+    report = scored_endpoint(examiner, asked, blind, instruct, plain)
     return _Found(report, facts=dict(endpoint=where, spent=vars(asked.spent)))
 
 
-def _asked_before(examiner, predictions, rows, missing) -> _Found:
+def _asked_before(examiner, predictions, rows, missing, plain) -> _Found:
     "Answers that lie in a file."
     from llava_cot.examiner import scored_file
 
-    report, found = scored_file(examiner, predictions, rows, missing)
+    report, found = scored_file(examiner, predictions, rows, missing, plain)
     say(found, json=not examiner.progress)
     return _Found(report, facts=dict(predictions=str(found)))
 
@@ -126,7 +129,7 @@ def evaluate(
     from llava_cot.tiny import open_model
 
     start, fmt = time.time(), format_of(fmt)
-    _check_asked(model, data, compare, endpoint, predictions)
+    _check_asked(model, data, compare, endpoint, predictions, other, instruct)
     if out and check_place(out):
         say(f"going on with the evaluation in {out}", json=json)
     if export:
@@ -136,9 +139,9 @@ def evaluate(
     judge = answer_key_judge(data, fmt)
     examiner = Examiner(few, fmt, "", judge, max_new_tokens, seed, not json, batch_size)
     if predictions:
-        found = _asked_before(examiner, predictions, rows, missing)
+        found = _asked_before(examiner, predictions, rows, missing, plain)
     elif endpoint:
-        found = _asked_there(examiner, endpoint, model, out, blind, instruct)
+        found = _asked_there(examiner, endpoint, model, out, blind, instruct, plain)
     else:
         how = dict(blind=blind, other=other, plain=plain, facts=dict(data=Path(data).absolute()))
         names = [model, *(compare or ())]

@@ -22,6 +22,10 @@ def test_a_file_of_answers_is_scored_as_the_model_was_that_wrote_them():
         again, read = scored_file(one, f"{d}/out/answers.jsonl", one.rows)
         assert read.layout == "llava_cot" and again.accuracy == told.accuracy
         assert [r.text for r in again.rows] == [r.text for r in told.rows]
+        keyless = Examiner(one.rows, LLAVA_COT, "", None, 40, progress=False)
+        asked = scored_model(keyless, toy, its, blind=False)
+        read, _ = scored_file(keyless, f"{d}/out/answers.jsonl", one.rows)
+        assert (read.judge, read.sound, read.verdict) == ("offline", asked.sound, asked.verdict)
         marks = one(toy, its, Schedule.load("demo")[0])
         assert marks["accuracy"] == told.accuracy and one.report.blind_accuracy is None
         last = one(toy, its, Schedule.load("demo")[-1])

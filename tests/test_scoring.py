@@ -168,6 +168,8 @@ def test_the_model_is_opened_in_the_type_and_at_the_place_it_is_told():
             (dict(model="m", data="rows", endpoint="u", compare=["n"]), "compare: found --endpoint"),
             (dict(predictions="p", data="rows", endpoint="u"), "predictions: found --endpoint"),
             (dict(predictions="p", data="rows", compare=["n"]), "compare: found --predictions"),
+            (dict(predictions="p", data="rows", other=True), "other: found --predictions"),
+            (dict(model="m", data="rows", instruct=True), "instruct: found no --endpoint"),
         ):
             with pytest.raises(CliError, match=line):
                 evaluate(**words)
