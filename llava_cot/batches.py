@@ -99,14 +99,16 @@ class Order:
     def __len__(self):
         return (self.stop - self.start) * self.accumulate
 
-    def epoch(self, epoch: int) -> list[int]:
-        "The rows of the phase's epoch, in order."
+    def epoch(self, epoch: int) -> list:
+        "What `draw` gives for the phase's epoch, drawn once."
         if epoch not in self.known:
-            head = -epoch * self.n % self.update_size
-            drawn = self.first_epoch + epoch
-            order = epoch_order(self.n, self.seed, drawn, self.lengths, self.update_size, head)
-            self.known = {epoch: order}
+            self.known = {epoch: self.draw(epoch)}
         return self.known[epoch]
+
+    def draw(self, epoch: int) -> list[int]:
+        "The rows of the phase's epoch, in order."
+        head, drawn = -epoch * self.n % self.update_size, self.first_epoch + epoch
+        return epoch_order(self.n, self.seed, drawn, self.lengths, self.update_size, head)
 
     def at(self, update: int) -> list:
         "The batches of one update, those of all processes, in order."
@@ -175,15 +177,10 @@ class TokenOrder(Order):
         self.stretches = _stretches(lengths, batch_tokens, self.parts)
         self.per_epoch = sum(math.ceil(len(rows) / each) for rows, each in self.stretches)
 
-    def epoch(self, epoch: int) -> list[list[int]]:
+    def draw(self, epoch: int) -> list[list[int]]:
         "The rows of each update of the phase's epoch."
-        if epoch not in self.known:
-            drawn = self.first_epoch + epoch
-            g = torch.Generator().manual_seed(stable_seed("tokens", self.seed, drawn))
-            self.known = {epoch: self._drawn(g)}
-        return self.known[epoch]
-
-    def _drawn(self, g: torch.Generator) -> list[list[int]]:
+        seed = stable_seed("tokens", self.seed, self.first_epoch + epoch)
+        g = torch.Generator().manual_seed(seed)
         updates, longest = [], self.stretches[0][0][0]
         for rows, each in self.stretches:
             mixed = [rows[i] for i in torch.randperm(len(rows), generator=g).tolist()]
