@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -533,8 +533,13 @@ class KeptAnswers(dict):
     def update(self, found) -> None:
         "Keeps answers, `(id, digest) → Answer` or pairs of them; those that are there stay."
         found = {key: given for key, given in dict(found).items() if key not in self}
-        self._append([dict(asdict(a), prompt=digest) for (_, digest), a in found.items()])
+        self._append([dict(_facts(a), prompt=digest) for (_, digest), a in found.items()])
         super().update(found)
+
+
+def _facts(a: Answer) -> dict:
+    "What decides a score: neither the seconds it took nor what else was tried."
+    return {f.name: getattr(a, f.name) for f in fields(a) if f.name not in ("cost", "tree")}
 
 
 def _kept(line, place: str) -> tuple[tuple[str, str], Answer]:

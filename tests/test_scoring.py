@@ -26,7 +26,7 @@ def test_models_are_compared_in_one_page_and_a_killed_comparison_goes_on():
         page = Path("one/comparison.html").read_text()
         assert "tiny_base" in page and "tiny_llava" in page
         assert {pair["measure"] for pair in told["comparison"]["pairs"]} >= {"right"}
-        own, calls = search.Greedy.write, []
+        own, calls = search._searched, []
 
         def stopping(*args):
             calls.append(1)
@@ -34,10 +34,10 @@ def test_models_are_compared_in_one_page_and_a_killed_comparison_goes_on():
                 raise KeyboardInterrupt
             return own(*args)
 
-        with mock.patch.object(search.Greedy, "write", stopping), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(search, "_searched", stopping), pytest.raises(KeyboardInterrupt):
             evaluate("tiny_base", out="two", **words)
         assert not Path("two/report.json").exists()
-        with mock.patch.object(search.Greedy, "write", stopping):
+        with mock.patch.object(search, "_searched", stopping):
             again = evaluate("tiny_base", out="two", **words)
         assert len(calls) == 5 and again["comparison"] == told["comparison"]
         for name in ("answers.jsonl", "comparison.json", "compared/tiny_llava/answers.jsonl"):
@@ -82,7 +82,7 @@ def test_an_evaluation_that_was_stopped_goes_on_by_the_same_command():
         shapes.write("rows", 8, progress=False)
         words = dict(data="rows", blind=False, max_new_tokens=12, batch_size=2)
         whole = evaluate("tiny_base", out="whole", **words)
-        own, calls = search.Greedy.write, []
+        own, calls = search._searched, []
 
         def stopping(*args):
             calls.append(1)
@@ -90,14 +90,14 @@ def test_an_evaluation_that_was_stopped_goes_on_by_the_same_command():
                 raise KeyboardInterrupt
             return own(*args)
 
-        with mock.patch.object(search.Greedy, "write", stopping), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(search, "_searched", stopping), pytest.raises(KeyboardInterrupt):
             evaluate("tiny_base", out="out", **words)
         with pytest.raises(InputError, match="unfinished evaluation with model .*, found"):
             evaluate("tiny_llava", out="out", **words)
         for name, other in (("max_new_tokens", 13), ("dtype", "bfloat16")):
             with pytest.raises(InputError, match="out out: holds an unfinished evaluation with"):
                 evaluate("tiny_base", out="out", **words | {name: other})
-        with mock.patch.object(search.Greedy, "write", stopping):
+        with mock.patch.object(search, "_searched", stopping):
             evaluate("tiny_base", out="out", **words)
         assert len(calls) == 5  # four batches, of which one was begun twice
         for name in ("answers.jsonl", "asked.jsonl", "kinds.png"):
