@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .cot import InputError
 from .template import end_token
-from .tokens import Collator
+from .tokens import Collator, encode
 
 # %% ../nbs/50_engine.ipynb #engine-06
 class SearchError(InputError):
@@ -443,6 +443,10 @@ class Engine:
 
     def submit(self, key, what: Write) -> None:
         "Puts a request into the queue; `key` comes back with its piece."
+        if what.after.kept is None:
+            raise SearchError(
+                f"nothing is kept to go on after {what.after.text[-40:]!r}: it was the end"
+            )
         path = f"{what.after.path}/{what.draw}"
         warm = what.sampling.temperature > 0
         numbers = draws(what.sampling.seed, path, what.limit) if warm else None
