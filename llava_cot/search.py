@@ -457,6 +457,7 @@ def written(
     q: Question,
     requests: Sequence[Write],
     inside: bool = False,  # see `fits`
+    turn: int = 0,  # how often the search has gone back
 ) -> Generator:  # of the pieces that fit, those closed that ran into the limit inside a stage
     "Part of a search: candidates."
     pieces = yield list(requests)
@@ -468,7 +469,7 @@ def written(
         swap = dict(zip(cut, mended))
         pieces = [swap.get(p, p) for p in pieces]
     fit = [p for p in pieces if fits(q, p, inside)]
-    q.note([p for p in pieces if p not in fit])
+    q.note([p for p in pieces if p not in fit], round=turn)
     return fit
 
 
@@ -590,25 +591,24 @@ class Retrace:
         (found,), _ = yield from judge(q, self.scorer, ends, 1)
         return found
 
-    def _stage(self, q: Question, starts, level: int, n: int, first: int = 0, **more) -> Generator:
-        "Candidates of a stage, `n` after each start: those that fit."
+    def _stage(self, q, starts, level: int, n: int, turn: int = 0, **more) -> Generator:
+        "Candidates of a stage, `n` after each start, others in each turn: those that fit."
         how = dict(limit=self.max_new_tokens, sampling=self.sampling, stops=_stops(q, level)) | more
-        draws = range(first, first + n)
-        return (yield from written(q, [Write(p, draw=i, **how) for p in starts for i in draws]))
+        asked = [Write(p, draw=turn * n + i, **how) for p in starts for i in range(n)]
+        return (yield from written(q, asked, turn=turn))
 
     def _reasoned(self, q: Question, start: Piece, levels: int) -> Generator:
         "The best reasoning of all rounds; None if there is none."
         pool = []
         for round in range(self.rounds + 1):
-            starts, first = [start], round * self.reasonings
+            starts = [start]
             if levels > 1:
-                again = round * self.captions
-                seen = yield from self._stage(q, [start], levels - 2, self.captions, again)
+                seen = yield from self._stage(q, [start], levels - 2, self.captions, round)
                 seen = [p for p in seen if p.ended == "stop"]
                 if not seen:
                     continue
                 starts, _ = yield from judge(q, self.scorer, seen, self.keep, round)
-            new = yield from self._stage(q, starts, levels - 1, self.reasonings, first)
+            new = yield from self._stage(q, starts, levels - 1, self.reasonings, round)
             new = [p for p in new if p.ended == "stop"]
             if not new:
                 continue
