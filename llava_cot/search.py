@@ -111,7 +111,7 @@ class Part:
 class Candidate:
     "An answer that is being searched for, finished or not, as a scorer sees it."
 
-    question: "Question"
+    question: object  # a `Question`
     piece: Piece  # the last
 
     @property
