@@ -660,12 +660,12 @@ def in_words(
     return [f"{report['benchmark']}   {said}"] if found else []
 
 
-def _loaded(data: str | Path, fmt: CoTFormat | None, columns: dict | None) -> Dataset:
+def _loaded(data: str | Path, fmt: CoTFormat | None, columns: dict | None, check) -> Dataset:
     "Rows whose answers are staged; or bare, all of them."
     try:
-        return load(data, fmt, columns=columns)
+        return load(data, fmt, check, columns=columns)
     except DataError:
-        rows = load(data, None, columns=columns)
+        rows = load(data, None, check, columns=columns)
         texts = (turn["content"][0]["text"] for turns in rows["messages"] for turn in turns)
         if any(mark in text for text in texts if text for mark in SEPARATORS):
             raise
@@ -678,11 +678,12 @@ def questions(
     columns: dict[str, str] | None = None,  # as for `data.load`
     name: str | None = None,  # of `BENCHMARKS`, if it is one
     metric: str | None = None,  # of `METRICS`, for all rows, whatever they declare
+    check: bool | str = True,  # as for `data.load`
 ) -> Dataset:
     "Rows to answer and score: a benchmark's, or of any layout. Raises `DataError`."
     if name and columns:
         raise DataError(f"columns: those of {name} are known; leave them out, or the benchmark")
-    rows = benchmark(name, data) if name else _loaded(data, fmt, columns)
+    rows = benchmark(name, data) if name else _loaded(data, fmt, columns, check)
     if metric is None:
         return rows
     if metric not in METRICS:

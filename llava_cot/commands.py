@@ -89,7 +89,7 @@ def train(
     schedule: str = "two_phase",  # a preset (two_phase, llava_cot, lora, demo, …) or a YAML file
     fmt: str = "llava_cot",  # format of the answers
     augment: str = "none",  # data augmentation: none, light, strong, or a YAML file of strengths
-    eval_data: str | None = None,  # folder of held-out rows to score on
+    eval_data: str | None = None,  # folder of held-out rows to score on, staged or bare
     held_out: float = 0.05,  # without eval_data: share of images held out for validation
     eval_n: int = 300,  # at most so many rows are scored
     eval_answers: int = 0,  # of these rows, so many are also answered at each validation
@@ -135,10 +135,10 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
     check_folder(out)
     more = dict(batch_size=s.eval_batch_size)
     rows, examiner = examination(source, s.fmt, schedule, s.seed, not json, **more)
-    if s.eval_every and not len(examiner.rows):
+    if s.eval_every and not len(examiner.staged()):
         raise CliError(
-            f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data,"
-            " or a held_out share above 0"
+            f"eval_every: found {s.eval_every} and no row to measure the loss on; give eval_data"
+            " whose answers have stages, or a held_out share above 0"
         )
     net, processor = open_for_run(model, weights_dtype(s.weights))
     say(

@@ -9,6 +9,7 @@ __all__ = ['Examiner', 'scored_model', 'scored_file', 'scored_endpoint', 'examin
 import os
 
 from .batches import find_rows, reader_of, select_rows
+from .benchmarks import questions
 from .data import in_stages, load, split
 from .endpoint import Endpoint, endpoint_answers
 from .evaluate import Report, evaluate, offline_judge, score
@@ -61,6 +62,10 @@ class Examiner:
         blind = phase.name == self.last
         self.report = found = self.scores(model, processor, self.rows, blind, self.progress)
         return dict(accuracy=found.accuracy, accuracy_ci=found.accuracy_ci, sound=found.sound)
+
+    def staged(self):
+        "The rows whose loss can be measured: those whose answers have stages."
+        return in_stages(self.rows, self.fmt) if len(self.rows) else self.rows
 
     def answers(self, n: int):
         "What `fit` calls at each validation inside the run: accuracy on the first `n` rows."
@@ -141,11 +146,12 @@ def examination(
     columns = source.get("columns")
     rows, held, folder = load(source["data"], fmt, check, columns=columns), [], source["data"]
     if source["eval_data"]:
-        held = load(source["eval_data"], fmt, check, columns=columns)
         folder = source["eval_data"]
+        held = questions(folder, fmt, columns, check=check)
     elif source["held_out"]:
         rows, held = split(rows, source["held_out"], seed)
-    held = in_stages(held, fmt) if len(held) else held  # plain text has no answer to score
+    staged = in_stages(held, fmt) if len(held) else held  # plain text has no answer to score
+    held = held if source["eval_data"] and not len(staged) else staged  # all may be bare
     if len(held) > source["eval_n"]:
         held = held.select(range(source["eval_n"]))
     judge = answer_key_judge(folder, fmt)
@@ -161,9 +167,9 @@ def measured(
 ) -> dict:
     "What `fit` measures besides the training loss, by the names of its arguments."
     found = dict(after_phase=examiner)
-    if every and len(examiner.rows):
+    if every and len(examiner.staged()):
         few = source.get("eval_answers")
-        found |= dict(held_out=examiner.rows, measure=examiner.answers(few) if few else None)
+        found |= dict(held_out=examiner.staged(), measure=examiner.answers(few) if few else None)
     if source.get("retain"):
         plain = load(source["retain"], None, "text", columns=source.get("columns"))
         found |= dict(retain=plain.select(range(min(len(plain), source["eval_n"]))))

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'LLAVA_TEMPLATE', 'load', 'load_config', 'load_processor', 'load_skeleton', 'find_device', 'find_dtype',
            'fingerprint', 'check_preprocessing', 'remember_preprocessing', 'save', 'save_files', 'stored_dtype',
            'narrowed', 'linear_layers', 'adapter_layers', 'need_peft', 'add_adapters', 'merged_state', 'merge_adapters',
-           'load_adapters', 'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
+           'save_adapter', 'add_separators', 'model_digest', 'FAMILIES', 'parts', 'select']
 
 # %% ../nbs/22_models.ipynb #models-imports
 import hashlib
@@ -286,7 +286,7 @@ def save(
     processor: ProcessorMixin,  # its processor
     folder: str | Path,  # made; an older model there is replaced
     state_dict: dict | None = None,  # the weights, where the model holds only its share of them
-    apart: bool = False,  # adapters into a file of their own instead of into the weights
+    apart: bool = False,  # leave the adapters out instead of adding them in
     dtype: torch.dtype | None = None,  # of the weights in the file; `None`: as they are
 ) -> None:
     "Write model, processor, fingerprint into a folder that plain transformers opens."
@@ -298,8 +298,6 @@ def save(
     with whole_folder(folder) as new:
         with quietly():  # what is on a GPU is copied shard by shard
             model.save_pretrained(new, state_dict=weights, max_shard_size="5GB")
-        if apart and adapter_layers(model):
-            save_file(_adapter_state(model, state_dict), new / "adapters.safetensors")
         _save_rest(processor, new, dtype)
         if packed_layers(model):
             _edit_json(new / "config.json", _without_quantisation)
@@ -524,27 +522,9 @@ def merge_adapters(
 # %% ../nbs/22_models.ipynb #a005
 def _adapter_state(
     model: torch.nn.Module,  # with adapters
-    state: dict | None = None,  # its weights, where it holds only its share of them
 ) -> dict[str, torch.Tensor]:
     "The adapters' own weights, by name."
-    state = model.state_dict() if state is None else state
-    return {n: w.contiguous() for n, w in state.items() if ".lora_" in n}
-
-
-@torch.no_grad()
-def load_adapters(
-    model: torch.nn.Module,  # with adapters of the same shapes
-    folder: str | Path,  # from `save(…, apart=True)`
-) -> None:
-    "Give a model's adapters the saved weights. Raises `ModelError` where they are not its own."
-    mine, found = _adapter_state(model), load_file(Path(folder) / "adapters.safetensors")
-    if {n: w.shape for n, w in mine.items()} != {n: w.shape for n, w in found.items()}:
-        raise ModelError(
-            f"{folder}: adapters.safetensors holds {len(found)} weights of other names or shapes"
-            f" than the model's {len(mine)} adapter weights; expected the run's own"
-        )
-    for n, w in mine.items():
-        w.copy_(found[n])
+    return {n: w.contiguous() for n, w in model.state_dict().items() if ".lora_" in n}
 
 # %% ../nbs/22_models.ipynb #sv-peft
 def save_adapter(
@@ -571,7 +551,6 @@ def save_adapter(
     with whole_folder(folder) as new:
         if not base:
             save(model, processor, new / "base", apart=True)
-            (new / "base" / "adapters.safetensors").unlink()
         how.save_pretrained(new)
         _edit_json(new / "adapter_config.json", _in_order)
         weights = {f"base_model.model.{n}": w.cpu() for n, w in state.items()}

@@ -256,8 +256,9 @@ TOO_LONG = ("refuse", "drop", "shorten")  # the default first
 CONTROL_TOKENS = ("refuse", "escape")  # the default first
 
 # %% ../nbs/25_tokens.ipynb #c039a1
-_NUMBER = r"(?<!\A\d)(?<!\n\d)(?<!\n\d\d)(?<![.!?)]\s\d)(?<![.!?)]\s\d\d)"  # not a list's "1."
-_SENTENCE = re.compile(_NUMBER + r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|(?<=\S)(?=\n)")
+_NUMBER = r"(?<!\A\d)(?<!\n\d)(?<!\n\d\d)(?<![.!?)]\s[1-9])(?<![.!?)]\s\d\d)"  # not a list's "1."
+_ASKED = r"(?!\?[ \t]+[a-zß-öø-ÿ\d])"  # "red? yes, 2." is one sentence
+_SENTENCE = re.compile(_NUMBER + _ASKED + r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|(?<=\S)(?=\n)")
 
 
 def _cuts(messages: list[dict], fmt: CoTFormat) -> Iterator[tuple[int, int, int, int]]:

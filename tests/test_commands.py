@@ -2,6 +2,7 @@
 from llava_cot.commands import *
 
 import importlib
+import shutil
 import tempfile
 from contextlib import chdir
 from pathlib import Path
@@ -82,3 +83,11 @@ def test_commands_refuse_what_cannot_be():
     ):
         with pytest.raises(CliError, match=what):
             train(**wrong)
+    with tempfile.TemporaryDirectory() as d:
+        shapes.write(f"{d}/rows", 4, progress=False)
+        bare = '{"id": "b", "image": "a.png", "question": "How many?", "answer": "2"}'
+        Path(d, "bare.jsonl").write_text(bare)
+        shutil.copy(next(Path(d, "rows").rglob("*.png")), f"{d}/a.png")
+        its = dict(data=f"{d}/rows", eval_data=f"{d}/bare.jsonl", model="tiny_base", out=f"{d}/run")
+        with pytest.raises(CliError, match="no row to measure the loss on; give eval_data whose"):
+            train(**its, eval_every=5)

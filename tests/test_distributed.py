@@ -223,6 +223,38 @@ def by_hand(peak, n, warm):
     falling = [(n - u) / (n + 1 - warm) for u in range(warm - 1, n)]
     return [peak * factor for factor in rising + falling]
 
+LENGTHS = """
+def grouped(tiny, out):
+    stopped(tiny, out, group_by_length=True)
+
+
+def tokens(tiny, out):
+    stopped(tiny, out, batch_size=8, batch_tokens=400)
+
+
+"""
+
+
+def read_alike(*jobs):
+    "Two processes and one, with a job of these."
+    where, plan_ = Path(tempfile.mkdtemp()), two_phases(5, 9, "carry")
+    shared = data.load(shapes.write(where / "shapes", 42))
+    plan_.to_yaml(where / "schedule.yaml")
+    script = SCRIPT.replace("for job in", LENGTHS + "for job in")
+    how_ = dict(grouped=dict(group_by_length=True, batch_size=2), tokens=dict(batch_tokens=400))
+    names = [f"tiny_llava-{job}" for job in jobs]
+    torchrun(where, names, dict(ACCELERATE_USE_CPU="true"), script)
+    for name, asked in zip(names, [how_[job] for job in jobs]):
+        both = dict(accumulate=2, progress=False, eval_every=8, held_out=shared.select(range(5)))
+        one = where / f"{name}-one"
+        alone = train.fit(*toys.tiny_llava(seed=0), shared, plan_, one, **both, **asked)
+        again = models.load(where / name / "model")[0]
+        assert largest(alone.model, again) <= 1e-5
+        assert (
+            max(losses_apart(one, where / name, f"{k}.jsonl") for k in ("metrics", "evals")) <= 1e-5
+        )
+        assert len(read_lines(where / name / "metrics.jsonl")) == 14
+
 ONCE = """
 import itertools, sys
 from pathlib import Path
@@ -436,6 +468,31 @@ def precision_errors(*tinies):
             found.setdefault(tiny, {})[engine, weights, precision] = float(error)
     return found
 
+ENGINES_ = ("single", "ddp", "fsdp2", "fsdp2, reduce: bf16")
+
+
+def as_exact(*tinies):
+    "Errors of the gradient under all engines, against float64."
+
+    def told(tiny, errors):
+        "A table of one toy's errors."
+        rows = [[f"{tiny}, error in %", *ENGINES_]]
+        for kind in dict.fromkeys((w, p) for _, w, p in errors):
+            each = [errors.get((engine, *kind)) for engine in ENGINES_]
+            label = "weights {}, precision {}".format(*kind)
+            rows.append([label, *("" if e is None else f"{100 * e:.3f}" for e in each)])
+        return table_text(rows)
+
+    for tiny, errors in precision_errors(*tinies).items():
+        print(told(tiny, errors), end="\n\n")
+        assert all(errors[e, "float32", "no"] < 1e-5 for e in ENGINES_[:3])
+        one = errors["single", "float32", "bf16"]
+        assert max(errors[e, "float32", "bf16"] for e in ("ddp", "fsdp2")) <= 1.2 * one
+        assert errors["fsdp2", "float32", "bf16"] < errors[ENGINES_[3], "float32", "bf16"]
+        nearest = errors["single", "bf16", "no"]
+        assert max(errors[e, "bf16", "no"] for e in ENGINES_) <= 1.2 * nearest
+        assert errors["single", "bf16_stochastic", "no"] == nearest < 0.01
+
 RATES = Schedule(
     [
         Phase(
@@ -552,7 +609,7 @@ def test_what_zero3_cannot_have_is_refused():
 
 
 def test_two_processes_are_one_with_twice_the_accumulation():
-    gaps = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2", "tiny_llava-found")
+    gaps = apart((5, 9), "tiny_llava-ddp", "tiny_mllama-fsdp2")
     assert all_small(gaps)
     where = runs((5, 9), *gaps)
     units = [(where / f"tiny_mllama-fsdp2-units-{rank}").read_text() for rank in (0, 1)]
@@ -566,32 +623,18 @@ def test_two_processes_are_one_with_twice_the_accumulation():
             assert line["lr"] == pytest.approx(right, abs=1e-12)
 
 
-def test_two_processes_read_by_length_and_by_tokens_what_one_reads():
-    LENGTHS = """
-def grouped(tiny, out):
-    stopped(tiny, out, group_by_length=True)
+@pytest.mark.slow
+def test_two_processes_that_find_their_batch_are_one():
+    assert all_small(apart((5, 9), "tiny_llava-found"))
 
 
-def tokens(tiny, out):
-    stopped(tiny, out, batch_size=8, batch_tokens=400)
+def test_two_processes_read_by_tokens_what_one_reads():
+    read_alike("tokens")
 
 
-"""
-    where, plan_ = Path(tempfile.mkdtemp()), two_phases(5, 9, "carry")
-    shared = data.load(shapes.write(where / "shapes", 42))
-    plan_.to_yaml(where / "schedule.yaml")
-    script = SCRIPT.replace("for job in", LENGTHS + "for job in")
-    jobs = dict(grouped=dict(group_by_length=True, batch_size=2), tokens=dict(batch_tokens=400))
-    names = [f"tiny_llava-{job}" for job in jobs]
-    torchrun(where, names, dict(ACCELERATE_USE_CPU="true"), script)
-    for name, asked in zip(names, jobs.values()):
-        both = dict(accumulate=2, progress=False, eval_every=8, held_out=shared.select(range(5)))
-        one = where / f"{name}-one"
-        alone = train.fit(*toys.tiny_llava(seed=0), shared, plan_, one, **both, **asked)
-        again = models.load(where / name / "model")[0]
-        assert largest(alone.model, again) <= 1e-5
-        assert max(losses_apart(one, where / name, f"{k}.jsonl") for k in ("metrics", "evals")) <= 1e-5
-        assert len(read_lines(where / name / "metrics.jsonl")) == 14
+@pytest.mark.slow
+def test_two_processes_read_by_length_what_one_reads():
+    read_alike("grouped")
 
 
 @pytest.mark.slow
@@ -691,28 +734,12 @@ def test_weights_left_where_they_are_are_those_that_opening_gives_in_every_famil
 
 
 def test_fsdp2_in_bf16_is_as_exact_as_one_process():
-    ENGINES_ = ("single", "ddp", "fsdp2", "fsdp2, reduce: bf16")
+    as_exact("tiny_llava")
 
 
-    def told(tiny, errors):
-        "A table of one toy's errors."
-        rows = [[f"{tiny}, error in %", *ENGINES_]]
-        for kind in dict.fromkeys((w, p) for _, w, p in errors):
-            each = [errors.get((engine, *kind)) for engine in ENGINES_]
-            label = "weights {}, precision {}".format(*kind)
-            rows.append([label, *("" if e is None else f"{100 * e:.3f}" for e in each)])
-        return table_text(rows)
-
-
-    for tiny, errors in precision_errors("tiny_llava", "tiny_mllama").items():
-        print(told(tiny, errors), end="\n\n")
-        assert all(errors[e, "float32", "no"] < 1e-5 for e in ENGINES_[:3])
-        one = errors["single", "float32", "bf16"]
-        assert max(errors[e, "float32", "bf16"] for e in ("ddp", "fsdp2")) <= 1.2 * one
-        assert errors["fsdp2", "float32", "bf16"] < errors[ENGINES_[3], "float32", "bf16"]
-        nearest = errors["single", "bf16", "no"]
-        assert max(errors[e, "bf16", "no"] for e in ENGINES_) <= 1.2 * nearest
-        assert errors["single", "bf16_stochastic", "no"] == nearest < 0.01
+@pytest.mark.slow
+def test_fsdp2_in_bf16_is_as_exact_as_one_process_in_another_family():
+    as_exact("tiny_mllama")
 
 
 def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():

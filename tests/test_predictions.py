@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -507,7 +508,12 @@ def test_two_processes_keep_their_answers_and_one_goes_on():
 
         def files_(name):
             left = sorted((Path(tmp) / name).iterdir())
-            return {f.name: f.read_bytes() for f in left if not f.name.startswith("asked")}
+            said = {f.name: f.read_bytes() for f in left if not f.name.startswith("asked")}
+            # the last digits of log-probabilities depend on how many are asked side by side
+            return {n: re.sub(rb"\d\.\d{6,}", four_digits, text) for n, text in said.items()}
+
+        def four_digits(found):
+            return b"%.4f" % float(found[0])
 
         whole_ = files_("whole")
         assert whole_ == files_("pair") and "report.html" in whole_

@@ -24,10 +24,12 @@ from transformers import (
 )
 from transformers.image_utils import make_flat_list_of_images
 
-from llava_cot.cot import DIRECT, NO_TAGS, STAGES, parse, render, spans
+from llava_cot import shapes
+from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, STAGES, parse, render, spans
 from llava_cot.pictures import PictureError
 from llava_cot.template import TokensError, end_token
 from llava_cot.tiny import TINY_TEXT, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tokens import _shorter
 
 TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 ANSWER = render(
@@ -683,6 +685,20 @@ def test_truncation_at_every_length_keeps_the_promises_or_refuses():
         assert every_length_keeps_the_promises_or_refuses(reasoned, *tiny()) >= 6
     several = example("Hm?", "Yes.", "Really?", LONG, "Sure?", ANSWER)
     assert every_length_keeps_the_promises_or_refuses(several, *tiny_llava()) >= 6
+
+
+def test_a_question_answered_within_its_sentence_does_not_end_it():
+    for _, drawn in shapes.examples(20):
+        cut = _shorter(drawn["messages"], LLAVA_COT)
+        while cut:
+            assert parse(cut[-1]["content"][0]["text"]).reasoning.endswith(".")
+            cut = _shorter(cut, LLAVA_COT)
+    asked = LONG.replace("Is there one? Yes", "Red? 1, blue? no. Is there one? Yes")
+    cut, said = [{"role": "assistant", "content": [{"type": "text", "text": asked}]}], []
+    while cut:
+        said.append(parse(cut[0]["content"][0]["text"]).reasoning)
+        cut = _shorter(cut, LLAVA_COT)
+    assert [text[-8:] for text in said[-4:]] == ["is red.)", "ere one?", "lue? no.", " I look."]
 
 
 @pytest.mark.slow

@@ -222,6 +222,69 @@ import warnings
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # which peft asks for
 
+def all_options_resumed(tiny, when):
+    "A run with all options, stopped and resumed."
+    plain = plainly()
+    ends = []
+    for stop in (99, when):
+        with tempfile.TemporaryDirectory() as tmp:
+            toy, its = tiny(seed=0)
+            models.add_separators(toy, its)
+            limit = max(len(encode(r, its)["input_ids"]) for r in ROWS) - 2
+            toy, its = tiny(seed=0)
+            asked_ = dict(
+                batch_size=4,
+                group_by_length=True,
+                stage_weights=dict(CONCLUSION=3.0),
+                separator_tokens=True,
+                max_length=limit,
+                too_long="shorten",
+                save_every=4,
+                augment=STRONG,
+                eval_every=5,
+            )
+            try:
+                with interrupted(stop):
+                    ended = train.fit(
+                        toy,
+                        its,
+                        ROWS,
+                        BOTH,
+                        Path(tmp) / "run",
+                        progress=False,
+                        held_out=some_rows(4),
+                        retain=plain,
+                        **asked_,
+                    )
+            except KeyboardInterrupt:
+                ended = train.resume(
+                    Path(tmp) / "run", ROWS, progress=False, held_out=some_rows(4), retain=plain
+                )
+            assert len(ended.metrics()) == 12
+            ends.append((weights(ended.model), (ended.out / "metrics.jsonl").read_text()))
+            assert "</SUMMARY>" in ended.processor.tokenizer.get_added_vocab() and all(
+                math.isfinite(line["loss"]) for line in ended.metrics()
+            )
+    for w, lines_ in ends[1:]:
+        assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
+
+def goes_on_as_it_was(asked_, *ways):
+    "A run resumed with so many workers, after so many updates."
+    ends = []
+    for workers, stop in ((0, 99), *ways):
+        how = dict(asked_, workers=workers, save_every=4, augment=STRONG, progress=False)
+        with tempfile.TemporaryDirectory() as tmp:
+            out = Path(tmp) / "run"
+            try:
+                with interrupted(stop):
+                    ended = train.fit(*tiny_llava(seed=0), ROWS, BOTH, out, **how)
+            except KeyboardInterrupt:
+                ended = train.resume(out, ROWS, progress=False)
+            ends.append((weights(ended.model), (out / "metrics.jsonl").read_text()))
+    assert len(ends[0][1].splitlines()) == 12
+    for w, lines_ in ends[1:]:
+        assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
+
 def damaged(folder, n, bad, seed=0):
     "`n` drawn rows, the pictures of some damaged: cut, holed in the middle, emptied, gone."
     shapes.write(folder, n, seed)
@@ -318,6 +381,37 @@ def fields_of(processor, model):
     names = families.family_of(model).budget.fields
     return {name: value for name, value in models.fingerprint(processor).items() if name in names}
 
+def budgets_survive(toy, budgets, asked):
+    "A run whose phases have budgets, stopped and resumed."
+    phases, ends = budgeted(*budgets), []
+    stops = (99, 1, 4) if toy is tiny_llava_next else (99, 6)
+    with tempfile.TemporaryDirectory() as tmp:
+        for stop in stops:
+            reopen = stop == 1 or toy is two_tiles
+            out = Path(tmp) / str(stop)
+            ended = run_in_budgets(toy, phases, out, stop, reopen, **asked)
+            ends.append((weights(ended.model), ended.metrics(), read_lines(out / "evals.jsonl")))
+            model, its = models.load(out / "model")
+            plain = AutoModelForImageTextToText.from_pretrained(out / "model")
+            assert all(torch.equal(p, ends[0][0][n]) for n, p in plain.named_parameters())
+            wanted = budget_of(phases[1], Settings(phases, **asked))
+            promised = fields_of(with_budget(toy()[1], **wanted), model)
+            assert fields_of(its, model) == fields_of(ended.processor, model) == promised
+            pictures = AutoImageProcessor.from_pretrained(out / "model")
+            assert all(getattr(pictures, name) == value for name, value in promised.items())
+            [best] = (out / "best").iterdir()
+            models.load(best)
+            saved_ = models.load_processor(out / "checkpoints" / "0-0000003")
+            first = budget_of(phases[0], Settings(phases, **asked))
+            assert fields_of(saved_, model) == fields_of(with_budget(toy()[1], **first), model)
+    for w, metrics, evals in ends[1:]:
+        assert metrics == ends[0][1] and evals == ends[0][2]
+        assert all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
+    each = {"small": 0, "large": 0}
+    for line in ends[0][1]:
+        each[line["phase"]] += line["tokens"]
+    assert toy is two_tiles or each["small"] < each["large"]
+
 ADAPTING = Schedule(
     [
         Phase("listen", train={"projector": 2e-3, "language.layers[-1]": 1e-3}, updates=4),
@@ -339,6 +433,40 @@ ADAPTING = Schedule(
         ),
     ]
 )
+
+def adapters_survive(tiny, *stops):
+    "A run stopped after so many updates, and resumed."
+    ends = []
+    # in the first phase with adapters, at its end, in the second
+    for stop in stops:
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                with interrupted(stop):
+                    ended = train.fit(
+                        *tiny(seed=0),
+                        ROWS,
+                        ADAPTING,
+                        Path(tmp) / "run",
+                        batch_size=1,
+                        accumulate=2,
+                        save_every=3,
+                        keep=1,
+                        progress=False,
+                    )
+            except KeyboardInterrupt:
+                newest = list_checkpoints(Path(tmp) / "run")[-1]
+                held = b"".join(f.read_bytes() for f in newest.glob("*.safetensors"))
+                assert (b"adapters/" in held) == newest.name.startswith(("1-", "2-"))
+                ended = train.resume(Path(tmp) / "run", ROWS, progress=False)
+            ends.append(
+                (weights(ended.model), ended.metrics(), [p["trainable"] for p in ended.phases])
+            )
+    for w, metrics, counts in ends[1:]:
+        assert (
+            metrics == ends[0][1]
+            and counts == ends[0][2]
+            and all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
+        )
 
 @contextlib.contextmanager
 def losses_replaced(losses_of):
@@ -631,69 +759,25 @@ def test_results_have_the_opened_type_and_adapters_are_kept():
 
 
 def test_all_options_together_and_a_resumed_run():
-    plain = plainly()
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
-        ends = []
-        for stop in (99, 7 if tiny in (tiny_llava, tiny_qwen2_5_vl) else 11):
-            with tempfile.TemporaryDirectory() as tmp:
-                toy, its = tiny(seed=0)
-                models.add_separators(toy, its)
-                limit = max(len(encode(r, its)["input_ids"]) for r in ROWS) - 2
-                toy, its = tiny(seed=0)
-                asked_ = dict(
-                    batch_size=4,
-                    group_by_length=True,
-                    stage_weights=dict(CONCLUSION=3.0),
-                    separator_tokens=True,
-                    max_length=limit,
-                    too_long="shorten",
-                    save_every=4,
-                    augment=STRONG,
-                    eval_every=5,
-                )
-                try:
-                    with interrupted(stop):
-                        ended = train.fit(
-                            toy,
-                            its,
-                            ROWS,
-                            BOTH,
-                            Path(tmp) / "run",
-                            progress=False,
-                            held_out=some_rows(4),
-                            retain=plain,
-                            **asked_,
-                        )
-                except KeyboardInterrupt:
-                    ended = train.resume(
-                        Path(tmp) / "run", ROWS, progress=False, held_out=some_rows(4), retain=plain
-                    )
-                assert len(ended.metrics()) == 12
-                ends.append((weights(ended.model), (ended.out / "metrics.jsonl").read_text()))
-                assert "</SUMMARY>" in ended.processor.tokenizer.get_added_vocab() and all(
-                    math.isfinite(line["loss"]) for line in ended.metrics()
-                )
-        for w, lines_ in ends[1:]:
-            assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
+    all_options_resumed(tiny_llava, 7)
+
+
+@pytest.mark.slow
+def test_all_options_together_and_a_resumed_run_in_every_family():
+    all_options_resumed(tiny_mllama, 11)
+    all_options_resumed(tiny_qwen2_5_vl, 7)
+    all_options_resumed(tiny_llava_next, 11)
 
 
 def test_a_run_by_length_or_by_tokens_goes_on_as_it_was_whatever_reads_ahead():
-    by_length, by_tokens = dict(group_by_length=True, batch_size=4), dict(batch_tokens=400)
-    for asked_, ways in ((by_length, ((0, 8), (1, 5), (4, 11))), (by_tokens, ((1, 8),))):
-        ends = []
-        for workers, stop in ((0, 99), *ways):
-            how = dict(asked_, workers=workers, save_every=4, augment=STRONG, progress=False)
-            with tempfile.TemporaryDirectory() as tmp:
-                out = Path(tmp) / "run"
-                try:
-                    with interrupted(stop):
-                        ended = train.fit(*tiny_llava(seed=0), ROWS, BOTH, out, **how)
-                except KeyboardInterrupt:
-                    ended = train.resume(out, ROWS, progress=False)
-                ends.append((weights(ended.model), (out / "metrics.jsonl").read_text()))
-        assert len(ends[0][1].splitlines()) == 12
-        for w, lines_ in ends[1:]:
-            assert lines_ == ends[0][1] and all(torch.equal(w[k], ends[0][0][k]) for k in w)
+    goes_on_as_it_was(dict(group_by_length=True, batch_size=4), (1, 5))
+    goes_on_as_it_was(dict(batch_tokens=400), (0, 8))
+
+
+@pytest.mark.slow
+def test_a_run_by_length_or_by_tokens_goes_on_as_it_was_with_many_readers():
+    goes_on_as_it_was(dict(group_by_length=True, batch_size=4), (0, 8), (4, 11))
+    goes_on_as_it_was(dict(batch_tokens=400), (1, 8))
 
 
 def test_dropped_rows_are_named():
@@ -870,39 +954,15 @@ def test_what_a_phase_has_of_its_own_survives_an_interruption():
 
 
 def test_phases_with_pixel_budgets_survive_an_interruption():
-    for toy, budgets, asked in (
-        (tiny_qwen2_5_vl, (dict(max_pixels=2304), dict(min_pixels=2304)), dict(max_pixels=4608)),
-        (tiny_llava_next, (dict(max_tiles=2), {}), {}),
-        (two_tiles, ({}, {}), dict(max_tiles=2)),
-    ):
-        phases, ends = budgeted(*budgets), []
-        stops = (99, 1, 4) if toy is tiny_llava_next else (99, 6)
-        with tempfile.TemporaryDirectory() as tmp:
-            for stop in stops:
-                reopen = stop == 1 or toy is two_tiles
-                out = Path(tmp) / str(stop)
-                ended = run_in_budgets(toy, phases, out, stop, reopen, **asked)
-                ends.append((weights(ended.model), ended.metrics(), read_lines(out / "evals.jsonl")))
-                model, its = models.load(out / "model")
-                plain = AutoModelForImageTextToText.from_pretrained(out / "model")
-                assert all(torch.equal(p, ends[0][0][n]) for n, p in plain.named_parameters())
-                wanted = budget_of(phases[1], Settings(phases, **asked))
-                promised = fields_of(with_budget(toy()[1], **wanted), model)
-                assert fields_of(its, model) == fields_of(ended.processor, model) == promised
-                pictures = AutoImageProcessor.from_pretrained(out / "model")
-                assert all(getattr(pictures, name) == value for name, value in promised.items())
-                [best] = (out / "best").iterdir()
-                models.load(best)
-                saved_ = models.load_processor(out / "checkpoints" / "0-0000003")
-                first = budget_of(phases[0], Settings(phases, **asked))
-                assert fields_of(saved_, model) == fields_of(with_budget(toy()[1], **first), model)
-        for w, metrics, evals in ends[1:]:
-            assert metrics == ends[0][1] and evals == ends[0][2]
-            assert all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
-        each = {"small": 0, "large": 0}
-        for line in ends[0][1]:
-            each[line["phase"]] += line["tokens"]
-        assert toy is two_tiles or each["small"] < each["large"]
+    budgets_survive(
+        tiny_qwen2_5_vl, (dict(max_pixels=2304), dict(min_pixels=2304)), dict(max_pixels=4608)
+    )
+
+
+@pytest.mark.slow
+def test_phases_with_budgets_of_tiles_survive_an_interruption():
+    budgets_survive(tiny_llava_next, (dict(max_tiles=2), {}), {})
+    budgets_survive(two_tiles, ({}, {}), dict(max_tiles=2))
 
 
 def test_a_budget_of_pixels_goes_with_features_from_disk_and_a_batch_that_is_found():
@@ -1062,38 +1122,13 @@ def test_a_run_with_selections_and_adapters_that_is_killed_ends_as_if_never_kill
 
 
 def test_a_run_interrupted_anywhere_among_adapters_is_the_run_that_was_not():
-    for tiny in (tiny_llava, tiny_mllama):
-        ends = []
-        # in the first phase with adapters, at its end, in the second
-        for stop in (99, 8, 12, 15) if tiny is tiny_llava else (99, 12):
-            with tempfile.TemporaryDirectory() as tmp:
-                try:
-                    with interrupted(stop):
-                        ended = train.fit(
-                            *tiny(seed=0),
-                            ROWS,
-                            ADAPTING,
-                            Path(tmp) / "run",
-                            batch_size=1,
-                            accumulate=2,
-                            save_every=3,
-                            keep=1,
-                            progress=False,
-                        )
-                except KeyboardInterrupt:
-                    newest = list_checkpoints(Path(tmp) / "run")[-1]
-                    held = b"".join(f.read_bytes() for f in newest.glob("*.safetensors"))
-                    assert (b"adapters/" in held) == newest.name.startswith(("1-", "2-"))
-                    ended = train.resume(Path(tmp) / "run", ROWS, progress=False)
-                ends.append(
-                    (weights(ended.model), ended.metrics(), [p["trainable"] for p in ended.phases])
-                )
-        for w, metrics, counts in ends[1:]:
-            assert (
-                metrics == ends[0][1]
-                and counts == ends[0][2]
-                and all(torch.equal(w[k], ends[0][0][k]) for k in ends[0][0])
-            )
+    adapters_survive(tiny_llava, 99, 12)
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_at_every_place_among_adapters_is_the_run_that_was_not():
+    adapters_survive(tiny_llava, 99, 8, 15)
+    adapters_survive(tiny_mllama, 99, 12)
 
 
 def test_what_a_phase_does_not_train_does_not_move_and_its_result_opens_plainly():
@@ -1505,18 +1540,12 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_run_stays_the_same():
                 ),
             ),
         )
-        for at in (99, 2, 5):
-            ends = go(f"found{at}", at, fits=2, batch_size=8, find_batch_size=True)
-            assert [(p.batch_size, p.accumulate) for p in ends.settings.schedule] == [
-                (1, 3),
-                (2, 4),
-            ] and ends.settings.batch_size == 8
-            assert ends.metrics() == by_hand.metrics() and all(
-                torch.equal(v, weights(by_hand.model)[k]) for k, v in weights(ends.model).items()
-            )
-        assert (
-            max((v - weights(big.model)[k]).abs().max() for k, v in weights(ends.model).items()) <= 1e-5
-        )
+        ends = go("found", 2, fits=2, batch_size=8, find_batch_size=True)
+        assert [(p.batch_size, p.accumulate) for p in ends.settings.schedule] == [(1, 3), (2, 4)]
+        assert ends.settings.batch_size == 8 and ends.metrics() == by_hand.metrics()
+        same_, mine_ = weights(by_hand.model), weights(ends.model)
+        assert all(torch.equal(v, same_[k]) for k, v in mine_.items())
+        assert max((v - weights(big.model)[k]).abs().max() for k, v in mine_.items()) <= 1e-5
         whole = go("whole", fits=8, batch_size=8, find_batch_size=True)
         assert whole.settings.schedule == brief and whole.metrics() == big.metrics()
         with pytest.raises(RunError, match="find_batch_size: .* single row"):
