@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Proces
 from transformers.cache_utils import DynamicLayer
 
 from .cot import InputError
+from .memory import Ledger
 from .template import end_token
 from .tokens import Collator, encode
 
@@ -653,3 +654,22 @@ def write(self: Engine, requests: Sequence[Write]) -> list[Piece]:
     while len(found) < len(requests):
         found |= dict(self.collect())
     return [found[i] for i in range(len(requests))]
+
+# %% ../nbs/50_engine.ipynb #engine-59
+@patch
+def flops(
+    self: Engine,
+    prompt: dict,  # of `tokens.encode`
+    cost: Cost,  # of a search about it
+) -> int:
+    "FLOPs of a search: of the look, and of a step for each token that was read again."
+    with Ledger() as ledger:
+        (kept,) = _look(self.model, self.collate([prompt]))
+    looked = ledger.flops
+    root = Piece(None, (), "", "", "prompt", kept=kept)
+    row = _Row(None, Write(root), "", None, kept.length, kept.length, self.ends[0])
+    block = _Block(self.model, None, [row])
+    ledger.reset()
+    with ledger:
+        block.step()
+    return looked + ledger.flops * (cost.forwards - 1)

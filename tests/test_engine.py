@@ -237,3 +237,24 @@ def test_a_piece_ends_at_the_token_that_completes_its_stop_and_is_told_as_it_is_
         eng.step()
         eng.cancel("gone")
         assert [key for key, _ in eng.collect()] == ["stays"] and eng.collect() == []
+
+
+def test_flops_are_two_for_each_weight_that_a_token_meets_and_those_of_attention():
+    model, processor = tiny_llava()
+    model.eval()
+    (asked,) = prompts(processor, [ex for _, ex in shapes.examples(1)])
+    with torch.no_grad():
+        eng = engine.Engine(model, processor)
+        looked = eng.flops(asked, engine.Cost(forwards=1))
+        stepped = eng.flops(asked, engine.Cost(forwards=11)) - looked
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    seen = {
+        id(m)
+        for part in (model.model.vision_tower, model.model.multi_modal_projector)
+        for m in part.modules()
+    }
+    weights = sum(m.weight.numel() for m in linear if id(m) not in seen)
+    text, length = model.config.text_config, len(asked["input_ids"]) + 1
+    wide = text.num_attention_heads * model.model.language_model.layers[0].self_attn.head_dim
+    assert stepped == 10 * (2 * weights + 4 * text.num_hidden_layers * wide * length)
+    assert looked > 20 * (stepped // 10)
