@@ -655,7 +655,7 @@ def write(self: Engine, requests: Sequence[Write]) -> list[Piece]:
         found |= dict(self.collect())
     return [found[i] for i in range(len(requests))]
 
-# %% ../nbs/50_engine.ipynb #engine-59
+# %% ../nbs/50_engine.ipynb #engine-61
 @patch
 def flops(
     self: Engine,

@@ -134,6 +134,8 @@ def test_a_hundred_random_trees_of_each_family():
         assert same > 3000 and other == 0, build.__name__
         same, other = tree_agreement(build, 100, torch.float32, rows=16)
         assert other <= 0.01 * same, build.__name__
+        same, other = tree_agreement(build, 30, torch.bfloat16, rows=16)
+        assert other <= 0.01 * same, build.__name__
 
 
 def test_greedy_is_what_generate_writes():
