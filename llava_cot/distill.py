@@ -95,9 +95,9 @@ def chosen(
     return kept, refused
 
 # %% ../nbs/83_distill.ipynb #distil-13
-def _stored(rows, i: int) -> list[dict]:
+def _stored(table, i: int) -> list[dict]:  # of `rows.with_format("arrow")`
     "The pictures of a row as they are stored: path, or bytes; none is opened."
-    return rows.with_format("arrow")[i : i + 1]["images"][0].as_py() or []
+    return table[i : i + 1]["images"][0].as_py() or []
 
 
 def _linked(stored: dict, out: Path) -> str:
@@ -134,6 +134,9 @@ def _turns(messages: list[dict], text: str, pictures: int) -> list[dict]:
     return [*found, {"from": "gpt", "value": text}]
 
 
+_ORIGIN = ("model", "dtype", "known", "method", "seed", "judge")
+
+
 def as_rows(
     example: dict,  # its messages, id and source
     kept: Sequence[tuple],  # (text, scores), of `chosen`
@@ -141,6 +144,7 @@ def as_rows(
     origin: dict,  # what all rows have in common: model, method, …
 ) -> list[dict]:
     "Kept answers as rows to train on."
+    origin = {name: value for name, value in origin.items() if name in _ORIGIN}
     shown = {} if not images else dict(image=images[0] if len(images) == 1 else list(images))
     return [
         dict(id=f"{example['id']}/{scores['draw']}", **shown, source=example["source"] or "")
@@ -201,11 +205,21 @@ def _digest(example: dict, stored: list[dict]) -> str:
 
 def _left(rows, done: Done) -> Iterator[tuple]:  # of the row's place, and its digest
     "Rows that have not been asked, or have changed since."
-    texts = rows.remove_columns("images")
-    for i in range(len(rows)):
-        digest = _digest(texts[i], _stored(rows, i))
-        if done.get(texts[i]["id"], {}).get("row") != digest:
+    table, texts = rows.with_format("arrow"), rows.remove_columns("images")
+    for i, example in enumerate(texts):
+        digest = _digest(example, _stored(table, i))
+        if done.get(example["id"], {}).get("row") != digest:
             yield i, digest
+
+
+def _line(rows, i: int, digest: str, given, out: Path, of: dict, how: dict) -> dict:
+    "What became of a row, once its pictures are in the folder."
+    example = rows.remove_columns("images")[i]
+    kept, refused = chosen(example, given, **how)
+    stored = _stored(rows.with_format("arrow"), i) if kept else ()
+    kept = as_rows(example, kept, [_linked(s, out) for s in stored], of)
+    source = example["source"] or ""
+    return dict(id=example["id"], row=digest, source=source, refused=refused, kept=kept)
 
 
 def distilled(
@@ -224,28 +238,24 @@ def distilled(
     from llava_cot.pictures import example_at
 
     texts, out = rows.remove_columns("images"), Path(out)
-    for i in range(len(rows)):
-        reference(texts[i], how.get("fmt", LLAVA_COT))
+    for example in texts:
+        reference(example, how.get("fmt", LLAVA_COT))
     with locked(out):
-        done = Done(out, of)
-        left, n = list(_left(rows, done)), len(rows)
+        done, ids = Done(out, of), texts["id"]
+        left, n = list(_left(rows, done)), len(ids)
         bar = tqdm(
             total=n, initial=n - len(left), desc="sampling", unit="row", disable=not progress
         )
         with bar:
             for start in range(0, len(left), at_once):
                 lot = left[start : start + at_once]
-                examples = [example_at(rows, i) for i, _ in lot]
-                lines = []
-                for (i, digest), example, given in zip(lot, examples, ask(examples)):
-                    kept, refused = chosen(example, given, **how)
-                    images = [_linked(s, out) for s in (_stored(rows, i) if kept else ())]
-                    lines.append(dict(id=example["id"], row=digest, source=example["source"] or ""))
-                    lines[-1] |= dict(refused=refused, kept=as_rows(texts[i], kept, images, of))
-                done.add(lines)
+                given = ask([example_at(rows, i) for i, _ in lot])
+                done.add(
+                    [_line(rows, *of_row, one, out, of, how) for of_row, one in zip(lot, given)]
+                )
                 bar.update(len(lot))
                 bar.set_postfix(kept=sum(len(line["kept"]) for line in done.values()))
-        return _written(out, [done[id] for id in texts["id"]])
+        return _written(out, [done[id] for id in ids])
 
 # %% ../nbs/83_distill.ipynb #distil-18
 def _written(out: Path, lines: list[dict]) -> dict:
@@ -355,7 +365,7 @@ def _asked_there(endpoint, model, out, method, fmt, known: bool) -> tuple[Callab
         shown = [taught(example, fmt) for example in examples] if known else examples
         return remote_answers(its, shown, method, fmt, progress=False)
 
-    return ask, dict(model=f"{its.model}, behind an endpoint", known=str(known))
+    return ask, dict(model=f"{its.model}, behind an endpoint", known=known, method=_words(method))
 
 
 def _asked_here(model, method, fmt, batch_size, dtype, device) -> tuple[Callable, dict]:
@@ -370,7 +380,8 @@ def _asked_here(model, method, fmt, batch_size, dtype, device) -> tuple[Callable
         how = dict(progress=False, fmt=fmt)
         return answer(net, processor, examples, method, batch_size, **how)
 
-    return ask, dict(model=model_digest(net), dtype=str(net.dtype), device=net.device.type)
+    found = dict(model=model_digest(net), dtype=net.dtype, device=net.device.type)
+    return ask, found | dict(method=_words(method))
 
 # %% ../nbs/83_distill.ipynb #distil-24
 @limited
@@ -416,7 +427,8 @@ def distill(
         ask, of = _asked_there(endpoint, model, out, searching, fmt, known)
     else:
         ask, of = _asked_here(model, searching, fmt, batch_size, dtype, device)
-    of |= dict(method=_words(searching), seed=str(seed), fmt=fmt.name, keep=str(keep))
+    of |= dict(seed=seed, fmt=fmt.name, keep=keep, judge=getattr(judge, "name", "offline"))
+    of = {name: str(value) for name, value in (of | dict(declared=metric)).items()}
     at_once = max(1, 2 * batch_size // searching.width)
     judging = dict(fmt=fmt, judge=judge, most=keep, sound=not (endpoint and known))
     result = distilled(found, ask, out, of, at_once, not json, **judging)

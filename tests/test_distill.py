@@ -78,7 +78,7 @@ def right_by_scene(folder, kept):
 
 def at_work(url, folder, out):
     "What the process that is killed does."
-    quietly("m", folder, out, endpoint=url, known=False, n=6, keep=2)
+    quietly("m", folder, out, endpoint=url, known=False, n=3, keep=2)
 
 
 def test_what_is_right_and_sound_is_kept_and_the_others_are_counted():
@@ -214,7 +214,7 @@ def test_two_thousand_questions_killed_five_times_lose_and_double_no_row():
         desk, kills = student("rows", 2000, seed=4), 0
         with served(desk) as url:
             Path("e.yaml").write_text(f"url: {url}\nconcurrency: 8\n")
-            quietly("m", "rows", "whole", endpoint="e.yaml", known=False, n=6, keep=2)
+            quietly("m", "rows", "whole", endpoint="e.yaml", known=False, n=3, keep=2)
             fork = multiprocessing.get_context("spawn")
             for at in (100, 500, 900, 1300, 1700):
                 child = fork.Process(target=at_work, args=("e.yaml", "rows", "out"))
@@ -226,7 +226,7 @@ def test_two_thousand_questions_killed_five_times_lose_and_double_no_row():
                 os.kill(child.pid, signal.SIGKILL)
                 child.join()
                 kills += 1
-            found_ = quietly("m", "rows", "out", endpoint="e.yaml", known=False, n=6, keep=2)
+            found_ = quietly("m", "rows", "out", endpoint="e.yaml", known=False, n=3, keep=2)
         assert kills == 5 and found_["asked"] == 2000
         assert Path("whole/train.jsonl").read_bytes() == Path("out/train.jsonl").read_bytes()
         ids_ = [line["id"] for line in lines_of("out/done.jsonl")[1:]]
