@@ -35,6 +35,7 @@ from llava_cot.commands import (
     train,
 )
 from .cot import FORMATS, InputError, InputWarning
+from .distill import distill
 from .examine import check, env, preview
 from .scoring import evaluate
 
@@ -46,6 +47,7 @@ COMMANDS = dict(
     plan=plan,
     train=train,
     eval=evaluate,
+    distill=distill,
     ask=ask,
     push=push,
     env=env,

@@ -57,7 +57,7 @@ class Piece:
     text: str  # of these
     so_far: str  # of all pieces since the prompt
     ended: str  # how: `stop` at a stop text, `end` by the model, at its `limit`, `prompt`
-    logprob: float = 0.0  # of its tokens, the sum
+    logprob: float | None = 0.0  # of its tokens, the sum; None: a server did not tell it
     path: str = ""  # the question's id, then which draw each piece is
     cost: Cost = Cost()
     kept: "object" = field(default=None, repr=False)  # what an engine needs to go on from here

@@ -332,9 +332,9 @@ def _searched(engine: Engine, method, questions: Iterator[Question], bar: tqdm) 
 def as_answer(q: Question, piece: Piece) -> Answer:
     "The answer that a search has found."
     line, tree = piece.line(), q.tree()
-    n, logprob = sum(p.tokens for p in line), sum(p.logprob for p in line)
+    n, told = sum(p.tokens for p in line), [p.logprob for p in line if p.logprob is not None]
     finished = q.candidate(piece).finished
-    mean = logprob / n if n else None
+    mean = sum(told) / n if n and len(told) == len(line) else None
     return Answer(q.id, piece.so_far, finished, n, mean, q.cost, tree)
 
 # %% ../nbs/51_search.ipynb #c037
@@ -377,6 +377,9 @@ def answer(
 # %% ../nbs/51_search.ipynb #se-mean
 def mean_logprob(candidates: Sequence[Candidate]) -> list[float]:
     "How sure the model was of each: the mean log-probability of its tokens."
+    if any(p.logprob is None for c in candidates for p in c.pieces):
+        found = "the server gives no log-probabilities"
+        raise SearchError(f"mean_logprob: {found}; expected a scorer that needs none")
     sums = [(sum(p.logprob for p in c.pieces), sum(p.tokens for p in c.pieces)) for c in candidates]
     return [total / n if n else -math.inf for total, n in sums]
 
