@@ -37,6 +37,7 @@ from llava_cot.commands import (
 from .cot import FORMATS, InputError, InputWarning
 from .examine import check, env, preview
 from .scoring import evaluate
+from .serve import run_server
 
 # %% ../nbs/85_cli.ipynb #cli-commands
 COMMANDS = dict(
@@ -47,10 +48,13 @@ COMMANDS = dict(
     train=train,
     eval=evaluate,
     ask=ask,
+    serve=run_server,
     push=push,
     env=env,
 )
-_PLACES = dict(check=("path",), push=("folder", "repo"))  # what is given without an option's name
+_PLACES = dict(
+    check=("path",), serve=("model",), push=("folder", "repo")
+)  # what is given without an option's name
 _GROUPS = dict.fromkeys(("data", "columns", "model", "out", "schedule"), "what is trained on what")
 _GROUPS |= dict.fromkeys(("fmt", "augment"), "rows")
 _GROUPS |= dict.fromkeys(
