@@ -38,6 +38,7 @@ from .cot import FORMATS, InputError, InputWarning
 from .distill import distill
 from .examine import check, env, preview
 from .scoring import evaluate
+from .serve import run_server
 
 # %% ../nbs/85_cli.ipynb #cli-commands
 COMMANDS = dict(
@@ -49,10 +50,13 @@ COMMANDS = dict(
     eval=evaluate,
     distill=distill,
     ask=ask,
+    serve=run_server,
     push=push,
     env=env,
 )
-_PLACES = dict(check=("path",), push=("folder", "repo"))  # what is given without an option's name
+_PLACES = dict(
+    check=("path",), serve=("model",), push=("folder", "repo")
+)  # what is given without an option's name
 _GROUPS = dict.fromkeys(("data", "columns", "model", "out", "schedule"), "what is trained on what")
 _GROUPS |= dict.fromkeys(("fmt", "augment"), "rows")
 _GROUPS |= dict.fromkeys(
@@ -211,7 +215,8 @@ def _nearest(word: str, known, mark: str = "") -> str:
 def tidy(words: list[str]) -> list[str]:
     "The words of a command line: underscores in options, files for the names of recipes."
     known, found, before = recipes(), [], ""
-    apart = (w.split("=", 1) if w.startswith("--config=") else [w] for w in map(str, words))
+    words = _placed([str(word) for word in words])
+    apart = (w.split("=", 1) if w.startswith("--config=") else [w] for w in words)
     for word in chain.from_iterable(apart):
         if before == "--config" and word in known and not Path(word).exists():
             word = known[word]
@@ -221,6 +226,16 @@ def tidy(words: list[str]) -> list[str]:
         found.append(word)
         before = word
     return _columns_folded(found)
+
+
+def _placed(words: list) -> list:
+    "`ask IMAGE QUESTION` as options."
+    if words[:1] != ["ask"]:
+        return words
+    named = [i for i, word in enumerate(words) if word.startswith("--")]
+    end = min([3, len(words), *named])
+    places = zip(("--image", "--question"), words[1:end])
+    return ["ask", *chain.from_iterable(places), *words[end:]]
 
 
 def _columns_folded(words: list[str]) -> list[str]:

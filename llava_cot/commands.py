@@ -502,37 +502,77 @@ def demo(
 def ask(
     model: str,  # folder or hub name, or tiny_base, …
     image: str,  # a picture
-    question: str,  # what to ask about it
+    question: str | None = None,  # what to ask about it; with chat, the first of several
+    method: list[str] | None = None,  # how to search: stage_beam n=4 keep=2 …; left out: greedy
+    n: int | None = None,  # candidates, where the method has some
+    keep: int | None = None,  # of these are continued
+    scorer: str | None = None,  # what they are judged by: logprob, …
+    temperature: float | None = None,  # of the draws
+    seed: int | None = None,  # of the draws
+    chat: bool = False,  # stay open for further questions, a line each; an empty one ends it
+    cost: bool = False,  # say what the answer has cost
     fmt: str = "llava_cot",  # format of the answer
-    max_new_tokens: int = 1024,  # longest answer
+    max_new_tokens: int | None = None,  # longest answer; left out: 1024, or the method's own
     picture_pixels: int | None = None,  # most pixels of a picture; none: 178,956,970
     picture_text: int | None = None,  # most bytes of text in a PNG; none: 67,108,864
     dtype: str = "auto",  # of the weights; auto: their own on an accelerator, float32 on the CPU
     device: str = "auto",  # cpu, cuda, cuda:1, mps, …; auto: an accelerator where there is one
-    json: bool = False,  # print stages and problems as JSON
-) -> dict:
-    "Ask a model one question about one picture; prints its stages."
-    from llava_cot import cot, search
+    json: bool = False,  # print text, stages, problems, cost and tree as JSON
+) -> dict:  # of the last answer
+    "Ask a model about a picture; its stages appear as they are written."
+    from llava_cot.asking import Dialogue
+    from llava_cot.method import asked_method
     from llava_cot.pictures import read_picture
     from llava_cot.tiny import open_model
 
-    fmt, picture = format_of(fmt), read_picture(image)
-    net, processor = open_model(model, dtype, device)
-    content = [{"type": "image", "text": None}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    example = {"id": "question", "images": [picture], "source": "", "messages": messages}
-    method = search.Greedy(max_new_tokens)
-    found = search.answer(net, processor, [example], method, progress=False)[0]
-    problems = [str(p) for p in cot.check(found.text, fmt)]
-    stages = {} if problems else dict(cot.parse(found.text, fmt))
-    result = dict(text=found.text, stages=stages, finished=found.finished, problems=problems)
+    if question is None and not chat:
+        raise CliError("ask: --question is missing; give it, or --chat")
+    drawn = dict(n=n, keep=keep, scorer=scorer, temperature=temperature, seed=seed)
+    searched = asked_method(method, max_new_tokens, **drawn)
+    fmt, picture, found = format_of(fmt), read_picture(image), {}
+    dialogue = Dialogue(*open_model(model, dtype, device), picture, searched, fmt)
+    for asked in _questions(question, chat):
+        found = _shown(dialogue, asked, cost, json)
+    return found
+
+
+def _questions(first: str | None, chat: bool):
+    "The first question, and those that are typed."
+    if first is not None:
+        yield first
+    while chat:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _shown(dialogue, question: str, cost: bool, json: bool) -> dict:
+    "The answer to a question, as it is written; by a search, once it is found."
+    from llava_cot import asking
+
     if json:
-        print(json_module.dumps(result))
-    elif stages:
-        print("\n".join(f"{stage:11}{text}" for stage, text in stages.items()))
-    else:
-        print("\n".join([found.text, "", *(f"not a whole answer: {p}" for p in problems)]))
-    return result
+        found = dialogue.ask(question)
+        print(json_module.dumps(found), flush=True)
+        return found
+    live = asking.Live(dialogue.fmt, lambda text: print(text, end="", flush=True))
+    found = dialogue.ask(question, live.told, _progress)
+    if not live.text:
+        live.told(found["text"])
+    live.end()
+    lines = [f"not a whole answer: {p}" for p in found["problems"]]
+    lines = ["", *lines] if lines else []
+    lines += [asking.cost_line(found["cost"])] if cost else []
+    print("".join(f"\n{line}" for line in lines))
+    return found
+
+
+def _progress(q, candidates: int, tokens: int) -> None:
+    "How far a search is, for a person who waits."
+    if sys.stderr.isatty():
+        print(f"\r{candidates:,} candidates, {tokens:,} tokens", end="\r", file=sys.stderr)
 
 # %% ../nbs/80_commands.ipynb #me01
 _LOWER = (

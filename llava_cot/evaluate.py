@@ -394,6 +394,7 @@ def shared_answers(
     progress: bool,
     alter: Callable | None = None,  # as for `answer`
     kept: MutableMapping | None = None,  # as for `answer`; not where processes must ask in step
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> list[Answer]:  # in the order of `examples`
     "`answer`, rows shared out among a run's processes, in batches that fit the memory of each."
     with gathered(model) as free:
@@ -402,7 +403,7 @@ def shared_answers(
 
         def ask(n):
             bar, store = progress and 0 in mine, kept if free else None
-            return answer(model, processor, rows, method, n, bar, alter, store)
+            return answer(model, processor, rows, method, n, bar, alter, store, fmt)
 
         each = together(lambda: halving(ask, batch_size) if free else ask(batch_size))
     if not free:  # all have asked everything
@@ -451,25 +452,26 @@ def evaluate(
     for i in range(len(texts)):
         reference(texts[i], fmt)
     how = (method, batch_size, progress)
-    given = shared_answers(model, processor, examples, *how, kept=kept)
+    keep = dict(kept=kept, fmt=fmt)
+    given = shared_answers(model, processor, examples, *how, **keep)
     more = dict(fmt=fmt, kind=kind, plain=plain, seed=seed)
     more |= dict(judge=offline_judge(fmt) if judge is None else judge or None)
     if blind:
         asked = (model, processor, examples, *how)
-        more |= dict(blind=shared_answers(*asked, alter=zero_pixels, kept=kept))
+        more |= dict(blind=shared_answers(*asked, alter=zero_pixels, **keep))
     if other:
-        more |= dict(other=_other_answers(model, processor, examples, how, seed, kept))
+        more |= dict(other=_other_answers(model, processor, examples, how, seed, keep))
     return score(examples, given, **more)
 
 
-def _other_answers(model, processor, examples: Sequence, how: tuple, seed: int, kept) -> list:
+def _other_answers(model, processor, examples: Sequence, how: tuple, seed: int, keep: dict) -> list:
     "Answers about another row's pictures; None where there are none."
     others = other_rows(picture_groups(examples), _pictures_of_each(examples), seed)
     rows = [i for i, j in enumerate(others) if j is not None]
     found = [None] * len(others)
     if rows:
         asked = with_other_pictures(examples, rows, [others[i] for i in rows])
-        said = shared_answers(model, processor, asked, *how, kept=kept)
+        said = shared_answers(model, processor, asked, *how, **keep)
         for i, one in zip(rows, said):
             found[i] = one
     return found

@@ -13,6 +13,7 @@ from .benchmarks import questions
 from .data import in_stages, load, split
 from .endpoint import Endpoint, endpoint_answers
 from .evaluate import Report, evaluate, offline_judge, score
+from .method import in_words
 from .metrics import reference
 from .predictions import Predictions, evaluation_facts, kept_answers, open_predictions
 from .reasoning import answer_key_judge
@@ -33,10 +34,11 @@ class Examiner:
         seed: int = 0,  # of the intervals
         progress: bool = True,
         batch_size: int = 128,  # to begin with; halved where the memory is full
+        method=None,  # how to search; None: greedily, up to `max_new_tokens`
     ):
         self.rows, self.fmt, self.last, self.judge = rows, fmt, last, judge
         self.max_new_tokens, self.seed, self.progress = max_new_tokens, seed, progress
-        self.batch_size = batch_size
+        self.batch_size, self.method = batch_size, method or Greedy(max_new_tokens)
         self.report = None
 
     def scores(self, model, processor, rows, blind: bool, progress: bool, **more) -> Report:
@@ -46,7 +48,7 @@ class Examiner:
             processor,
             rows,
             fmt=self.fmt,
-            method=Greedy(self.max_new_tokens),
+            method=self.method,
             judge=self.judge,
             blind=blind,
             batch_size=self.batch_size,
@@ -87,9 +89,8 @@ def scored_model(
     **how,  # of `evaluate`: blind, other, plain
 ) -> Report:
     "Asks a model, or goes on asking it. Raises `PredictionError` for another evaluation's folder."
-    method = Greedy(examiner.max_new_tokens)
     same = dict(facts or {}, fmt=examiner.fmt.name)
-    same = evaluation_facts(model, method, **same) if out else {}
+    same = evaluation_facts(model, in_words(examiner.method), **same) if out else {}
     how = dict(blind=True) | how
     with kept_answers(out, same) as kept:
         asked = (model, processor, examiner.rows)

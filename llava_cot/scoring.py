@@ -14,6 +14,16 @@ from pathlib import Path
 from .commands import CliError, format_of, limited, say, summary
 
 # %% ../nbs/82_scoring.ipynb #scoring-found
+def _searched(method, max_new_tokens, endpoint, predictions):
+    "The search method that options name."
+    from llava_cot.method import asked_method
+
+    if method and (endpoint or predictions):
+        found = "endpoint" if endpoint else "predictions"
+        raise CliError(f"method: found --{found}, too; expected a model that is opened here")
+    return asked_method(method, max_new_tokens)
+
+
 @dataclass
 class _Found:
     "What was found of those who answered."
@@ -108,7 +118,8 @@ def evaluate(
     fmt: str = "llava_cot",  # format of the answers
     plain: bool = False,  # take an answer without stages for its conclusion
     n: int | None = None,  # at most so many rows; left out: 1000, or a whole benchmark
-    max_new_tokens: int = 1024,  # longest answer
+    max_new_tokens: int | None = None,  # longest answer; left out: 1024, or the method's own
+    method: list[str] | None = None,  # how to search: stage_beam n=4 keep=2 …; left out: greedy
     batch_size: int = 128,  # questions asked side by side; halved where the memory is full
     blind: bool = True,  # also with the picture zeroed
     other: bool = False,  # also with another row's picture
@@ -130,6 +141,7 @@ def evaluate(
 
     start, fmt = time.time(), format_of(fmt)
     _check_asked(model, data, compare, endpoint, predictions, other, instruct)
+    searched = _searched(method, max_new_tokens, endpoint, predictions)
     if out and check_place(out):
         say(f"going on with the evaluation in {out}", json=json)
     if export:
@@ -137,7 +149,8 @@ def evaluate(
     rows = benchmarks.questions(data, fmt, columns, benchmark, metric)
     few = rows.select(range(min(n or (len(rows) if benchmark else 1000), len(rows))))
     judge = answer_key_judge(data, fmt)
-    examiner = Examiner(few, fmt, "", judge, max_new_tokens, seed, not json, batch_size)
+    how = (max_new_tokens or 1024, seed, not json, batch_size, searched)
+    examiner = Examiner(few, fmt, "", judge, *how)
     if predictions:
         found = _asked_before(examiner, predictions, rows, missing, plain)
     elif endpoint:

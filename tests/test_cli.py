@@ -115,6 +115,17 @@ def test_every_option_has_its_line_of_help():
             assert o.help and "\n" not in o.help and o.group, (word, o.name)
 
 
+def test_ask_takes_picture_and_question_without_a_name():
+    asked = ["--image", "p.png", "--question", "How many?"]
+    assert tidy(["ask", "p.png", "How many?", "--chat"]) == ["ask", *asked, "--chat"]
+    assert tidy(["ask", "p.png", "--chat"]) == ["ask", *asked[:2], "--chat"]
+    assert tidy(["ask", *asked]) == ["ask", *asked] and tidy(["ask"]) == ["ask"]
+    given = parser().parse_args(
+        tidy(["ask", "p.png", "Hm?", "--model", "m", "--method", "best_of_n", "n=3"])
+    )
+    assert given.ask.method == ["best_of_n", "n=3"] and given.ask.question == "Hm?"
+
+
 def test_columns_are_named_in_every_command_that_takes_rows():
     for typed in (
         ["D", "--columns", "question=a", "answer=b", "--out", "G"],

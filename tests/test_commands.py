@@ -2,9 +2,11 @@
 from llava_cot.commands import *
 
 import importlib
+import io
+import json
 import shutil
 import tempfile
-from contextlib import chdir
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,7 @@ import torch
 
 from llava_cot import commands, data, shapes, tiny
 from llava_cot.cot import InputError
+from llava_cot.engine import SearchError
 from llava_cot.families import ModelError
 from llava_cot.tokens import TooLong, lengths
 
@@ -35,6 +38,37 @@ def test_a_dry_run_refuses_no_row_that_is_only_scored_for_its_length():
             train(data=str(folders[0]), eval_data=str(folders[1]), eval_every=5, **run)
         with pytest.raises(TooLong, match="longer|max_length"):
             train(data=str(folders[1]), eval_data=str(folders[0]), **run)
+
+
+def test_a_picture_is_asked_about_as_it_is_written_by_search_and_turn_by_turn():
+    with tempfile.TemporaryDirectory() as d:
+        shapes.write(f"{d}/rows", 3, 0)
+        picture = str(next(Path(d).rglob("*.png")))
+
+        def said_of(typed="", *how, **more):
+            out = io.StringIO()
+            with mock.patch("sys.stdin", io.StringIO(typed)), redirect_stdout(out):
+                told = ask("tiny_llava", picture, *how, **more)
+            return out.getvalue(), told
+
+        how = dict(max_new_tokens=6)
+        plain, found = said_of("", "How many?", **how)
+        assert found["text"].strip() in plain and "not a whole answer" in plain
+        assert found["cost"]["tokens"] == 6 and "tokens written" not in plain
+        assert "6 tokens written, " in said_of("", "How many?", cost=True, **how)[0]
+        two, last = said_of("Sure?\n\nNever asked\n", "How many?", chat=True, **how)
+        assert two.startswith(plain) and two != plain
+        assert last["cost"]["prefilled"] > found["cost"]["prefilled"] + 6
+        assert said_of("How many?\n", chat=True, **how) == (plain, mock.ANY)
+        lines, beam = said_of("", "How many?", ["best_of_n"], 3, json=True, seed=2, **how)
+        assert json.loads(lines) == beam and len(beam["tree"]) == 3 and beam["cost"]["tokens"] > 6
+        assert (
+            said_of("", "How many?", ["best_of_n", "n=3", "seed=2"], **how)[1]["text"] == beam["text"]
+        )
+        with pytest.raises(CliError, match="--question is missing"):
+            ask("tiny_llava", picture)
+        with pytest.raises(SearchError, match="greedy takes no 'n'"):
+            ask("tiny_llava", picture, "How many?", n=2)
 
 
 def test_the_advice_for_a_full_gpu_is_the_plans():

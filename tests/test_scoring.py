@@ -4,17 +4,19 @@ from llava_cot.scoring import *
 import io
 import json
 import tempfile
-from contextlib import chdir, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from llava_cot import data, search, shapes, tiny
+from llava_cot import data, predictions, search, shapes, tiny
 from llava_cot.commands import CliError
 from llava_cot.cot import InputError, InputWarning
 from llava_cot.endpoint import EndpointError, served
+from llava_cot.engine import SearchError
 from llava_cot.families import ModelError
+from llava_cot.method import method_of
 from llava_cot.replies import chat
 
 
@@ -173,3 +175,22 @@ def test_the_model_is_opened_in_the_type_and_at_the_place_it_is_told():
         ):
             with pytest.raises(CliError, match=line):
                 evaluate(**words)
+
+
+def test_answers_are_searched_by_the_method_that_is_named():
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        shapes.write("rows", 3, progress=False)
+        how = dict(data="rows", blind=False, json=True)
+        words = ["stage_beam", "n=2", "keep=1", "max_new_tokens=5"]
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            told = evaluate("tiny_llava", method=words, out="out", **how)
+            net, processor = tiny.open_model("tiny_llava")
+            rows_ = data.load("rows")
+            said = search.answer(net, processor, rows_, method_of(words), progress=False)
+            kept_ = predictions.open_predictions("out/answers.jsonl").answers_to(rows_, 3, "refuse")
+            assert [a.text for a in kept_] == [a.text for a in said]
+            assert told["n"] == 3
+        with pytest.raises(CliError, match="method: found --predictions, too"):
+            evaluate(predictions="m.json", method=words, **how)
+        with pytest.raises(SearchError, match="greedy takes no 'n'"):
+            evaluate("tiny_llava", method=["greedy", "n=2"], **how)
