@@ -506,7 +506,7 @@ def ask(
     method: list[str] | None = None,  # how to search: stage_beam n=4 keep=2 …; left out: greedy
     n: int | None = None,  # candidates, where the method has some
     keep: int | None = None,  # of these are continued
-    scorer: str | None = None,  # what they are judged by: logprob, …
+    scorer: str | None = None,  # logprob, vote, sound, verifier=DIR, reward=DIR
     temperature: float | None = None,  # of the draws
     seed: int | None = None,  # of the draws
     chat: bool = False,  # stay open for further questions, a line each; an empty one ends it

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'DistillError', 'candidates', 'why_refused', 'chosen', 'as_rows', 'Done', 'distilled', 'in_words', 'taught',
-           'method_of', 'distill']
+           'sampling_method', 'distill']
 
 # %% ../nbs/83_distill.ipynb #distil-02
 import hashlib
@@ -321,7 +321,7 @@ def taught(example: dict, fmt: CoTFormat = LLAVA_COT) -> dict:
     return {**example, "messages": [{"role": "user", "content": content}]}
 
 # %% ../nbs/83_distill.ipynb #distil-23
-def method_of(
+def sampling_method(
     name: str,  # of `search.METHODS`
     n: int | None = None,  # candidates
     max_new_tokens: int = 1024,  # of an answer, or of a stage
@@ -417,7 +417,7 @@ def distill(
     if keep < 1:
         raise CliError(f"keep: found {keep}, expected at least 1")
     how = dict(temperature=temperature, top_p=top_p, seed=seed)
-    searching = method_of(method, n, max_new_tokens, **how)
+    searching = sampling_method(method, n, max_new_tokens, **how)
     found, judge = (
         benchmarks.questions(data, fmt, columns, metric=metric),
         answer_key_judge(data, fmt),

@@ -286,7 +286,9 @@ class Job:
                 raise Refused(400, f"{name}: does not go with method; leave it out", name)
         more = {k: self.given.get(k) for k in ("temperature", "top_p", "seed")}
         try:
-            method = method_of(self.given["method"], max_new_tokens=self.limit, **more)
+            method = method_of(
+                self.given["method"], folders=False, max_new_tokens=self.limit, **more
+            )
         except InputError as e:
             raise Refused(400, str(e), "method") from None
         return Watched(method, lambda q, *counts: self.put("progress", *counts))

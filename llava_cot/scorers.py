@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from .cot import CoT, CoTError, Problem, check, parse, render, spans
 from .data import answer_text, question
 from .engine import SearchError, whole
-from .judge import Judge, LocalModel
+from .judge import Judge
 from .metrics import METRICS, EvaluateError, metric_for
 from .opening import quietly
 from .reasoning import answer_key_judge, findings, soundness
@@ -131,6 +131,10 @@ class RewardModel:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.folder = folder
+
+    def __repr__(self):
+        return f"RewardModel({str(self.folder)!r}, {self.label})"
 
     def text(self, candidate: Candidate) -> str:
         "What the model reads."
@@ -199,6 +203,10 @@ class Verifier:
         self.judge = answer_key_judge(path)
         if self.judge is None:
             raise SearchError(f"verifier: {path} has no scenes.jsonl; expected a folder of Shapes")
+        self.path = path
+
+    def __repr__(self):
+        return f"Verifier({str(self.path)!r})"
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         "Minus the number of problems, and below 1 how sure the model was."
@@ -220,22 +228,21 @@ class Verifier:
             return c.text
 
 # %% ../nbs/68_scorers.ipynb #scorer-25
-SCORERS = ("logprob", "vote", "sound", "judge", "verifier=FOLDER", "reward=FOLDER")
+SCORERS = ("logprob", "vote", "sound", "verifier=FOLDER", "reward=FOLDER")
 
 
 def scorer_of(
-    word: str,  # such as `SCORERS` has them
-    model=None,  # and its processor: for `judge`
-    processor=None,
+    word: str,  # one of `SCORERS`
+    folders: bool = True,  # may one be opened from a folder?
 ) -> Callable:
     "The scorer that a word means. Raises `SearchError`."
     name, _, folder = word.partition("=")
-    plain = dict(logprob=mean_logprob, vote=Vote(), sound=Soundness())
+    plain, made = dict(logprob=mean_logprob, vote=Vote(), sound=Soundness()), {}
+    if folders:
+        made = dict(verifier=Verifier, reward=RewardModel)
     if word in plain:
         return plain[word]
-    if word == "judge" and model is not None:
-        return Duel(Judge(LocalModel(model, processor)))
-    made = dict(verifier=Verifier, reward=RewardModel)
     if name in made and folder:
         return made[name](folder)
-    raise SearchError(f"scorer: found {word!r}, expected one of {', '.join(SCORERS)}")
+    known = ", ".join(SCORERS if folders else plain)
+    raise SearchError(f"scorer: found {word!r}, expected one of {known}")

@@ -4,6 +4,7 @@ from llava_cot.method import *
 import pytest
 
 from llava_cot.engine import SearchError
+from llava_cot.scorers import Vote
 from llava_cot.search import METHODS, Greedy
 
 
@@ -30,7 +31,8 @@ def test_words_name_a_method_and_its_options():
         ("best_of_n n=2 n=3", "n: found twice"),
         ("best_of_n n=0", "n is 0; expected a whole number of at least 1"),
         ("best_of_n temperature=warm", "temperature is 'warm'; expected a number"),
-        ("best_of_n scorer=taste", "scorer: found 'taste', expected logprob"),
+        ("best_of_n scorer=taste", "scorer: found 'taste', expected one of logprob, vote, sound"),
+        ("best_of_n scorer=reward=nowhere", "reward model nowhere: it cannot be opened"),
         ("stage_beam n=2 keep=3", "keep is 3, of 2 candidates"),
         (dict(method="best_of_n", n=True), "n is True; expected a whole number"),
         (dict(method=["best_of_n"]), "found .'best_of_n'., expected one of"),
@@ -39,6 +41,10 @@ def test_words_name_a_method_and_its_options():
     ):
         with pytest.raises(SearchError, match=said):
             method_of(wrong)
+    assert isinstance(method_of("best_of_n scorer=vote", folders=False).scorer, Vote)
+    for folder in ("verifier=.", "reward=."):
+        with pytest.raises(SearchError, match="expected one of logprob, vote, sound$"):
+            method_of(f"best_of_n scorer={folder}", folders=False)
 
 
 def test_a_method_in_words_says_all_and_no_place_in_memory():
