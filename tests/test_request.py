@@ -2,10 +2,10 @@
 from llava_cot.request import *
 
 import pytest
-from llava_cot.request import Bounds, Job, Refused, before_stop
 
 from llava_cot import shapes
 from llava_cot.replies import chat
+from llava_cot.request import Bounds, Job, Refused, before_stop
 
 
 def test_letters_that_may_begin_a_stop_text_are_held_back():
