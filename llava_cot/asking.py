@@ -47,7 +47,9 @@ def staged_lines(
     if not whole:
         text = _sure(text, fmt)
     for stage in fmt.stages:
-        text = re.sub(re.escape(fmt.open(stage)) + r"\s*", f"{stage:11}", text)
+        begun = r"\s*" + re.escape(fmt.open(stage)) + r"\s*"
+        text = re.sub(rf"\A{begun}", f"{stage:11}", text)
+        text = re.sub(begun, f"\n{stage:11}", text)
         text = re.sub(r"\s*" + re.escape(fmt.close(stage)) + r"\s*", "\n", text)
     return text.rstrip() if whole else text
 

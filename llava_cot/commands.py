@@ -563,9 +563,9 @@ def _shown(dialogue, question: str, cost: bool, json: bool) -> dict:
         live.told(found["text"])
     live.end()
     lines = [f"not a whole answer: {p}" for p in found["problems"]]
-    lines = ["", *lines] if lines else []
     lines += [asking.cost_line(found["cost"])] if cost else []
-    print("".join(f"\n{line}" for line in lines))
+    print("" if live.shown.endswith("\n") else "\n", *lines, sep="\n" if lines else "", end="")
+    print()
     return found
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from .commands import CliError, format_of, limited, say
 from .cot import LLAVA_COT, CoTFormat, InputError, check
-from .files import locked, write_file, writing
 
 # %% ../nbs/83_distill.ipynb #distil-06
 class DistillError(InputError):
@@ -184,6 +183,8 @@ class Done(dict):
             self._append([dict(distilling=of)])
 
     def _append(self, lines: list[dict]) -> None:
+        from llava_cot.files import writing
+
         with writing(self.file.parent, self.file.name), open(self.file, "ab") as f:
             f.write("".join(json_module.dumps(line) + "\n" for line in lines).encode())
             f.flush()
@@ -234,6 +235,7 @@ def distilled(
     "Asks rows, keeps answers, writes `train.jsonl`. Raises `DistillError`, `EvaluateError`."
     from tqdm.auto import tqdm
 
+    from llava_cot.files import locked
     from llava_cot.metrics import reference
     from llava_cot.pictures import example_at
 
@@ -260,6 +262,8 @@ def distilled(
 # %% ../nbs/83_distill.ipynb #distil-18
 def _written(out: Path, lines: list[dict]) -> dict:
     "Writes the kept rows, and what became of the others."
+    from llava_cot.files import write_file, writing
+
     kept = [row for line in lines for row in line["kept"]]
     text = "".join(json_module.dumps(row, ensure_ascii=False) + "\n" for row in kept)
     sources, refused = {}, Counter()

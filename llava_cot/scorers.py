@@ -109,6 +109,8 @@ class RewardModel:
     ):
         "Raises `SearchError` for what is no classifier, and a label that it does not have."
         whole("batch_size", batch_size)
+        if not Path(folder).is_dir():
+            raise SearchError(f"reward model {folder}: found no such folder; download it first")
         try:
             with quietly():
                 self.model, told = AutoModelForSequenceClassification.from_pretrained(

@@ -32,7 +32,7 @@ def test_words_name_a_method_and_its_options():
         ("best_of_n n=0", "n is 0; expected a whole number of at least 1"),
         ("best_of_n temperature=warm", "temperature is 'warm'; expected a number"),
         ("best_of_n scorer=taste", "scorer: found 'taste', expected one of logprob, vote, sound"),
-        ("best_of_n scorer=reward=nowhere", "reward model nowhere: it cannot be opened"),
+        ("best_of_n scorer=reward=nowhere", "reward model nowhere: found no such folder"),
         ("stage_beam n=2 keep=3", "keep is 3, of 2 candidates"),
         (dict(method="best_of_n", n=True), "n is True; expected a whole number"),
         (dict(method=["best_of_n"]), "found .'best_of_n'., expected one of"),

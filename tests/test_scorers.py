@@ -51,8 +51,10 @@ def test_a_reward_model_scores_in_batches_as_one_by_one():
         tiny_llava()[0].model.language_model.save_pretrained(d)
         with pytest.raises(SearchError, match="reward model"):
             scorers.RewardModel(d)
-    with pytest.raises(SearchError, match="cannot be opened"):
-        scorers.RewardModel("no such folder")
+    with tempfile.TemporaryDirectory() as d, pytest.raises(SearchError, match="cannot be opened"):
+        scorers.RewardModel(d)
+    with pytest.raises(SearchError, match="no such folder; download"):
+        scorers.RewardModel("nowhere")
 
 
 def test_a_duel_counts_wins_and_ties_by_the_order():
