@@ -852,10 +852,7 @@ def test_wrong_input_is_one_line_and_writes_nothing():
         ]
         for words, expected in cases:
             words = ["train", "--model", tmp / "model", "--out", tmp / "out", *words]
-            err = io.StringIO()
-            with contextlib.redirect_stderr(err):
-                code = cli.main([str(w) for w in words])
-            text = err.getvalue()
+            code, _, text = here(*words)
             assert code == 2 and text.count("\n") == 1 and text.startswith("llava-cot: error: "), text
             assert all(w in text for w in expected), text
             assert not (tmp / "out").exists() and [f.name for f in (tmp / "full").iterdir()] == [
