@@ -27,8 +27,10 @@ from .verdict import soundness_score
 
 # %% ../nbs/68_scorers.ipynb #scorer-09
 def _sure(candidates: Sequence[Candidate]) -> list[float]:
-    "The mean probability of a token, from 0 to 1: it decides between equals."
-    return [math.exp(s) if s == s else 0.0 for s in mean_logprob(candidates)]
+    "The mean probability of a token, from 0 to 1, 0 if unknown: it decides between equals."
+    told = [c for c in candidates if all(p.logprob is not None for p in c.pieces)]
+    found = {id(c): math.exp(s) for c, s in zip(told, mean_logprob(told))}
+    return [found.get(id(c), 0.0) for c in candidates]
 
 
 def conclusion_in(candidate: Candidate) -> str | None:
