@@ -261,7 +261,7 @@ def test_who_goes_is_forgotten_and_who_is_too_many_comes_again():
             status, _, told = asked(here.url, dict(messages=question(), max_tokens=3))
         assert status == 500 and "RuntimeError: shapes of tensors" in told["error"]["message"]
         broken = mock.Mock(side_effect=KeyError("no such"))
-        with mock.patch.dict("llava_cot.method.SCORERS", logprob=broken):
+        with mock.patch("llava_cot.scorers.mean_logprob", broken):
             asks = dict(messages=question(), max_tokens=3, method="best_of_n n=2 scorer=logprob")
             status, _, told = asked(here.url, asks)
         assert status == 500 and "the scorer failed: KeyError" in told["error"]["message"], told
