@@ -252,8 +252,9 @@ def _scored(scoring: list) -> list:
     "The scores that searches wait for; one call for each scorer."
     back, waiting = [], scoring.copy()
     scoring.clear()
-    for scorer in dict.fromkeys(request.scorer for _, request in waiting):
-        its = [(q, request) for q, request in waiting if request.scorer == scorer]
+    scorers = {id(request.scorer): request.scorer for _, request in waiting}  # some have no hash
+    for scorer in scorers.values():
+        its = [(q, request) for q, request in waiting if request.scorer is scorer]
         scores = list(scorer([c for _, request in its for c in request.candidates]))
         for q, request in its:
             n = len(request.candidates)

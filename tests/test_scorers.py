@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llava_cot import data, scorers, shapes
 from llava_cot.cot import LLAVA_COT
-from llava_cot.engine import Piece, SearchError
+from llava_cot.engine import Piece, Sampling, SearchError
 from llava_cot.judge import Judge
-from llava_cot.search import Answer, Question
+from llava_cot.search import Answer, BestOfN, Question, StageBeam, answer
 from llava_cot.tiny import tiny_llava
 
 def by_hand(example, *texts, logprob=-1.0):
@@ -91,6 +91,15 @@ def test_a_duel_counts_wins_and_ties_by_the_order():
         scorers.Duel(Judge(Liar()), pairs=6)(many)
     assert len(asked_.call_args.args[0]) == 6
     assert scorers.Duel(Judge(Liar()))(by_hand(one, "alone")) == [0.5]
+    model, processor = tiny_llava(seed=1)
+    two = [ex for _, ex in shapes.examples(2)]
+    hot = Sampling(temperature=1.0)
+    how = dict(scorer=scorers.Duel(Judge(Liar())), sampling=hot, max_new_tokens=8)
+    for method in (BestOfN(3, **how), StageBeam(2, 1, **how)):
+        said = answer(model, processor, two, method, progress=False)
+        assert [a.id for a in said] == [ex["id"] for ex in two]
+    best = answer(model, processor, two[:1], BestOfN(3, **how), progress=False)[0]
+    assert len(best.text) == max(len(tried.text) for tried in best.tree)
 
 
 def test_the_scene_tells_good_from_bad_at_every_stage():
