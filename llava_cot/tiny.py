@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'llava_processor', 'build_llava', 'tiny_llava', 'tiny_mllama', 'tiny_llava_next', 'tiny_qwen2_5_vl',
-           'tiny_base', 'open_model', 'open_skeleton', 'open_processor', 'TINY_TEXT', 'train_tokenizer']
+           'tiny_base', 'open_model', 'open_skeleton', 'open_processor', 'TINY_TEXT', 'train_tokenizer',
+           'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision', 'tiny_smolvlm']
 
 # %% ../nbs/23_tiny.ipynb #tiny-imports
 from importlib.resources import files
@@ -43,9 +44,20 @@ from llava_cot.models import (
 )
 from .opening import in_type, need_template, quantise
 from .toykit import HALF, TINY_TEXT, build, special_ids, train_tokenizer
+from .toys import tiny_idefics3 as tiny_idefics3
+from .toys import tiny_internvl as tiny_internvl
+from .toys import tiny_llava_onevision as tiny_llava_onevision
+from .toys import tiny_smolvlm as tiny_smolvlm
 
 # what a user of toys looks for here, too
-_all_ = ["TINY_TEXT", "train_tokenizer"]
+_all_ = [
+    "TINY_TEXT",
+    "train_tokenizer",
+    "tiny_idefics3",
+    "tiny_internvl",
+    "tiny_llava_onevision",
+    "tiny_smolvlm",
+]
 
 # %% ../nbs/23_tiny.ipynb #c038
 _AS_LLAVA = {
@@ -330,7 +342,17 @@ def tiny_base() -> tuple[PreTrainedModel, LlavaProcessor]:
     return load(folder)
 
 # %% ../nbs/23_tiny.ipynb #t-open
-TINY = ("tiny_base", "tiny_llava", "tiny_llava_next", "tiny_mllama", "tiny_qwen2_5_vl")
+TINY = (
+    "tiny_base",
+    "tiny_llava",
+    "tiny_llava_next",
+    "tiny_mllama",
+    "tiny_qwen2_5_vl",
+    "tiny_internvl",
+    "tiny_idefics3",
+    "tiny_smolvlm",
+    "tiny_llava_onevision",
+)
 
 
 def open_model(
