@@ -221,7 +221,8 @@ _NUMBERS = "image_mean image_std size crop_size rescale_factor resample pad_size
 _TILES = "max_image_tiles image_grid_pinpoints min_pixels max_pixels"
 _PATCHES = "patch_size temporal_patch_size merge_size"
 _IMAGE_FIELDS = f"{_NUMBERS} {_STEPS} {_TILES} {_PATCHES}".split()
-_PROCESSOR_FIELDS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+_TOKENS = "vision_feature_select_strategy num_additional_image_tokens image_seq_length"
+_PROCESSOR_FIELDS = f"patch_size {_TOKENS}".split()
 
 
 def _plain(value):
