@@ -227,6 +227,8 @@ _DECIDE = (  # their numbers decide shapes
     "stage_ids",
     "image_grid_thw",
     "image_sizes",
+    "batch_num_images",
+    "pixel_attention_mask",
     "mm_token_type_ids",
 )
 
