@@ -7,28 +7,98 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+
+QWEN_LIKE = CoTFormat(
+    "qwen_like",
+    ("think", "answer"),
+    open=("<think>", ""),
+    close=("</think>", ""),
+    pad="\n",
+    optional=("think",),
+)
 
 BITS = ["<", ">", "/", " ", "\n", "\n\n", "\t", "\r\n", "\u2028", "\x85", "\x1c", "a", "é", "数"]
 BITS += [*SEPARATORS, "SUMMARY", "<caption>", "</ Caption>", "</CONCLUSION"]
 mad = st.one_of(st.text(), st.lists(st.sampled_from(BITS), max_size=25).map("".join))
+STYLES = [
+    ("<{stage}>", "</{stage}>"),
+    ("[[{stage}]]", "[[/{stage}]]"),
+    ("<|{stage}|>", "<|end of {stage}|>"),
+    ("### {stage}:", ""),
+    ("begin {stage}", "end {stage}"),
+]
+NAMES = st.text(st.characters(categories=("L", "Nd", "P")), min_size=1, max_size=6)
 
 
-def plain(t):
+@st.composite
+def own_formats(draw):
+    "A format that somebody might make up."
+    stages = draw(st.lists(NAMES, min_size=1, max_size=12, unique_by=str.casefold))
+    opening, closing = draw(st.sampled_from(STYLES))
+    odd = draw(st.lists(st.sampled_from(stages), unique=True))
+    odd = [stage for stage in odd if stage != stages[-1]]
+    many = set(odd[::2])
+    counts = draw(st.booleans())
+    shape = dict(
+        open=[
+            opening.replace("{stage}", "{stage} {n}") if counts and s in many else opening
+            for s in stages
+        ],
+        close=[closing for _ in stages],
+        repeatable=sorted(many),
+        optional=odd[1:],
+        conclusion=stages[-1],
+        pad=draw(st.sampled_from(["", " ", "\n"])),
+        between=draw(st.sampled_from(["", " ", "\n", "\n\n"])),
+    )
+    if closing and draw(st.booleans()):
+        shape["open"][-1] = shape["close"][-1] = ""
+    try:
+        return CoTFormat("own", stages, **shape)
+    except CoTError:  # two names that make one separator
+        reject()
+
+
+formats = st.one_of(st.sampled_from(list(FORMATS.values())), st.just(QWEN_LIKE), own_formats())
+
+
+def plain(t, fmt=LLAVA_COT):
     "A text made fit to stand in a stage: no separators, not empty."
-    while any(s in t for s in SEPARATORS):
-        for s in SEPARATORS:
-            t = t.replace(s, "")
+    while fmt.marks(t):
+        t = "".join(dict.fromkeys(t))[1:]
     return t if t.strip() else "a"
 
 
-stage_text = mad.map(plain)
-formats = st.sampled_from(list(FORMATS.values()))
+def texts_for(fmt):
+    "Texts that may stand in its stages, made of what its separators are made of."
+    bits = [*BITS, *fmt.separators, *(s[:-1] for s in fmt.separators), *fmt.stages]
+    wild = st.one_of(st.text(), st.lists(st.sampled_from(bits), max_size=12).map("".join))
+    return wild.map(lambda t: plain(t, fmt))
 
 
 def answers(fmt):
-    return st.fixed_dictionaries({s: stage_text for s in fmt.stages}).map(CoT)
+    "Answers, some without what is optional, some with several of what is repeatable."
+    text = texts_for(fmt)
+    some = {
+        s: st.lists(text, min_size=1, max_size=3) if s in fmt.repeatable else text
+        for s in fmt.stages
+    }
+    may = {s: some.pop(s) for s in fmt.optional}
+    return st.fixed_dictionaries(some, optional=may).map(lambda given: CoT(given, fmt))
+
+
+def written(x, fmt):
+    "The answer as text, where it can be written."
+    try:
+        return render(x, fmt)
+    except CoTError as e:
+        assert "makes a separator" in str(e)
+        reject()
+
+
+stage_text = texts_for(LLAVA_COT)
 
 WOUNDS = [*SEPARATORS, *(s.lower() for s in SEPARATORS), "< SUMMARY >", "<CONCLUSION", "CAPTION>"]
 WOUNDS += [
@@ -117,6 +187,41 @@ def timed(f, *args):
     return time.process_time() - t
 
 
+def test_a_format_is_its_fields():
+    for form in (*FORMATS.values(), QWEN_LIKE):
+        assert format_of(form.to_dict()) == form == format_of(form) and hash(form)
+        assert pickle.loads(pickle.dumps(form)) == form
+    assert format_of("think") is THINK
+    for wrong in (
+        "thunk",
+        {"stages": ["a"]},
+        {"name": "x", "stagez": ["a"]},
+        3,
+        {"name": "x", "open": 3},
+    ):
+        with pytest.raises(CoTError):
+            format_of(wrong)
+    IMPOSSIBLE = [
+        dict(stages=()),
+        dict(stages=(" a", "b")),
+        dict(stages=("a\nb",)),
+        dict(stages=("OTHER",)),
+        dict(stages=("a", "b"), optional=("c",)),
+        dict(stages=("a", "b"), optional=("b",)),
+        dict(stages=("a", "b"), open=("<a>",)),
+        dict(stages=("a", "b"), open="<x>"),
+        dict(stages=("a", "b"), open="<{stage}{n}>"),
+        dict(stages=("a", "b"), open=("", "<b>")),
+        dict(stages=("a", "b"), open=("<a>", ""), close="</{stage}>"),
+        dict(stages=("a", "b"), close="<{stage}>"),
+        dict(stages=("a", "b"), tags=False, repeatable=("a",)),
+        dict(stages=("a", "b"), open=" <{stage}>"),
+    ]
+    for wrong in IMPOSSIBLE:
+        with pytest.raises(CoTError, match="mine"):
+            CoTFormat("mine", **wrong)
+
+
 def test_cot_is_a_mapping_with_attributes():
     c = CoT({"CONCLUSION": " 2 \n", "SUMMARY": "count"})
     same = CoT(summary="count", conclusion="2")
@@ -126,6 +231,10 @@ def test_cot_is_a_mapping_with_attributes():
     for wrong in ({"ANSWER": "2"}, {"CONCLUSION": 2}, {3: "x"}):
         with pytest.raises(CoTError):
             CoT(wrong)
+    steps = CoTFormat("m", ("think", "answer"), repeatable=("think",))
+    thought = CoT({"THINK": [" a ", "b"], "answer": "2"}, steps)
+    assert thought.think == ("a", "b") and thought.answer == "2" and said(thought["think"]) == "a\n\nb"
+    assert CoT({"think": "a", "answer": "2"}, steps).think == ("a",) and len({thought, thought}) == 1
 
 
 def test_render_is_llava_cot_100k_to_the_character():
@@ -140,7 +249,7 @@ def test_render_is_llava_cot_100k_to_the_character():
 
 def test_spans_point_at_the_text():
     odd = CoT(summary="a <b>", caption="x\ny", reasoning="é 数", conclusion="2 < 3")
-    for form in FORMATS.values():
+    for form in (LLAVA_COT, NO_TAGS, DIRECT, REORDERED):
         whole = render(odd, form)
         found = spans(whole, form)
         assert [s.stage for s in found] == list(form.stages)
@@ -154,29 +263,38 @@ def test_spans_point_at_the_text():
 
 
 def test_parse_undoes_render():
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data(), formats)
     def prop(data, fmt):
         x = data.draw(answers(fmt))
-        text = render(x, fmt)
+        text = written(x, fmt)
         assert parse(text, fmt) == x and check(text, fmt) == []
-        assert [s.stage for s in spans(text, fmt)] == list(fmt.stages)
+        assert list(dict.fromkeys(s.stage for s in spans(text, fmt))) == [
+            s for s in fmt.stages if s in x
+        ]
         if fmt.tags:
-            assert all(text[s.inner_start : s.inner_end] == x[s.stage] for s in spans(text, fmt))
-            assert all(check(text[:i], fmt) for i in range(len(text)))
+            its = {}
+            for s in spans(text, fmt):
+                its.setdefault(s.stage, []).append(text[s.inner_start : s.inner_end])
+            assert {s: tuple(t) if s in fmt.repeatable else t[0] for s, t in its.items()} == dict(x)
+            if fmt.closing(fmt.stages[-1]):
+                assert all(check(text[:i], fmt) for i in range(len(text)))
+        assert repair(text, fmt) == (text, [])
 
 
     prop()
 
 
 def test_any_text_gives_a_value_or_a_CoTError():
-    @settings(max_examples=200, deadline=None)
-    @given(mad, formats)
-    def prop(text, fmt):
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data(), formats)
+    def prop(data, fmt):
+        bits = [*BITS, *fmt.separators, *(s.upper() for s in fmt.separators), *fmt.stages]
+        text = data.draw(st.one_of(mad, st.lists(st.sampled_from(bits), max_size=15).map("".join)))
         problems = check(text, fmt)
         assert all(0 <= p.start <= len(text) and "\n" not in p.message for p in problems)
         try:
-            assert parse(text, fmt) and not problems
+            assert len(parse(text, fmt)) and not problems
         except CoTError as e:
             assert e.problems == problems and problems
         for s in spans(text, fmt):
@@ -243,14 +361,16 @@ def test_repair_never_invents():
 
 
 def test_repair_is_idempotent_and_total():
-    @settings(max_examples=200, deadline=None)
-    @given(mad, formats)
-    def prop(text, fmt):
+    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data(), formats)
+    def prop(data, fmt):
+        bits = [*BITS, *fmt.separators, *(s.upper() for s in fmt.separators), *fmt.stages]
+        text = data.draw(st.one_of(mad, st.lists(st.sampled_from(bits), max_size=15).map("".join)))
         once, problems = repair(text, fmt)
         assert repair(once, fmt) == (once, [] if all(p.fixed for p in problems) else problems)
         assert check(once, fmt) == [p for p in problems if not p.fixed]
         if once != text:
-            assert set("".join(parse(once, fmt).values())) <= set(text)
+            assert set("".join(said(t) for t in parse(once, fmt).values())) <= {*text, "\n"}
 
 
     prop()
@@ -330,6 +450,13 @@ def test_to_format_keeps_every_stage():
 
 
     prop()
+    x = CoT(summary="a", caption="b", reasoning="c", conclusion="d")
+    assert parse(to_format(render(x), LLAVA_COT, THINK), THINK).think == "a\n\nb\n\nc"
+    led = to_format(render(x), LLAVA_COT, LLAMAV_O1)
+    assert parse(led, LLAMAV_O1)["STEP"] == ("c",) and to_format(led, LLAMAV_O1, LLAVA_COT) == render(x)
+    assert to_format(led, LLAMAV_O1, DIRECT) == "d"
+    with pytest.raises(CoTError, match="SUMMARY is missing"):
+        to_format(to_format(led, LLAMAV_O1, THINK), THINK, LLAVA_COT)
 
 
 def test_errors_survive_pickle():
