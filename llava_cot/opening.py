@@ -594,7 +594,8 @@ def check_tokens(
     "Raise `ModelError` for tokens without a row, or an image token that the model does not know."
     ids, token = processor.tokenizer.get_vocab(), processor.image_token
     image, wanted = ids.get(token), model.config.image_token_id
-    if image != wanted:
+    written = {*getattr(processor, "image_token_ids", ())} - {processor.image_token_id}
+    if image != wanted and wanted not in written:
         found = "not in its tokenizer" if image is None else f"id {image}"
         raise ModelError(
             f"{where}: its processor marks a picture by {token!r} ({found}), and the model looks"

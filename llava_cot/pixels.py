@@ -8,6 +8,7 @@ __all__ = ['with_fields', 'with_budget', 'budget_of', 'adopt', 'adopted', 'check
 # %% ../nbs/26_pixels.ipynb #pixels-imports
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from llava_cot.families import (
 )
 from .models import check_preprocessing, fingerprint
 from .pictures import PictureError, check_pixels
+from .template import picture_ids
 from .tokens import encode
 
 # %% ../nbs/26_pixels.ipynb #pixels-family
@@ -170,8 +172,9 @@ def sized_batch(
     supervised: float = 0.75,  # share of the text that is answer
 ) -> dict:  # as `tokens.Collator` gives it
     "A batch in the shapes of a real one. Raises `ModelError` where the picture does not fit."
-    row, token = _blank_row(processor, size), processor.image_token_id
-    image = int((row["input_ids"] == token).sum())
+    row = _blank_row(processor, size)
+    counts = Counter(i for i in row["input_ids"].tolist() if i in picture_ids(processor))
+    ((token, image),) = counts.most_common(1)
     length = length or image + 8
     if length < image + 8:
         shape = f"a picture of {size[0]} × {size[1]} takes {image}"
@@ -181,7 +184,7 @@ def sized_batch(
     batch = example_text(batch_size, length, image, token, supervised)
     for name in row.keys() - batch.keys():
         x = row[name]
-        if x.ndim == 1:  # a number for each token: is it the picture's?
+        if x.shape == row["input_ids"].shape:  # a number for each token: is it the picture's?
             x = (batch["input_ids"][:1] == token).to(x.dtype)
         if name == "cross_attention_mask":  # (1, T, images, tiles)
             x = x.new_ones(1, length, *x.shape[2:])

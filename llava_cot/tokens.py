@@ -7,11 +7,11 @@ __all__ = ['TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'TooLong', 'encode', 'MaskVi
            'image_tokens', 'lengths', 'text_row']
 
 # %% ../nbs/25_tokens.ipynb #tokens-imports
-import copy
 import html
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from datasets import Image as Stored
 from fastcore.basics import patch
 from PIL import Image
-from transformers import BatchEncoding, ProcessorMixin
+from transformers import ProcessorMixin
 
 from .cot import LLAVA_COT, STAGE_NAMES, STAGES, CoTFormat, spans
 from .files import first_line
@@ -32,7 +32,16 @@ from llava_cot.pictures import (
     why_unfit,
 )
 from .show import View
-from .template import TokensError, Turn, conversation, layout
+from llava_cot.template import (
+    TokensError,
+    Turn,
+    conversation,
+    escaped,
+    layout,
+    picture_ids,
+    spread,
+    witnessed,
+)
 
 # %% ../nbs/25_tokens.ipynb #c032
 def _tokenise(
@@ -61,86 +70,6 @@ def _tokenise(
                 " it, write it apart, or pass control_tokens='escape'"
             )
     return ids, offsets
-
-# %% ../nbs/25_tokens.ipynb #c034b
-class _Plain:
-    "A tokenizer that reads `<mark>k<mark>` as the k-th of `spelled`, in plain text."
-
-    def __init__(self, tokenizer, mark: str, spelled: list[str]):
-        self.tokenizer, self.mark, self.spelled = tokenizer, mark, spelled
-
-    def __getattr__(self, name):
-        if name == "tokenizer":
-            raise AttributeError(name)  # not there yet while being copied
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, texts, return_offsets_mapping=False, return_tensors=None, **ignored):
-        if isinstance(texts, str):
-            ids, offsets = self.pieces(texts)
-            return {"input_ids": ids, "offset_mapping": offsets}
-        ids = [self.pieces(text)[0] for text in texts]
-        attended = [[1] * len(row) for row in ids]
-        return BatchEncoding(
-            {"input_ids": ids, "attention_mask": attended}, tensor_type=return_tensors
-        )
-
-    def pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        "ids, and offsets in the text as it reads without marks."
-        ids, offsets, at = [], [], 0
-        for i, piece in enumerate(text.split(self.mark)):
-            plain = i % 2 == 1
-            if plain:
-                piece = self.spelled[int(piece)]
-            some, where = self.piece(piece, plain, inside=i > 0)
-            ids += some
-            offsets += [(start + at, stop + at) for start, stop in where]
-            at += len(piece)
-        return ids, offsets
-
-# %% ../nbs/25_tokens.ipynb #c034c
-@patch
-def piece(
-    self: _Plain,
-    text: str,  # between two marks
-    plain: bool,  # a control token in it is only text
-    inside: bool,  # not at the beginning of the whole
-) -> tuple[list[int], list[tuple[int, int]]]:
-    "ids and offsets of one piece of a text."
-
-    def read(text):
-        out = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=plain, return_offsets_mapping=True
-        )
-        return out["input_ids"], out["offset_mapping"]
-
-    if inside:
-        line, _ = read("\n")
-        ids, offsets = read("\n" + text)
-        n = len(line)
-        if ids[:n] == line:  # else the line break melted into the text
-            return ids[n:], [(start - 1, stop - 1) for start, stop in offsets[n:]]
-    return read(text)
-
-# %% ../nbs/25_tokens.ipynb #c034c2
-def _escaped(
-    processor: ProcessorMixin, text: str, turns: list[Turn], specials: dict[int, str]
-) -> tuple[str, ProcessorMixin]:
-    "`text` with a mark wherever a turn spells a control token, and a processor that reads marks."
-    longest_first = sorted(specials.values(), key=len, reverse=True)
-    control = re.compile("|".join(map(re.escape, longest_first)))
-    found = [m.span() for turn in turns for m in control.finditer(text, turn.start, turn.stop)]
-    if not found:
-        return text, processor
-    mark = next(c for c in map(chr, range(0xE002, 0xF8FF)) if c not in text)
-    marked, at = "", 0
-    for k, (start, stop) in enumerate(found):
-        marked += f"{text[at:start]}{mark}{k}{mark}"
-        at = stop
-    reader = copy.copy(processor)
-    reader.tokenizer = _Plain(
-        processor.tokenizer, mark, [text[start:stop] for start, stop in found]
-    )
-    return marked + text[at:], reader
 
 # %% ../nbs/25_tokens.ipynb #c036
 def _visible(text: str, start: int, stop: int) -> int:
@@ -185,34 +114,36 @@ def _supervise(
             stages[i] = _stage_at(_visible(text, *offsets[i]) - turn.start, staged)
     return labels, stages
 
-# %% ../nbs/25_tokens.ipynb #c038
-def _run_end(ids: list[int], at: int, token: int) -> int:
-    "Where the run of `token` that begins at `at` ends."
-    while at < len(ids) and ids[at] == token:
-        at += 1
-    return at
+# %% ../nbs/25_tokens.ipynb #c040
+class _Row(NamedTuple):
+    "A conversation as tokens, before its pictures."
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # of these, in characters of the text as it reads
+    text: str  # that gives these ids, with a mark where a control token is spelled
+    processor: ProcessorMixin  # that reads marks
+    labels: list[int]
+    stages: list[int]
 
 
-def _spread(ids: list[int], final: list[int], image: int, name: str) -> list[int]:
-    "For each of the processor's final ids, which of ours it is. Raises `TokensError`."
-    if ids == final:
-        return list(range(len(ids)))
-    where, i, j = [], 0, 0
-    while i < len(ids) and j < len(final) and ids[i] == final[j]:
-        if ids[i] != image:
-            where.append(i)
-            i, j = i + 1, j + 1
-            continue
-        ours, theirs = _run_end(ids, i, image), _run_end(final, j, image)
-        if theirs - j < ours - i:
-            break
-        where += [i] * (theirs - j)
-        i, j = ours, theirs
-    if i < len(ids) or j < len(final):
-        raise TokensError(
-            f"{name}: the processor changed more than the image tokens, from token {j}"
-        )
-    return where
+def _read(
+    messages: list[dict],
+    processor: ProcessorMixin,
+    fmt: CoTFormat,
+    prompt_only: bool,
+    control_tokens: str,
+    name: str,
+) -> _Row:
+    "The tokens of a conversation; of a prompt, without labels and stages."
+    text, turns, specials = layout(processor, messages, prompt_only, name)
+    marked, reader = text, processor
+    if control_tokens == "escape":
+        marked, reader = escaped(processor, text, turns, specials)
+    ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name)
+    labels, stages = [], []
+    if not prompt_only:
+        labels, stages = _supervise(ids, offsets, text, turns, fmt, name)
+    return _Row(ids, offsets, marked, reader, labels, stages)
 
 # %% ../nbs/25_tokens.ipynb #c038b
 def _processed(images: list, text: str, processor: ProcessorMixin, name: str) -> dict:
@@ -233,19 +164,22 @@ def _processed(images: list, text: str, processor: ProcessorMixin, name: str) ->
     )
 
 
-def _pictures(
-    images: list, ids: list[int], text: str, processor: ProcessorMixin, name: str
-) -> tuple[dict, list[int], list[int]]:
+def _pictures(images: list, row: _Row, name: str) -> tuple[dict, list[int], list[int]]:
     "The image inputs, the final ids, and which of ours each is."
     if not images:
-        return {}, ids, list(range(len(ids)))
-    found = _processed(images, text, processor, name)
+        return {}, row.ids, list(range(len(row.ids)))
+    marked, reader = witnessed(row.processor, row.text)
+    found = _processed(images, marked, reader, name)
     found.pop("attention_mask", None)
     final = found.pop("input_ids")[0].tolist()
     for key, value in found.items():
         if value.shape == (1, len(final)):
             found[key] = value[0]  # a number for each token has no batch axis
-    return found, final, _spread(ids, final, processor.image_token_id, name)
+    where = spread(row.ids, row.offsets, marked, final, reader.tokenizer, name)
+    learned = {i for i, label in enumerate(row.labels) if label != -100}
+    if not learned.issubset(where):
+        raise TokensError(f"{name}: the place of a picture melts into an answer")
+    return found, final, where
 
 # %% ../nbs/25_tokens.ipynb #c039a
 class TooLong(TokensError):
@@ -285,36 +219,6 @@ def _shorter(messages: list[dict], fmt: CoTFormat) -> list[dict] | None:
     text = messages[i]["content"][0]["text"]
     kept = [{"type": "text", "text": text[:start] + text[stop:]}]
     return [*messages[:i], {"role": "assistant", "content": kept}, *messages[i + 1 :]]
-
-# %% ../nbs/25_tokens.ipynb #c040
-class _Row(NamedTuple):
-    "A conversation as tokens, before its pictures."
-
-    ids: list[int]
-    text: str  # that gives these ids, with a mark where a control token is spelled
-    processor: ProcessorMixin  # that reads marks
-    labels: list[int]
-    stages: list[int]
-
-
-def _read(
-    messages: list[dict],
-    processor: ProcessorMixin,
-    fmt: CoTFormat,
-    prompt_only: bool,
-    control_tokens: str,
-    name: str,
-) -> _Row:
-    "The tokens of a conversation; of a prompt, without labels and stages."
-    text, turns, specials = layout(processor, messages, prompt_only, name)
-    marked, reader = text, processor
-    if control_tokens == "escape":
-        marked, reader = _escaped(processor, text, turns, specials)
-    ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name)
-    labels, stages = [], []
-    if not prompt_only:
-        labels, stages = _supervise(ids, offsets, text, turns, fmt, name)
-    return _Row(ids, marked, reader, labels, stages)
 
 # %% ../nbs/25_tokens.ipynb #c040c
 def _check_choice(what: str, value: str, allowed: tuple) -> None:
@@ -367,7 +271,7 @@ def encode(
         return _read(messages, processor, fmt, prompt_only, control_tokens, name)
 
     row = read(messages)
-    inputs, final, where = _pictures(images, *row[:3], name)
+    inputs, final, where = _pictures(images, row, name)
     excess = len(final) - max_length if max_length else 0
     if excess > 0:
         if too_long == "drop":
@@ -376,7 +280,7 @@ def encode(
         row = _fit(messages, len(row.ids) - excess, read, fmt) if shorten else None
         if row is None:
             raise _too_long(name, len(final), max_length, too_long)
-        inputs, final, where = _pictures(images, *row[:3], name)
+        inputs, final, where = _pictures(images, row, name)
     input_ids = torch.tensor(final)
     out = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if not prompt_only:
@@ -388,11 +292,11 @@ def encode(
 COLOURS = ("#d9d9d9", "#cfe8ff", "#d8f5d0", "#fff1b8", "#ffd9d0")  # as STAGE_NAMES
 
 
-def _kind(i: int, attended: int, label: int, stage: int, image: int | None) -> str | int | None:
+def _kind(i: int, attended: int, label: int, stage: int, image: set[int]) -> str | int | None:
     "'pad', 'image', None for a token that is not learned, or the number of its stage."
     if not attended:
         return "pad"
-    if i == image:
+    if i in image:
         return "image"
     return None if label == -100 else stage
 
@@ -400,7 +304,7 @@ def _kind(i: int, attended: int, label: int, stage: int, image: int | None) -> s
 def _kinds(encoded: dict, processor: ProcessorMixin) -> tuple[list[int], list]:
     "ids, and the `_kind` of each."
     ids, attended = encoded["input_ids"].tolist(), encoded["attention_mask"].tolist()
-    n, image = len(ids), getattr(processor, "image_token_id", None)
+    n, image = len(ids), picture_ids(processor)
     labels = encoded["labels"].tolist() if "labels" in encoded else [-100] * n
     stages = encoded["stage_ids"].tolist() if "stage_ids" in encoded else [0] * n
     return ids, [_kind(*token, image) for token in zip(ids, attended, labels, stages)]
@@ -583,12 +487,32 @@ def __call__(
     for name, fill in _PADS.items():
         if name in rows[0]:
             batch[name] = self._line(rows, name, self.pad if fill == "pad" else fill, T)
-    others = {name: x for row in rows for name, x in row.items() if name not in _PADS}
-    for name, x in others.items():
-        batch[name] = self._line(rows, name, 0, T) if x.ndim == 1 else self._images(rows, name, T)
+    others = dict.fromkeys(name for row in rows for name in row if name not in _PADS)
+    for name in others:
+        tokens = any(row[name].shape == row["input_ids"].shape for row in rows if name in row)
+        batch[name] = self._line(rows, name, 0, T) if tokens else self._images(rows, name, T)
     return batch
 
 # %% ../nbs/25_tokens.ipynb #c093b
+def _written(processor: ProcessorMixin, size: tuple[int, int]) -> int:
+    "Tokens that the processor writes in the place of a picture, before a question."
+    asked = [{"type": "image"}, {"type": "text", "text": "a"}]
+    how = (LLAVA_COT, True, "refuse", "size")
+    row = _read([{"role": "user", "content": asked}], processor, *how)
+    _, final, _ = _pictures([Image.new("RGB", size)], row, "size")
+    return len(final) - len(row.ids) + 1
+
+
+@lru_cache(maxsize=16)
+def _besides(processor: ProcessorMixin, template: str) -> int | None:
+    "Tokens in a picture's place that its processor does not count; None: more for some pictures."
+    sizes = ((64, 64), (300, 900))
+    counted = processor._get_num_multimodal_tokens(image_sizes=[size[::-1] for size in sizes])
+    pairs = zip(sizes, counted["num_image_tokens"])
+    found = {_written(processor, size) - int(n) for size, n in pairs}
+    return found.pop() if len(found) == 1 else None
+
+
 def image_tokens(
     processor: ProcessorMixin,  # of the model
     size: tuple[int, int],  # (width, height) of a picture, pixels
@@ -596,14 +520,15 @@ def image_tokens(
     "How many tokens a picture of this size becomes. Raises `PictureError` where it does not fit."
     count = getattr(processor, "_get_num_multimodal_tokens", None)
     try:
-        if count:
-            return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0])
-        image = Image.new("RGB", size)
-        out = processor(text=[processor.image_token], images=[image], add_special_tokens=False)
+        more = _besides(processor, repr(processor.chat_template)) if count else None
+        if more is None:
+            return _written(processor, size)
+        return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]) + more
+    except PictureError:
+        raise
     except Exception as e:  # a processor raises what its arithmetic meets
         said = f"the processor refuses its {size[0]:,} × {size[1]:,} pixels: {first_line(e)}"
         raise PictureError(said) from e
-    return sum(i == processor.image_token_id for i in out["input_ids"][0])
 
 # %% ../nbs/25_tokens.ipynb #c093b3
 def _picture_tokens(

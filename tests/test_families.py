@@ -83,24 +83,6 @@ def test_what_a_budget_cannot_be_is_refused_by_name():
         assert budget_fields(other, seen_by) == {}
 
 
-def test_a_picture_alone_is_seen_as_in_a_batch():
-    for tiny in TINY:
-        model, processor = tiny()
-        sight = family_of(model).sight
-        eye = model.get_submodule(sight.path)
-        one_by_one = [example([picture(c)]) for c in ("red", "green", "white")]
-        made = Collator(processor)([encode(e, processor, prompt_only=True) for e in one_by_one])
-        together, own = model(**made).logits, eye.forward
-
-        def one_at_a_time(*args, **kwargs):
-            kept = [sight.keep(own(**given), **given) for given in sight.split(*args, **kwargs)]
-            assert len(kept) >= 3
-            return sight.join(eye, kept, *args, **kwargs)
-
-        eye.forward = one_at_a_time
-        assert torch.allclose(model(**made).logits, together, atol=1e-5)
-
-
 def test_parts_cover_every_parameter_once():
     tied = build_llava(train_tokenizer([TINY_TEXT]), tie=True)[0]
     assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight

@@ -2,6 +2,7 @@
 from llava_cot.template import *
 
 import copy
+import time
 from datetime import datetime
 from unittest import mock
 
@@ -10,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from llava_cot.template import _frame, _template
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.template import Witness, _frame, _template
+from llava_cot.tiny import (
+    TINY_TEXT,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    train_tokenizer,
+)
 
 hello = {
     "messages": [
@@ -19,6 +27,29 @@ hello = {
         {"role": "assistant", "content": [{"type": "text", "text": "Hi."}]},
     ]
 }
+
+class Writes:
+    "In place of a processor: a tokenizer, and what it writes where pictures stand."
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer, *written, change=str):
+        self.tokenizer, self.written, self.change = tokenizer, written, change
+
+    def __call__(self, text):
+        first, *others = text.split(self.image_token)
+        whole = first + "".join(w + t for w, t in zip(self.written, others, strict=True))
+        return self.tokenizer(self.change(whole))["input_ids"][0]
+
+
+def placed(tokenizer, text, *written, change=str):
+    "Ids and offsets of ours and of what is written, and which of ours each is."
+    marked, reader = witnessed(Writes(tokenizer, *written, change=change), text)
+    ours = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = ours["input_ids"], ours["offset_mapping"]
+    final = reader(marked)
+    where = spread(ids, offsets, marked, final, reader.tokenizer, "row 17")
+    return ids, offsets, final, reader.tokenizer.offsets, where
 
 
 def test_what_cannot_be_learned_from_is_refused():
@@ -126,6 +157,75 @@ def test_a_template_that_writes_the_date_writes_the_same_on_any_day():
                 assert _template(toy, told, False, "hello") == own
                 assert own in layout(toy, told)[0]
             chat_template_utils._compile_jinja_template.cache_clear()
+
+
+def test_whatever_is_written_in_a_place_is_told_from_the_text():
+    def known_by_its_characters(tokenizer, said, written):
+        text = "<image>".join(said)
+        ids, offsets, final, spans, where = placed(tokenizer, text, *written)
+        assert len(where) == len(final)
+        origin, at = [], 0  # of each character: where it is in our text, None where it is written
+        for piece, new in zip(said, [*written, ""]):
+            origin += [*range(at, at + len(piece)), *[None] * len(new)]
+            at += len(piece) + len("<image>")
+        mine = {}
+        for i, (span, token) in enumerate(zip(offsets, ids)):
+            mine.setdefault((*range(*span), token), []).append(i)
+        places = {i for i, token in enumerate(ids) if token == image}
+        for token, span, i in zip(final, spans, where):
+            there = mine.get((*origin[slice(*span)], token))
+            if there and None not in origin[slice(*span)]:
+                assert i == there.pop(0)
+            else:
+                assert i in places
+        kept = [i for i in where if i not in places]
+        assert kept == sorted(set(kept))
+
+
+    letters = st.sampled_from(["\n", " ", "user", "How", "a", "<", "row", ">", "é", "\U0001f308", "1"])
+    texts = st.lists(letters, max_size=6).map("".join)
+    inside = st.lists(letters | st.just("<image>"), max_size=8).map("".join)
+    pairs = st.lists(st.tuples(texts, inside | texts), min_size=1, max_size=4)
+    for vocabulary in (300, 512):
+        toy_tokenizer = train_tokenizer([TINY_TEXT + "\n\n\n\nuser\n\n" * 9], vocab_size=vocabulary)
+        image = toy_tokenizer.convert_tokens_to_ids("<image>")
+
+        def one(some, last):
+            said, written = zip(*some)
+            known_by_its_characters(toy_tokenizer, [*said, last], written)
+
+        settings(max_examples=150, deadline=None, database=None)(given(pairs, texts)(one))()
+
+
+def test_a_processor_that_changes_more_than_the_places_is_refused():
+    toy_tokenizer = tiny_llava()[1].tokenizer
+    said = "a<image>How many?<image>b"
+    for change, match in (
+        (str.upper, "wrote 'A' for 'a'"),
+        (lambda t: f"<s>{t}", "wrote '<s>a' for 'a'"),
+        (lambda t: t.replace("many", "much"), r"wrote 'uch\?' for 'any\?'"),
+        (lambda t: t.replace("b", ""), "wrote '' for 'b'"),
+        (lambda t: t.replace("How many?", "How many? "), "wrote ' ' for ''"),
+    ):
+        with pytest.raises(TokensError, match=f"^row 17: the processor changed .*: it {match}$"):
+            placed(toy_tokenizer, said, "x", "y", change=change)
+    with pytest.raises(TokensError, match="row 17: .* lost the places of pictures: found 0"):
+        placed(toy_tokenizer, "no place")
+    with pytest.raises(TokensError, match="lost the places of pictures: found 1, expected 2"):
+        placed(toy_tokenizer, said, "x", "y", change=lambda t: t[: t.rindex("?") + 1])
+
+
+def test_a_long_text_with_many_places_takes_time_like_its_length():
+    def seconds(n):
+        many = "a<image>" * n + "b"
+        start = time.perf_counter()
+        *_, where = placed(toy_tokenizer, many, *["\n<image><image>\n"] * n)
+        assert len(where) == 5 * n + 1
+        return time.perf_counter() - start
+
+
+    toy_tokenizer = tiny_llava()[1].tokenizer
+    assert seconds(20_000) < 5
 
 
 def test_the_end_token_is_there_when_the_template_writes_none():

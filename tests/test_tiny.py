@@ -2,8 +2,6 @@
 from llava_cot.tiny import *
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from llava_cot.tokens import Collator, encode
@@ -21,27 +19,6 @@ def example(images=(plain(),), answer="<SUMMARY> I will count the circles. </SUM
     return {"id": "plain", "images": list(images), "source": "", "messages": messages}
 
 TOYS = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
-
-def test_any_unicode_survives_the_tokenizer():
-    toy_tokenizer = train_tokenizer([TINY_TEXT])
-
-
-    @settings(max_examples=100, deadline=None)
-    @given(st.text())
-    def check(text):
-        assert toy_tokenizer.decode(toy_tokenizer(text, add_special_tokens=False).input_ids) == text
-
-
-    check()
-    assert train_tokenizer([TINY_TEXT]).get_vocab() == toy_tokenizer.get_vocab()
-
-
-def test_tags_are_one_token():
-    toy_tokenizer = train_tokenizer([TINY_TEXT])
-    closing = [f" </{stage}>" for stage in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")]
-    for tag in ("<CAPTION>", "<REASONING>", "<CONCLUSION>", *closing):
-        assert len(toy_tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
 
 
 def test_a_row_without_image_computes_what_it_does_alone():
