@@ -46,17 +46,20 @@ def staged_lines(
         return text
     if not whole:
         text = _sure(text, fmt)
-    for stage in fmt.stages:
-        begun = r"\s*" + re.escape(fmt.open(stage)) + r"\s*"
-        text = re.sub(rf"\A{begun}", f"{stage:11}", text)
-        text = re.sub(begun, f"\n{stage:11}", text)
-        text = re.sub(r"\s*" + re.escape(fmt.close(stage)) + r"\s*", "\n", text)
+    often = [(s, n) for s in fmt.stages for n in range(1, 10 if s in fmt.repeatable else 2)]
+    for stage, n in often:
+        begun, ended = (rf"\s*{re.escape(end(stage, n))}\s*" for end in (fmt.opening, fmt.closing))
+        if fmt.opening(stage, n):
+            text = re.sub(rf"\A{begun}", f"{stage:11}", text)
+            text = re.sub(begun, f"\n{stage:11}", text)
+        if fmt.closing(stage, n):
+            text = re.sub(ended, "\n", text)
     return text.rstrip() if whole else text
 
 
 def _sure(text: str, fmt: CoTFormat) -> str:
     "A text as far as it is not the beginning of a separator."
-    ends = [tag(stage) for stage in fmt.stages for tag in (fmt.open, fmt.close)]
+    ends = fmt.separators
     longest = max(map(len, ends))
     for n in range(min(longest, len(text)), 0, -1):
         tail = text[-n:]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SEPARATORS', 'LLAVA_COT', 'NO_TAGS', 'DIRECT', 'REORDERED', 'THINK', 'LLAMAV_O1', 'FORMATS', 'STAGE_NAMES',
-           'Problem', 'InputError', 'InputWarning', 'CoTError', 'refused', 'CoTFormat', 'format_of', 'CoT', 'said',
-           'render', 'Span', 'spans', 'check', 'parse', 'repair', 'to_format']
+           'Problem', 'InputError', 'InputWarning', 'CoTError', 'refused', 'CoTFormat', 'format_of', 'name_or_fields',
+           'CoT', 'said', 'render', 'Span', 'spans', 'unclosed', 'closed', 'check', 'parse', 'repair', 'to_format']
 
 # %% ../nbs/00_cot.ipynb #cot-imports
 import functools
@@ -292,6 +292,11 @@ def format_of(
         raise CoTError("fmt: found no name, expected one: reports are to call it something")
     return CoTFormat(**given)
 
+
+def name_or_fields(fmt: CoTFormat) -> str | dict:
+    "What `format_of` reads: the name of a preset, or the fields of a format of one's own."
+    return fmt.name if FORMATS.get(fmt.name) == fmt else fmt.to_dict()
+
 # %% ../nbs/00_cot.ipynb #c019
 class CoT(Mapping):
     "A staged answer: stage → text, stripped. Stages are also attributes: `cot.conclusion`."
@@ -520,6 +525,26 @@ def spans(
         if not after.startswith("\n\n"):
             found.pop()  # the text may go on
     return [Span(stage, a, b, a, b) for stage, (a, b) in zip(fmt.stages, found)]
+
+
+def unclosed(
+    text: str,  # an answer, or its beginning
+    fmt: CoTFormat = LLAVA_COT,
+) -> str:  # empty where it ends in none
+    "The separator that would close the stage in which a text ends."
+    marks = _marks(fmt, text) if fmt.tags else []
+    inside = bool(marks) and not marks[-1].closes and marks[-1].stage in fmt.stages
+    return fmt.closing(marks[-1].stage, marks[-1].number) if inside else ""
+
+
+def closed(
+    text: str,  # an answer, or its beginning
+    fmt: CoTFormat = LLAVA_COT,
+) -> str | None:
+    "The stage whose separator stands at the end of a text."
+    marks = _written(fmt, text) if fmt.tags else []
+    ends = bool(marks) and marks[-1].closes and not text[marks[-1].end :].strip()
+    return marks[-1].stage if ends and marks[-1].stage in fmt.stages else None
 
 # %% ../nbs/00_cot.ipynb #c043n
 STAGE_NAMES = ("OTHER", *STAGES)  # what the numbers in `stage_ids` mean

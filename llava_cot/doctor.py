@@ -34,7 +34,7 @@ from llava_cot.copies import (
     open_gallery,
     progress_bar,
 )
-from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
+from .cot import LLAVA_COT, CoTFormat, Problem
 from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
 from .given import StoredPath
@@ -218,11 +218,16 @@ def _survey_row(row: _RowSurvey, example: dict, marked: bool, source, fmt: CoTFo
     row.found = [source.find(name) for name in row.names]
     row.questions = [_hash(" ".join(q.casefold().split())) for q in dict.fromkeys(asked)]
     row.placement = _placement(example, marked)
-    if "CONCLUSION" in spans:
-        conclusion = spans["CONCLUSION"]
+    if fmt and fmt.conclusion in spans:
+        conclusion = spans[fmt.conclusion]
         row.form = conclusion_form(answer[conclusion.inner_start : conclusion.inner_end])
-    stages = [answer[spans[s].start : spans[s].end] if s in spans else "" for s in STAGES]
+    stages = [answer[spans[s].start : spans[s].end] if s in spans else "" for s in _stages(fmt)]
     row.lengths = ["\n".join(asked), *stages, answer]
+
+
+def _stages(fmt: CoTFormat | None) -> tuple[str, ...]:
+    "The stages whose lengths are counted."
+    return fmt.numbered if fmt else LLAVA_COT.numbered
 
 
 def _count_tokens(rows: list[_RowSurvey], tokenizer):
@@ -397,7 +402,7 @@ def _measure(self: DataReport, rows: list[_RowSurvey], seen: _Seen):
     self.sizes = Counter(p.size for p in good)
     counts = np.array([row.lengths for row in rows if row.lengths])
     if len(counts):
-        columns = zip(("question", *STAGES, "answer"), counts.T)
+        columns = zip(("question", *_stages(self.fmt), "answer"), counts.T)
         self.lengths = {name: tokens[tokens >= 0] for name, tokens in columns}
     for size, n in self.sizes.items():
         if isinstance(seen.tiles.get(size), int):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .cot import CoT, CoTError, Problem, check, parse, render, spans
+from .cot import CoT, CoTError, CoTFormat, Problem, check, parse, render, spans
 from .data import answer_text, question
 from .engine import SearchError, whole
 from .judge import Judge
@@ -36,7 +36,7 @@ def _sure(candidates: Sequence[Candidate]) -> list[float]:
 def conclusion_in(candidate: Candidate) -> str | None:
     "What a candidate concludes, if it is whole."
     try:
-        return parse(candidate.text, candidate.fmt)["CONCLUSION"]
+        return parse(candidate.text, candidate.fmt)[candidate.fmt.conclusion]
     except CoTError:
         return None
 
@@ -89,14 +89,16 @@ class Soundness:
         if c.finished or c.piece.ended != "stop":
             return soundness(c.example, c.text, c.fmt, finished=c.finished)
         stages = {s.stage: c.text[s.inner_start : s.inner_end] for s in spans(c.text, c.fmt)}
-        found = findings(stages, question(c.example), None)
+        found = findings(stages, question(c.example), None, c.fmt)
         rest = [p for p in check(c.text, c.fmt) if p.kind != "missing"]
         return rest + [
-            Problem(kind, stage, told) for kind, stage, _, told in found if self._fits(kind, stages)
+            Problem(kind, stage, told)
+            for kind, stage, _, told in found
+            if self._fits(kind, stages, c.fmt)
         ]
 
-    def _fits(self, kind: str, stages: dict) -> bool:
-        return kind != "unsupported" or "CONCLUSION" in stages
+    def _fits(self, kind: str, stages: dict, fmt: CoTFormat) -> bool:
+        return kind != "unsupported" or fmt.conclusion in stages
 
 # %% ../nbs/68_scorers.ipynb #scorer-16
 class RewardModel:

@@ -72,11 +72,11 @@ class Desk:
 
     def _run(self) -> None:
         "Serves until it is closed, whatever happens to a job."
-        words = [end(s) for s in self.fmt.stages for end in (self.fmt.open, self.fmt.close)]
-        words = words if self.fmt.tags else []
         with left_as_found(self.model):
             while not self.closed:
-                self.engine = Engine(self.model, self.processor, self.bounds.batch_size, words)
+                self.engine = Engine(
+                    self.model, self.processor, self.bounds.batch_size, self.fmt.separators
+                )
                 try:
                     self._serve()
                 except Exception as e:  # what a model raises must not end the server

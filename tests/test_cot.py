@@ -189,7 +189,7 @@ def timed(f, *args):
 
 def test_a_format_is_its_fields():
     for form in (*FORMATS.values(), QWEN_LIKE):
-        assert format_of(form.to_dict()) == form == format_of(form) and hash(form)
+        assert format_of(form.to_dict()) == form == format_of(name_or_fields(form)) and hash(form)
         assert pickle.loads(pickle.dumps(form)) == form
     assert format_of("think") is THINK
     for wrong in (
