@@ -37,8 +37,7 @@ from llava_cot.copies import (
 from .cot import LLAVA_COT, CoTFormat, Problem
 from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
-from .given import StoredPath
-from .pictures import why_unfit
+from .pictures import StoredPath, why_unfit
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 from .show import figure_png, page_html, png_html, table_html
 

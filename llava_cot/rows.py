@@ -30,8 +30,8 @@ from fastcore.basics import patch
 from . import cot
 from .cot import CoTFormat, Problem
 from .files import DataError, ImagePaths, find_images, first_line, read_bytes, row_error
-from .given import StoredPath
 from .layouts import ReadRow, check_columns, is_row, meaning, read_row
+from .pictures import StoredPath
 
 # %% ../nbs/08_rows.ipynb #c010
 def _row(raw: bytes) -> dict:
