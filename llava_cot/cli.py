@@ -36,7 +36,7 @@ from llava_cot.commands import (
 )
 from .cot import FORMATS, InputError, InputWarning
 from .distill import distill
-from .examine import check, env, preview
+from .examine import check, env, family, preview
 from .scoring import evaluate
 from .serve import run_server
 
@@ -45,6 +45,7 @@ COMMANDS = dict(
     demo=demo,
     check=check,
     preview=preview,
+    family=family,
     plan=plan,
     train=train,
     eval=evaluate,
@@ -55,7 +56,7 @@ COMMANDS = dict(
     env=env,
 )
 _PLACES = dict(
-    check=("path",), serve=("model",), push=("folder", "repo")
+    check=("path",), family=("model",), serve=("model",), push=("folder", "repo")
 )  # what is given without an option's name
 _GROUPS = dict.fromkeys(("data", "columns", "model", "out", "schedule"), "what is trained on what")
 _GROUPS |= dict.fromkeys(("fmt", "augment"), "rows")
@@ -290,7 +291,9 @@ def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
 # %% ../nbs/85_cli.ipynb #cli-main
 def main(
     args: list | None = None,  # the words behind `llava-cot`; those of this process when left out
-) -> int:  # the exit code: 0, 1 where `check` found errors, 2 for bad input, 130 when interrupted
+) -> (
+    int
+):  # the exit code: 0, 1 where `check` or `family` did, 2 for bad input, 130 when interrupted
     "The `llava-cot` command."
     words = tidy(sys.argv[1:] if args is None else args)
     if not sys.stderr.isatty():

@@ -191,6 +191,9 @@ class LocalModel:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.replies = Replies(store)
 
+    def __repr__(self):
+        return f"LocalModel({self.name!r})"
+
     def key(self, example: dict, max_new_tokens: int) -> str:
         "The hash under which the reply to an example is kept."
         return prompt_hash(example, model=self.name, max_new_tokens=max_new_tokens)

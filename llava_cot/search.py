@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WARM', 'METHODS', 'Tried', 'Answer', 'Greedy', 'prompt_batches', 'ids_of', 'Part', 'Candidate', 'is_complete',
-           'Score', 'Question', 'drive', 'prompt_digest', 'as_answer', 'answer', 'mean_logprob', 'BestOfN', 'judge',
-           'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out', 'Retrace']
+           'Score', 'Question', 'drive', 'scores_of', 'prompt_digest', 'as_answer', 'answer', 'mean_logprob', 'BestOfN',
+           'judge', 'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out', 'Retrace']
 
 # %% ../nbs/51_search.ipynb #search-imports
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -245,12 +245,30 @@ def _scored(scoring: list) -> list:
     scorers = {id(request.scorer): request.scorer for _, request in waiting}  # some have no hash
     for scorer in scorers.values():
         its = [(q, request) for q, request in waiting if request.scorer is scorer]
-        scores = list(scorer([c for _, request in its for c in request.candidates]))
+        scores = scores_of(scorer, [c for _, request in its for c in request.candidates])
         for q, request in its:
             n = len(request.candidates)
-            back.append((q, [float(s) for s in scores[:n]]))
+            back.append((q, scores[:n]))
             scores = scores[n:]
     return back
+
+
+def scores_of(scorer: Callable, candidates: Sequence[Candidate]) -> list[float]:
+    "What a scorer gives to candidates. Raises `SearchError` where it is not a number for each."
+    name, n, found = getattr(scorer, "__name__", None) or type(scorer).__name__, len(candidates), []
+    scores = scorer(candidates)
+    if not isinstance(scores, Iterable):
+        raise SearchError(f"scorer {name}: found no list of scores for {n} candidates")
+    for score in scores:
+        try:
+            found.append(float(score))
+        except (TypeError, ValueError):
+            expected = "expected a number for each candidate"
+            raise SearchError(f"scorer {name}: found {score!r:.60}, {expected}") from None
+    if len(found) != n:
+        told = f"found {len(found)} scores for {n} candidates"
+        raise SearchError(f"scorer {name}: {told}; expected one for each")
+    return found
 
 
 def _collected(writer, wants: dict) -> list:
@@ -410,11 +428,12 @@ def judge(
     pieces: Sequence[Piece],
     keep: int,
     turn: int = 0,  # how often the search has gone back
-) -> Generator:  # of the best, best first; and all scores
-    "Part of a search: the best of some candidates. Of equals, the first."
+) -> Generator:  # of the best, best first; and all scores, None where a scorer gave no number
+    "Part of a search: the best of some candidates. Of equals, the first; without a score, last."
     scores = yield Score(scorer, [q.candidate(p) for p in pieces])
-    scores = [round(s, 5) for s in scores]  # rounding errors of the model decide nothing
-    order = sorted(range(len(pieces)), key=lambda i: (-scores[i], i))  # not a number comes last
+    # rounding errors of the model decide nothing
+    scores = [round(s, 5) if math.isfinite(s) else None for s in scores]
+    order = sorted(range(len(pieces)), key=lambda i: (scores[i] is None, -(scores[i] or 0), i))
     best = [pieces[i] for i in order[:keep]]
     q.note(pieces, scores, best, turn)
     return best, scores
@@ -605,8 +624,9 @@ class Retrace:
             if not new:
                 continue
             _, rewards = yield from judge(q, self.scorer, new, 1, round)
-            pool += zip(rewards, new)
-            if stands_out(rewards, [reward for reward, _ in pool], self.z):
+            rated = [(r, p) for r, p in zip(rewards, new) if r is not None]
+            pool += rated
+            if rated and stands_out([r for r, _ in rated], [r for r, _ in pool], self.z):
                 break
         return max(pool, key=lambda one: one[0])[1] if pool else None
 

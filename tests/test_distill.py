@@ -21,9 +21,12 @@ from llava_cot import data, search, shapes
 from llava_cot.commands import CliError
 from llava_cot.cot import InputError
 from llava_cot.data import answer_text, question
+from llava_cot.distill import sampling_method
 from llava_cot.endpoint import EndpointError, completion, served
+from llava_cot.engine import Sampling
 from llava_cot.reasoning import FAULTS, spoil
 from llava_cot.replies import chat
+from llava_cot.scorers import Soundness, Vote
 from llava_cot.shapes import read_key, verify
 
 class Student:
@@ -181,8 +184,13 @@ def test_a_teacher_is_given_the_known_answer_and_must_come_to_it():
         assert kept_ and not any("Correct answer" in json.dumps(row) for row in kept_)
         assert "unsound" not in found_["refused"] and found_["refused"]["wrong"]
         for words, error, why in (
-            (dict(method="best"), CliError, "method: found 'best', expected one of greedy, best_of_n"),
-            (dict(method="retrace", n=3), CliError, "n: found it with retrace"),
+            (
+                dict(method="best"),
+                InputError,
+                "method: found 'best', expected one of greedy, best_of_n",
+            ),
+            (dict(method="retrace", n=3), InputError, "method: retrace takes no 'n'"),
+            (dict(method="best_of_n scorer=taste"), InputError, "scorer: found 'taste'"),
             (dict(keep=0), CliError, "keep: found 0"),
             (dict(temperature=-1.0), InputError, "temperature is -1.0"),
         ):
@@ -206,6 +214,32 @@ def test_a_model_opened_here_is_sampled_and_its_digest_stands_in_each_row():
         few = dict(method="best_of_n", n=2, max_new_tokens=6, rows=2)
         found_ = quietly("tiny_llava", "rows", "random", **few)
         assert found_["asked"] == 2 and found_["kept"] == 0 and found_["answers"] == 4
+
+
+def test_any_method_and_scorer_can_be_named_and_is_said_in_each_row():
+    for words, n, wanted in (
+        ("best_of_n", None, search.BestOfN(8, max_new_tokens=1024)),
+        ("stage_beam", 1, search.StageBeam(1, 1, max_new_tokens=1024)),
+        ("stage_beam n=6", None, search.StageBeam(6, 3, max_new_tokens=1024)),
+        (["sentence_beam", "n=6", "keep=5"], 8, search.SentenceBeam(8, 5, max_new_tokens=1024)),
+        (
+            ["best_of_n", "scorer=vote", "max_new_tokens=9"],
+            2,
+            search.BestOfN(2, Vote(), max_new_tokens=9),
+        ),
+        (["retrace", "scorer=sound"], None, search.Retrace(scorer=Soundness(), max_new_tokens=1024)),
+        ("greedy", None, search.Greedy(1024)),
+    ):
+        assert sampling_method(words, n) == wanted, words
+    assert sampling_method("best_of_n", temperature=0.2, seed=4).sampling == Sampling(0.2, 0.9, seed=4)
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        desk = student("rows", 6, seed=5)
+        with served(desk) as url:
+            how = dict(endpoint=url, known=False, keep=9)
+            quietly("m", "rows", "out", ["best_of_n", "n=6", "scorer=vote"], **how)
+        its = [row["distilled"] for row in lines_of("out/train.jsonl")]
+        assert its and all("best_of_n n=6 scorer=vote" in one["method"] for one in its)
+        assert any(one["score"] >= 2 for one in its)
 
 
 @pytest.mark.slow

@@ -3,30 +3,55 @@ from llava_cot.scorers import *
 
 import math
 import tempfile
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from llava_cot import data, scorers, shapes
-from llava_cot.cot import LLAVA_COT
+from llava_cot.cot import LLAVA_COT, NO_TAGS, to_format
 from llava_cot.engine import Piece, Sampling, SearchError
-from llava_cot.judge import Judge
+from llava_cot.judge import Judge, LocalModel
 from llava_cot.search import Answer, BestOfN, Question, StageBeam, answer
 from llava_cot.tiny import tiny_llava
 
-def by_hand(example, *texts, logprob=-1.0):
+def by_hand(example, *texts, logprob=-1.0, fmt=LLAVA_COT):
     "Candidates with these texts."
     root = Piece(None, (), "", "", "prompt")
-    q = Question(example["id"], lambda: example, LLAVA_COT, root, tuple)
+    q = Question(example["id"], lambda: example, fmt, root, tuple)
     found = []
     for text in texts:
-        how = "end" if text.rstrip().endswith("</CONCLUSION>") else "stop"
+        ended = text.rstrip().endswith("</CONCLUSION>") or not fmt.tags
+        how = "end" if ended else "stop"
         found.append(q.candidate(Piece(root, (1, 2), text, text, how, 2 * logprob)))
     return found
+
+class Liar:
+    "A stand-in for a model that prefers the longer answer, or whatever stands first."
+
+    def __init__(self, first=False):
+        self.first = first
+
+    def key(self, example, n):
+        return example["id"]
+
+    def answer(self, examples, n, schema=None, progress=False):
+        found = []
+        for ex in examples:
+            text = ex["messages"][0]["content"][-1]["text"]
+            a, b = (text.split(f"{name}:\n-----\n")[1].split("\n-----")[0] for name in "AB")
+            better = "A" if self.first or len(a) > len(b) else "B"
+            found.append(Answer(ex["id"], f'{{"reason": "so", "better": "{better}"}}', True, 1))
+        return found
 
 
 def test_a_reward_model_scores_in_batches_as_one_by_one():
@@ -62,26 +87,25 @@ def test_a_reward_model_scores_in_batches_as_one_by_one():
         scorers.RewardModel("nowhere")
 
 
+def test_what_a_reward_model_cannot_read_gets_no_score():
+    tokenizer_ = tiny_llava()[1].tokenizer
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ids = dict(vocab_size=len(tokenizer_), pad_token_id=tokenizer_.pad_token_id, num_labels=1)
+    _, one = next(iter(shapes.examples(1)))
+    with tempfile.TemporaryDirectory() as d:
+        BertForSequenceClassification(
+            BertConfig(**sizes, **ids, max_position_embeddings=60)
+        ).save_pretrained(d)
+        tokenizer_.save_pretrained(d)
+        model_ = scorers.RewardModel(d)
+        short, long = model_(by_hand(one, "x", "x " * 90))
+        assert (
+            math.isfinite(short) and math.isnan(long) and math.isnan(model_(by_hand(one, "x " * 90))[0])
+        )
+        assert model_([]) == []
+
+
 def test_a_duel_counts_wins_and_ties_by_the_order():
-    class Liar:
-        "A stand-in for a model that prefers the longer answer, or whatever stands first."
-
-        def __init__(self, first=False):
-            self.first = first
-
-        def key(self, example, n):
-            return example["id"]
-
-        def answer(self, examples, n, schema=None, progress=False):
-            found = []
-            for ex in examples:
-                text = ex["messages"][0]["content"][-1]["text"]
-                a, b = (text.split(f"{name}:\n-----\n")[1].split("\n-----")[0] for name in "AB")
-                better = "A" if self.first or len(a) > len(b) else "B"
-                found.append(Answer(ex["id"], f'{{"reason": "so", "better": "{better}"}}', True, 1))
-            return found
-
-
     _, one = next(iter(shapes.examples(1)))
     its = by_hand(one, "a", "bb", "cccc", "ddddd")
     assert scorers.Duel(Judge(Liar()))(its) == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -102,6 +126,17 @@ def test_a_duel_counts_wins_and_ties_by_the_order():
     assert len(best.text) == max(len(tried.text) for tried in best.tree)
 
 
+def test_questions_of_the_same_name_do_not_vote_together():
+    _, one = next(iter(shapes.examples(1)))
+    said_a, said_b = (f"<CONCLUSION> {n} </CONCLUSION>" for n in (1, 2))
+    full = one["messages"][-1]["content"][0]["text"]
+    a_, b_ = (full.replace("<CONCLUSION> 1 </CONCLUSION>", said) for said in (said_a, said_b))
+    here, there = by_hand(one, a_, b_, a_), by_hand(one, b_, b_, a_)
+    for scorer in (scorers.Vote(), scorers.Duel(Judge(Liar()))):
+        assert scorer([*here, *there]) == [*scorer(here), *scorer(there)]
+    assert scorers.Vote()(here)[0] > 2 > scorers.Vote()(here)[1]
+
+
 def test_the_scene_tells_good_from_bad_at_every_stage():
     with tempfile.TemporaryDirectory() as d:
         shapes.write(d, 6, progress=False)
@@ -109,13 +144,35 @@ def test_the_scene_tells_good_from_bad_at_every_stage():
         exact = scorers.Verifier(d)
         for ex in (rows_[i] for i in range(6)):
             true = data.answer_text(ex)
+            ex = ex | dict(messages=ex["messages"][:1])  # nobody knows its answer
             caption = true[: true.index("</CAPTION>") + 10]
             false = caption.replace("Top left", "Bottom right", 1)
             whole_, cut, bad, junk = exact(by_hand(ex, true, caption, false, "nothing"))
             assert whole_ > 0 and cut > 0 and junk < 0
             assert bad < 0 or false == caption
+            begun, lie = (t[: t.index(".", t.index("<CAPTION>")) + 1] for t in (true, false))
+            begun, lie = exact(by_hand(ex, begun, lie))  # in the middle of a stage
+            assert begun > lie or false == caption
+            plain = to_format(true, LLAVA_COT, NO_TAGS)
+            good, bad = exact(by_hand(ex, plain, plain.replace(".", "?!"), fmt=NO_TAGS))
+            assert good > 0 > bad
+        with pytest.raises(SearchError, match="verifier: other is not in .*scenes.jsonl"):
+            exact(by_hand(ex | dict(id="other"), true))
     with pytest.raises(SearchError, match="scenes.jsonl"):
         scorers.Verifier(".")
+
+
+def test_the_word_of_a_scorer_is_that_which_makes_it():
+    with tempfile.TemporaryDirectory() as d:
+        shapes.write(f"{d}/some rows", 2, progress=False)
+        for word in ("logprob", "vote", "sound", f"verifier={d}/some rows"):
+            assert scorers.word_of(scorers.scorer_of(word)) == word
+    judge_ = Judge(LocalModel(*tiny_llava(), name="mine"))
+    told = scorers.word_of(scorers.Duel(judge_, 3))
+    assert "0x" not in told and "LocalModel('mine')" in told and "pairs=3" in told
+    assert "0x" not in scorers.word_of(partial(scorers.mean_logprob))
+    assert scorers.word_of(by_hand) == "by_hand"
+    assert len({BestOfN(2, s) for s in (scorers.Duel(judge_), scorers.Vote(), scorers.Vote())}) == 2
 
 
 def test_scorers_take_any_text():
