@@ -166,10 +166,7 @@ def _rehearse(
     group = _micro_batches(batch, s, mode, ledger)
     ledger.reset()
     with ledger, gradient_checkpointing(model, s.checkpointing):
-        names = dict(names=s.fmt.stage_names)
-        one_update(
-            prepared, group, optimizer, scheduler, phase, accelerator, s.stage_weights, **names
-        )
+        one_update(prepared, group, optimizer, scheduler, phase, accelerator, s.stage_weights)
     for hook in hooks:
         hook.remove()
     return dict(

@@ -28,7 +28,7 @@ from llava_cot.cot import (
     Problem,
     parse,
     render,
-    spans,
+    retold,
     to_format,
 )
 from llava_cot.scenes import (
@@ -608,39 +608,17 @@ def verify(
     """
     query = read_question(question) if isinstance(question, str) else question
     try:
-        cot = parse(text, fmt)
+        parse(text, fmt)
     except CoTError as e:
         return [Problem("format", None, str(e), e.problems[0].start)]
-    stages, begins = _as_told(cot, text, fmt)
+    stages, begins = {}, {}
+    for stage, start, end in retold(text, fmt):
+        stages[stage] = f"{stages.get(stage, '')} {text[start:end]}"
+        begins.setdefault(stage, start)
     return [
         replace(problem, start=begins.get(problem.stage, 0) + problem.start)
-        for problem in _judged(stages, scene, query)
+        for problem in _judged(CoT(stages), scene, query)
     ]
-
-
-def _as_told(cot: CoT, text: str, fmt: CoTFormat) -> tuple[CoT, dict]:
-    "The stages that Shapes tells of, and where each begins; a chain of thought has paragraphs."
-    known = LLAVA_COT.stages
-    found = [(s.stage, s.inner_start, s.inner_end) for s in spans(text, fmt)]
-    if set(fmt.stages) <= set(known):
-        return cot, {stage: start for stage, start, _ in found}
-    chain = [place for stage, *place in found if stage in fmt.reasoning]
-    names = ["REASONING"] * len(chain)
-    if len(chain) == 1:
-        ((start, end),) = chain
-        parts = re.finditer(r"(?s)\S.*?(?=\n\s*\n|\Z)", text[start:end])
-        chain = [(start + m.start(), start + m.end()) for m in parts]
-        names = known[:3] if len(chain) == 3 else ["REASONING"] * len(chain)
-    places = [(name, *place) for name, place in zip(names, chain)]
-    for stage, *place in found:
-        if stage not in fmt.reasoning:
-            places.append(("CONCLUSION" if stage == fmt.conclusion else stage, *place))
-    stages, begins = {}, {}
-    for stage, start, end in places:
-        if stage in known:
-            stages[stage] = f"{stages.get(stage, '')} {text[start:end]}"
-            begins.setdefault(stage, start)
-    return CoT(stages), begins
 
 # %% ../nbs/03_shapes.ipynb #c061
 def _scene_for(kind: str, seed: str, level, split: str) -> Scene:

@@ -424,6 +424,49 @@ def test_to_format_keeps_every_stage():
         to_format(to_format(led, LLAMAV_O1, THINK), THINK, LLAVA_COT)
 
 
+def test_an_answer_is_told_again_under_the_names_it_had():
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(answers(LLAVA_COT))
+    def prop(x):
+        for dst in (LLAVA_COT, REORDERED, LLAMAV_O1, THINK):
+            try:
+                text = to_format(render(x), LLAVA_COT, dst)
+            except CoTError:
+                reject()
+            found = {stage: text[a:b] for stage, a, b in retold(text, dst)}
+            blank = any("\n" in t for s, t in x.items() if s != "CONCLUSION")
+            if dst is not THINK or not blank:  # else its paragraphs are more
+                assert found == dict(x)
+            assert found["CONCLUSION"] == x.conclusion
+
+
+    prop()
+
+
+def test_a_format_is_recognised_from_its_answers():
+    said_ = [
+        render(CoT(summary="a", caption="b", reasoning=f"c {i}", conclusion="d")) for i in range(9)
+    ]
+    assert propose_format(said_) is LLAVA_COT
+    for form in (THINK, LLAMAV_O1, REORDERED):
+        assert propose_format([to_format(text, LLAVA_COT, form) for text in said_]) == form
+    five = CoTFormat("five", ("PLAN", "LOOK", "THINK", "DOUBT", "SAY"), optional=("DOUBT",))
+    some = [
+        dict(PLAN="a", LOOK="b", THINK="c", SAY="d"),
+        dict(PLAN="a", LOOK="b", THINK="c", DOUBT="e", SAY="d"),
+    ]
+    guess = propose_format([render(x, five) for x in some])
+    assert guess.stages == five.stages and guess.optional == ("DOUBT",)
+    steps = [
+        "<step 1>a</step> <step 2>b</step> <answer>c</answer>",
+        "<step 1>a</step><answer>c</answer>",
+    ]
+    guess = propose_format(steps)
+    assert guess.repeatable == ("step",) and parse(steps[0], guess)["step"] == ("a", "b")
+    for none in ([], ["2"], ["yes", "no", "<b>no</b> 2"], ["<think>a"] * 3, ["<a></a>"] * 3):
+        assert propose_format(none) is None, none
+
+
 def test_errors_survive_pickle():
     with pytest.raises(CoTError) as e:
         parse("<SUMMARY> a")
