@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cot import data
-from llava_cot.cot import CoT, parse, render
+from llava_cot.cot import FORMATS, CoT, parse, render
 from llava_cot.scenes import KINDS, LEVELS, RGB, Scene, ShapesError, Thing, sample_scene
 
 
@@ -136,3 +136,14 @@ def test_errors_name_the_culprit():
     ):
         with pytest.raises(ShapesError, match=named):
             function(*args)
+
+
+def test_answers_are_verified_in_any_format():
+    for form in FORMATS.values():
+        for scene, ex in examples(10, seed="formats"):
+            ex = ask(scene, ex["source"], "again", fmt=form)
+            told, asked = (message["content"][-1]["text"] for message in ex["messages"][::-1])
+            assert verify(told, scene, asked, form) == []
+            its = parse(told, form)
+            spoilt = render({**its, form.conclusion: "seventeen"}, form)
+            assert {p.kind for p in verify(spoilt, scene, asked, form)} >= {"wrong"}, form.name
