@@ -21,7 +21,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from llava_cot import cot
+from llava_cot import cot, shapes
 from llava_cot.batches import Order
 from llava_cot.cot import CoT, parse, render
 from llava_cot.data import load
