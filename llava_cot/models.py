@@ -216,12 +216,14 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     return as_packed(model) if dtype == "nf4" else model
 
 # %% ../nbs/22_models.ipynb #c042
-_STEPS = "do_resize do_center_crop do_rescale do_normalize do_convert_rgb do_pad"
-_NUMBERS = "image_mean image_std size crop_size rescale_factor resample pad_size"
-_TILES = "max_image_tiles image_grid_pinpoints min_pixels max_pixels"
+_STEPS = "do_resize do_center_crop do_rescale do_normalize do_convert_rgb do_pad do_image_splitting"
+_NUMBERS = "image_mean image_std size crop_size rescale_factor resample pad_size max_image_size"
+_TILES = "max_image_tiles image_grid_pinpoints min_pixels max_pixels min_patches max_patches"
 _PATCHES = "patch_size temporal_patch_size merge_size"
 _IMAGE_FIELDS = f"{_NUMBERS} {_STEPS} {_TILES} {_PATCHES}".split()
-_PROCESSOR_FIELDS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+_OF_A_TILE = "num_additional_image_tokens num_image_tokens image_seq_length image_seq_len"
+_OF_TEXT = "patch_size spatial_merge_size vision_feature_select_strategy vision_aspect_ratio"
+_PROCESSOR_FIELDS = f"{_OF_TEXT} {_OF_A_TILE}".split()
 
 
 def _plain(value):

@@ -26,17 +26,12 @@ from llava_cot.families import (
     example_batch,
     example_text,
     family_of,
+    family_reading,
 )
 from .models import check_preprocessing, fingerprint
 from .pictures import PictureError, check_pixels
 from .template import picture_ids
 from .tokens import encode
-
-# %% ../nbs/26_pixels.ipynb #pixels-family
-def _family(processor: ProcessorMixin) -> Family | None:
-    "The row of `FAMILIES` whose processor this is."
-    names = {kind.__name__ for kind in type(processor).__mro__}
-    return next((f for f in FAMILIES.values() if f.reads in names), None)
 
 # %% ../nbs/26_pixels.ipynb #pixels-copy
 def with_fields(
@@ -44,7 +39,7 @@ def with_fields(
     found: Mapping,  # its budget's fields; others, of a whole fingerprint, are left alone
 ) -> ProcessorMixin:
     "A copy of a processor with the pixel budget that these fields say."
-    family, new = _family(processor), copy.copy(processor)
+    family, new = family_reading(processor), copy.copy(processor)
     new.image_processor = copy.copy(processor.image_processor)
     for name in family.budget.fields if family else ():
         if name in found:
@@ -62,7 +57,7 @@ def with_budget(
     "A copy of a processor with a pixel budget. Raises `ModelError` for one it cannot have."
     if all(found is None for found in asked.values()):
         return processor
-    family = _family(processor)
+    family = family_reading(processor)
     if family is None:
         known = ", ".join(f.reads for f in FAMILIES.values())
         raise ModelError(

@@ -53,8 +53,8 @@ def _is_thin(size: tuple[int, int]) -> bool:
     return max(size) > 20 * min(size)
 
 
-def _tokens_by_size(processor, sizes: Iterable[tuple]) -> dict[tuple, int | str]:
-    "Size → how many tokens a picture becomes, or why the processor refuses it."
+def _tokens_by_size(processor, sizes: Iterable, beside=False) -> dict[tuple, int | str]:
+    "Size → how many tokens a picture becomes, alone or beside others, or why it is refused."
     usual = {image_tokens(processor, size) for size in ((64, 64), (640, 480), (300, 900))}
     found = {}
     for size in map(tuple, sizes):
@@ -64,7 +64,7 @@ def _tokens_by_size(processor, sizes: Iterable[tuple]) -> dict[tuple, int | str]
             found[size] = why or min(usual)
             continue
         try:
-            found[size] = image_tokens(processor, size)
+            found[size] = image_tokens(processor, size, beside)
         except PictureError as e:
             found[size] = e.reason
     return found
@@ -128,12 +128,17 @@ def _shortens(rows, i: int, *how) -> bool:
 # %% ../nbs/29_rowcheck.ipynb #c026p5a
 def _costed(found: Measured, processor: ProcessorMixin, leave_out: set) -> RowCheck:
     "What can be read, and how long it is: each picture as many tokens as under a pixel budget."
-    cost = _tokens_by_size(processor, {size for _, _, size in found.looks.values() if size})
+    sizes = {False: set(), True: set()}  # of pictures alone in their row, and beside others
+    for keys in found.keys:
+        seen = [found.looks[key][2] for key in keys if key in found.looks]
+        sizes[len(keys) > 1] |= {size for size in seen if size}
+    costs = {several: _tokens_by_size(processor, some, several) for several, some in sizes.items()}
     check = RowCheck([0] * len(found.ids), [], [])
     for i, (id, text) in enumerate(zip(found.ids, found.texts)):
         if i in leave_out:
             continue
         looks = [found.looks[key] for key in found.keys[i]]
+        cost = costs[len(looks) > 1]
         reason, picture = _reason(text, looks, cost)
         if reason:
             check.bad.append(BadRow(i, id, reason, picture))

@@ -360,8 +360,15 @@ class Witness:
         how = dict(add_special_tokens=False, return_offsets_mapping=True)
         out = self.tokenizer("".join(self.pieces), **how)
         self.offsets, ids = out["offset_mapping"], out["input_ids"]
+        begins = [start for start, _ in self.offsets]
+
+        def char_to_token(row, at):  # as some processors ask; marks count as characters
+            return bisect_right(begins, at - text.count(self.mark, 0, at)) - 1
+
         found = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
-        return BatchEncoding(found, tensor_type=return_tensors)
+        encoding = BatchEncoding(found, tensor_type=return_tensors)
+        encoding.char_to_token = char_to_token
+        return encoding
 
 
 def witnessed(

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from .cot import LLAVA_COT, CoTFormat, spans
+from .families import family_reading
 from .files import first_line
 from llava_cot.pictures import (
     PictureError,
@@ -157,7 +158,7 @@ def _processed(images: list, text: str, processor: ProcessorMixin, name: str) ->
     grown = any(why_overgrown(image.size, pixels) for image in images)
     try:
         if not grown:
-            return dict(processor(text=[text], images=images, **how))
+            return dict(processor(text=[text], images=[images], **how))  # of one row
     except Exception as e:  # a processor raises what its arithmetic meets
         cause = first_line(e)
     for number, image in enumerate(images, 1):
@@ -398,9 +399,16 @@ def _unpatch(patches: torch.Tensor, grid: torch.Tensor, pixels) -> torch.Tensor:
     return x.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * p, columns * p)
 
 
-def _tiles(encoded: dict, pixels) -> list[torch.Tensor]:
+def _tiles(encoded: dict, processor: ProcessorMixin) -> list[torch.Tensor]:
     "For each picture its tiles, `(K, 3, H, W)`, in whichever shape the family has them."
-    x = encoded["pixel_values"]
+    x, pixels, family = (
+        encoded["pixel_values"],
+        processor.image_processor,
+        family_reading(processor),
+    )
+    shares = family.shares(processor, encoded["input_ids"]) if family else None
+    if shares:
+        return list(x.reshape(-1, *x.shape[-3:]).split(shares))
     if x.ndim == 2:  # the patches of all pictures
         grids = encoded["image_grid_thw"]
         parts = x.split(grids.prod(1).tolist())
@@ -423,7 +431,7 @@ def seen(
         values = ((tile * std + mean).clamp(0, 1) * 255).round().byte()
         return Image.fromarray(values.permute(1, 2, 0).numpy())
 
-    return [[rgb(tile) for tile in tiles] for tiles in _tiles(encoded, pixels)]
+    return [[rgb(tile) for tile in tiles] for tiles in _tiles(encoded, processor)]
 
 # %% ../nbs/25_tokens.ipynb #c075
 _PADS = {"input_ids": "pad", "attention_mask": 0, "labels": -100, "stage_ids": 0}  # what fills up
@@ -508,13 +516,20 @@ def __call__(
     return batch
 
 # %% ../nbs/25_tokens.ipynb #c093b
-def _written(processor: ProcessorMixin, size: tuple[int, int]) -> int:
-    "Tokens that the processor writes in the place of a picture, before a question."
-    asked = [{"type": "image"}, {"type": "text", "text": "a"}]
+def _written(processor: ProcessorMixin, size: tuple[int, int], pictures: int = 1) -> int:
+    "Tokens that the processor writes in the place of each of so many pictures, before a question."
+    asked = [*[{"type": "image"}] * pictures, {"type": "text", "text": "a"}]
     how = (LLAVA_COT, True, "refuse", "size")
     row = _read([{"role": "user", "content": asked}], processor, *how)
-    _, final, _ = _pictures([Image.new("RGB", size)], row, "size")
-    return len(final) - len(row.ids) + 1
+    _, final, _ = _pictures([Image.new("RGB", size)] * pictures, row, "size")
+    return (len(final) - len(row.ids)) // pictures + 1
+
+
+@lru_cache(maxsize=16)
+def _same_beside(processor: ProcessorMixin, template: str) -> bool:
+    "Whether a picture takes as many tokens beside another one as alone."
+    alone, beside = (_written(processor, (300, 900), pictures) for pictures in (1, 2))
+    return alone == beside
 
 
 @lru_cache(maxsize=16)
@@ -530,11 +545,17 @@ def _besides(processor: ProcessorMixin, template: str) -> int | None:
 def image_tokens(
     processor: ProcessorMixin,  # of the model
     size: tuple[int, int],  # (width, height) of a picture, pixels
+    beside: bool = False,  # there are others in its row
 ) -> int:
     "How many tokens a picture of this size becomes. Raises `PictureError` where it does not fit."
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    count, template = (
+        getattr(processor, "_get_num_multimodal_tokens", None),
+        repr(processor.chat_template),
+    )
     try:
-        more = _besides(processor, repr(processor.chat_template)) if count else None
+        if beside and not _same_beside(processor, template):
+            return _written(processor, size, 2)
+        more = _besides(processor, template) if count else None
         if more is None:
             return _written(processor, size)
         return int(count(image_sizes=[size[::-1]])["num_image_tokens"][0]) + more
@@ -550,15 +571,16 @@ def _picture_tokens(
     place: tuple[int, int],  # of a picture: row, number in it
     stored: dict | None,  # as `datasets` has it; None in a list
     processor: ProcessorMixin,
-    known: dict,  # size → tokens
+    known: dict,  # size, and whether there are others → tokens
+    beside: bool,  # there are others in its row
 ) -> int:
     "How many tokens a picture becomes, by the size in its file's head if it has one."
     i, k = place
     try:
         size = picture_size(stored) if stored else pictures_of(rows[i])[k].size
-        if size not in known:
-            known[size] = image_tokens(processor, size)
-        return known[size]
+        if (size, beside) not in known:
+            known[size, beside] = image_tokens(processor, size, beside)
+        return known[size, beside]
     except PictureError as e:
         raise e.of(id_at(rows, i), k + 1) from e.__cause__
 
@@ -616,9 +638,10 @@ def lengths(
         for row, pictures in zip(texts, images):
             first, more = overhead[min(len(pictures), 1)]
             n = first + more * max(0, len(row) // 2 - 1) + sum(next(counts) for _ in row)
+            beside = len(pictures) > 1
             for k, stored in enumerate(pictures):
                 if varies:
-                    n += _picture_tokens(rows, (len(found), k), stored, processor, known)
+                    n += _picture_tokens(rows, (len(found), k), stored, processor, known, beside)
                 else:
                     n += same
             found.append(n)
