@@ -17,7 +17,19 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .cot import CoT, CoTError, CoTFormat, Problem, check, parse, render, spans
+from llava_cot.cot import (
+    LLAVA_COT,
+    CoT,
+    CoTError,
+    CoTFormat,
+    Problem,
+    check,
+    parse,
+    render,
+    spans,
+    to_format,
+    unclosed,
+)
 from .data import question
 from .engine import SearchError, whole
 from .judge import Judge
@@ -241,14 +253,15 @@ class Verifier:
         c = candidate
         if c.finished or c.piece.ended != "stop":
             return c.text
-        whole = spans(c.text, c.fmt)
-        stages = {s.stage: c.text[s.inner_start : s.inner_end] for s in whole}
-        rest = c.text[whole[-1].end if whole else 0 :]
-        for stage in c.fmt.stages if c.fmt.tags else ():  # the one that it is in the middle of
-            begun = rest.partition(c.fmt.open(stage))[2].strip()
-            stages |= {stage: begun} if begun else {}
+        text = c.text + unclosed(c.text, c.fmt)  # the one that it is in the middle of, too
+        stages = {}
+        for s in spans(text, c.fmt):
+            stages.setdefault(s.stage, []).append(text[s.inner_start : s.inner_end])
+        written = {s: its if s in c.fmt.repeatable else its[-1] for s, its in stages.items()}
+        written = {stage: text for stage, text in written.items() if text}
         try:
-            return render(CoT({**true, **stages}), c.fmt) if stages else c.text
+            rest = parse(to_format(render(true), LLAVA_COT, c.fmt), c.fmt)
+            return render(CoT({**rest, **written}, c.fmt), c.fmt) if written else c.text
         except CoTError:
             return c.text
 

@@ -348,7 +348,7 @@ def test_stage_beams_keep_the_best_by_hand():
 
 def test_stages_of_any_format_are_searched():
     def told_in(fmt, order):
-        "Writes the stages of a format in turn; each says a number that its path decides."
+        "Writes the stages of a format in turn; each says a number that found_spans path decides."
 
         def text(path, level):
             stage = order[min(level, len(order) - 1)]
@@ -370,10 +370,10 @@ def test_stages_of_any_format_are_searched():
     for form, order in cases:
         script = Script(told_in(form, order))
         found = script.run(StageBeam(3, 1, scorer=last_number), form)
-        its = spans(found.text, form)
-        assert check(found.text, form) == [] and [s.stage for s in its] == order
+        found_spans = spans(found.text, form)
+        assert check(found.text, form) == [] and [s.stage for s in found_spans] == order
         best = [2 * (level + 1) for level in range(len(order))]  # the last of three, each time
-        assert [float(found.text[s.inner_start : s.inner_end]) for s in its] == best
+        assert [float(found.text[s.inner_start : s.inner_end]) for s in found_spans] == best
     found = Script(told_in(THINK, ["think", "answer"])).run(
         Retrace(2, 1, 2, 3, scorer=last_number), THINK
     )
