@@ -105,13 +105,13 @@ class _Rows(_Shown):
     max_length: int | None = option(None, "longest sequence in tokens; none for no limit", "rows")
     max_pixels: int | None = option(
         None,
-        "a picture of more is made smaller (Qwen2.5-VL); none: the model's own",
+        "a picture of more is made smaller (the Qwens); none: the model's own",
         "rows",
         least=1,
     )
     min_pixels: int | None = option(
         None,
-        "a picture of fewer is made larger (Qwen2.5-VL); none: the model's own",
+        "a picture of fewer is made larger (the Qwens); none: the model's own",
         "rows",
         least=1,
     )
