@@ -21,7 +21,6 @@ import yaml
 
 from . import cot
 from .cot import CoTFormat, InputError
-from .files import first_line
 from .settings import Settings
 
 # %% ../nbs/80_commands.ipynb #commands-error
@@ -48,6 +47,8 @@ def format_of(name: str) -> CoTFormat:
     "The format of that name, or of that YAML file's fields. Raises `CoTError`."
     if Path(name).suffix not in (".yaml", ".yml"):
         return cot.format_of(name)
+    from llava_cot.files import first_line
+
     try:
         given = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as e:

@@ -251,7 +251,7 @@ def _rules_of():
     return table
 
 
-def _strictest(example, look, fmt):
+def _strictest(example, look, fmt=LLAVA_COT):
     "Transform → the lowest ceiling, the evidence that sets it, and its rule."
     table, held = _rules_of(), {}
     for e in evidence(example, look, fmt):

@@ -326,7 +326,7 @@ def _check_together(s: Settings) -> None:
         raise RunError(f"too_long: found {s.too_long!r} without max_length; give that, too")
 
 # %% ../nbs/30_settings.ipynb #settings-weights
-def _check_stage_weights(weights: dict, fmt: CoTFormat) -> None:
+def _check_stage_weights(weights: dict, fmt: CoTFormat = LLAVA_COT) -> None:
     "Raises `RunError` for weights of stages that are none, or that leave nothing to learn."
     for name, weight in weights.items():
         if name not in fmt.stage_names:

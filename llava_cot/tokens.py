@@ -46,7 +46,12 @@ from llava_cot.template import (
 
 # %% ../nbs/25_tokens.ipynb #c032
 def _tokenise(
-    tokenizer, text: str, turns: list[Turn], specials: dict[int, str], fmt: CoTFormat, name: str
+    tokenizer,
+    text: str,
+    turns: list[Turn],
+    specials: dict[int, str],
+    name: str,
+    fmt: CoTFormat = LLAVA_COT,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     "ids and character offsets of `text`; raises `TokensError` where a turn spells a control token."
     try:
@@ -145,7 +150,7 @@ def _read(
     marked, reader = text, processor
     if control_tokens == "escape":
         marked, reader = escaped(processor, text, turns, specials, fmt.separators)
-    ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, fmt, name)
+    ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name, fmt)
     labels, stages = [], []
     if not prompt_only:
         labels, stages = _supervise(ids, offsets, text, turns, fmt, name)
@@ -602,7 +607,7 @@ def _template_tokens(processor: ProcessorMixin, pairs: int, images: int) -> int:
     messages = [{"role": role, "content": text} for role in ("user", "assistant") * pairs]
     messages[0] = {"role": "user", "content": [{"type": "image"}] * images + text}
     said, turns, specials = layout(processor, messages, name="lengths")
-    ids, _ = _tokenise(processor.tokenizer, said, turns, specials, LLAVA_COT, "lengths")
+    ids, _ = _tokenise(processor.tokenizer, said, turns, specials, "lengths")
     return len(ids) - 2 * pairs - images
 
 
