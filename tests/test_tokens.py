@@ -30,7 +30,6 @@ from llava_cot.cot import (
     CoTFormat,
     parse,
     render,
-    said,
     spans,
     to_format,
 )
@@ -699,7 +698,8 @@ def test_stages_of_any_format_are_masked_and_its_control_tokens_respected():
                 parts[name] = toy.tokenizer.decode(row["input_ids"][row["stage_ids"] == number])
             for stage, its in parse(told, form).items():
                 assert (
-                    parts[stage].strip().startswith(form.opening(stage)) and said(its) in parts[stage]
+                    parts[stage].strip().startswith(form.opening(stage))
+                    and "".join(its) in parts[stage]
                 )
             counts = show_mask(row, toy, form).counts
             assert all(counts[stage] for stage in form.stages)
