@@ -27,6 +27,7 @@ from llava_cot.cli import main
 from llava_cot.cot import InputError
 from llava_cot.data import load
 from llava_cot.doctor import check
+from llava_cot.files import DataError
 from llava_cot.gate import Policy
 from llava_cot.pictures import _TURNS
 from llava_cot.preview import show_page, show_row
@@ -619,7 +620,9 @@ def test_no_command_ends_in_a_traceback_for_a_picture():
             with recorded() as seen:
                 code, told = run_command(*command, *how, good)
             assert code == 0, told
-            assert name == "train in workers" or {pixels(i).tobytes() for i in seen} == wanted, name
+            shown_ = {pixels(i).tobytes() for i in seen}
+            assert name == "train in workers" or shown_ >= wanted, name
+            assert not any(map(any, shown_ - wanted)), name  # black ones, by which tokens are counted
             for folder in (deep, quick):
                 if name.startswith("train"):
                     command = (*command[:-1], made / f"{name} {folder.name}")
