@@ -237,11 +237,10 @@ def _look(model: PreTrainedModel, batch: dict) -> list[_Kept]:
     "What is kept of each prompt of a batch, padded on the left."
     batch, cache, crossed = _ready(model, batch), DynamicCache(), _crossed(model)
     mask = batch["attention_mask"]
-    places = {}
-    if not _has_shift(model):
-        places["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    shifted = _has_shift(model) and "pixel_values" in batch
+    places = {} if shifted else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     out = model(**batch, **places, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    shifts = model.model.rope_deltas.flatten().tolist() if _has_shift(model) else [0] * len(mask)
+    shifts = model.model.rope_deltas.flatten().tolist() if shifted else [0] * len(mask)
     found = []
     for row, n in enumerate(mask.sum(-1).tolist()):
         kept = _Kept([], n, out.logits[row, -1].clone(), shift=int(shifts[row]))

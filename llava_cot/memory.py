@@ -319,7 +319,7 @@ def _features(
     except (OSError, SafetensorError, KeyError):
         pass  # not there, or damaged
     with torch.no_grad():
-        features = self.sight.keep(self.own(**inputs), **inputs).contiguous()
+        features = self.sight.keep(self.own(**inputs), module=self.module, **inputs).contiguous()
     self.looked += 1
     self._store(file, features)
     return features

@@ -19,7 +19,7 @@ from llava_cot.loss import backward
 from llava_cot.pixels import with_budget
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama, tiny_qwen2_5_vl
 from llava_cot.tokens import Collator, TooLong, encode, lengths
 
 def long_tailed(n, seed=0):
@@ -317,7 +317,7 @@ def test_strength_grows_with_the_updates():
 
 def test_fitting_keeps_exactly_the_rows_that_fit():
     forty = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 40))
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+    for tiny in TOYS:
         its = tiny()[1]
         exact = [len(encode(r, its)["input_ids"]) for r in forty]
         for most in (max(exact), sorted(exact)[20], min(exact)):

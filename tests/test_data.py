@@ -43,7 +43,7 @@ from llava_cot.layouts import KEYS
 from llava_cot.rows import TableRows, open_rows
 from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
-from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen3_vl
 from llava_cot.tokens import encode
 from llava_cot.train import fit
 
@@ -843,7 +843,7 @@ def test_csv_files_keep_their_texts_and_what_is_no_file_of_rows_is_named():
 def test_white_space_around_a_picture_inside_a_question_reaches_the_model():
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "a.png").write_bytes(RED)
-        for builder, mark in ((tiny_mllama, "<|image|>"), (tiny_qwen2_5_vl, "<|vision_start|>")):
+        for builder, mark in ((tiny_mllama, "<|image|>"), (tiny_qwen3_vl, "<|vision_start|>")):
             processor = builder()[1]
 
             def read_as(asked):

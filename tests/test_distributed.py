@@ -28,7 +28,7 @@ from llava_cot.run import read_lines
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import RunError, Settings
 from llava_cot.show import table_text
-from llava_cot.tiny import tiny_base, tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_base, tiny_mllama
 
 SCRIPT = """
 import contextlib, functools, os, signal, sys
@@ -209,7 +209,7 @@ def apart(plan, *jobs):
 
 def jobs_of(engine):
     "Every family under an engine."
-    families = ("tiny_mllama", "tiny_llava", "tiny_llava_next", "tiny_qwen2_5_vl")
+    families = [tiny.__name__ for tiny in TOYS]
     return [f"{tiny}-{engine}" for tiny in families]
 
 
@@ -348,7 +348,7 @@ def read_once(processes):
     Schedule([Phase("all", train=ALL, updates=3)]).to_yaml(folder / "schedule.yaml")
     tied = dict(vision_hidden=32, vision_layers=2, hidden=48, layers=2, tie=True)
     made = dict(tied=toys.build_llava(toys.train_tokenizer([toys.TINY_TEXT]), **tied))
-    families = ("tiny_mllama", "tiny_llava", "tiny_llava_next", "tiny_qwen2_5_vl")
+    families = [tiny.__name__ for tiny in TOYS]
     for name in families[: 1 if processes == 2 else None]:
         made[name] = getattr(toys, name)()
     for name, of in made.items():
@@ -577,7 +577,7 @@ def test_an_engine_that_is_not_the_one_asked_for_is_refused():
 
 def test_no_unit_mixes_parts():
     vectors = {"model.image_newline", "model.vision_model.class_embedding"}  # one each
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next, tiny_base):
+    for tiny in (*TOYS, tiny_base):
         model, _ = tiny()
         owner = {id(p): part for part, named in parts(model).items() for _, p in named}
         taken = set()
@@ -705,7 +705,7 @@ def test_shards_are_expected_where_accelerate_launches_several_processes_under_f
 
 
 def test_weights_left_where_they_are_are_those_that_opening_gives_in_every_family():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
             models.save(toy, own, f"{d}/m")

@@ -27,7 +27,7 @@ from llava_cot.data import load
 from llava_cot.doctor import _tiles
 from llava_cot.files import DataError
 from llava_cot.rows import in_workers
-from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import tiny_llava, tiny_mllama, tiny_qwen3_vl
 from llava_cot.tokens import lengths
 
 def picture(path, colour, shape="ellipse", size=(96, 64)):
@@ -592,7 +592,7 @@ def test_blank_and_clipped_and_thin_pictures_are_named():
         assert "(id white.png): image 'white.png' is blank" in found[1]
         assert "100.0% of it fall on the darkest" in found[3]
         assert r.formats["PNG, over 8 bits"] == 1 and r.formats["TIFF, over 8 bits"] == 1
-        fitted = check(d, processor=tiny_qwen2_5_vl()[1])
+        fitted = check(d, processor=tiny_qwen3_vl()[1])
         assert fitted.counts == {"unfit_image": 1} and fitted.problems[0].row == 5
         assert "540 × 2 pixels: absolute aspect ratio" in fitted.problems[0].message
 

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from llava_cot import engine, shapes, tokens
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
-
-BUILDS = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
+from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama
 
 def prompts(processor, examples):
     return [tokens.encode(ex, processor, prompt_only=True) for ex in examples]
@@ -122,14 +119,14 @@ def test_both_families_end_where_they_were_taught():
 
 
 def test_random_trees_are_what_separate_encodings_are():
-    for build in BUILDS:
+    for build in TOYS:
         same, other = tree_agreement(build, 4, torch.float64)
         assert same > 100 and other == 0, build.__name__
 
 
 @pytest.mark.slow
 def test_a_hundred_random_trees_of_each_family():
-    for build in BUILDS:
+    for build in TOYS:
         same, other = tree_agreement(build, 100, torch.float64, rows=16)
         assert same > 3000 and other == 0, build.__name__
         same, other = tree_agreement(build, 100, torch.float32, rows=16)
@@ -139,7 +136,7 @@ def test_a_hundred_random_trees_of_each_family():
 
 
 def test_greedy_is_what_generate_writes():
-    for build in BUILDS:
+    for build in TOYS:
         model, processor = build(seed=1)
         model.double().eval()
         asked = prompts(processor, [ex for _, ex in shapes.examples(5)])
@@ -154,6 +151,30 @@ def test_greedy_is_what_generate_writes():
                 assert tuple(ids[0, batch["input_ids"].shape[1] :].tolist()) == piece.ids
 
 
+def test_texts_alone_are_read_as_themselves_after_pictures():
+    def spoken(text):
+        said = [dict(role="user", content=[dict(type="text", text=text)])]
+        return dict(id=text, images=[], messages=said)
+
+
+    for build in TOYS:
+        model, processor = build(seed=1)
+        model.double().eval()
+        texts = [spoken("Hi?"), spoken("What is red, and what is not?")]
+        asked = prompts(processor, [next(shapes.examples(1))[1], *texts])
+        with torch.no_grad():
+            eng = engine.Engine(model, processor, rows=4)
+            eng.look(asked[:1], "a")
+            roots = eng.look(asked[1:], "bc")
+            found = eng.write([engine.Write(root, limit=9, last=True) for root in roots])
+            for prompt, piece in zip(asked[1:], found):
+                start, ids = len(prompt["input_ids"]), torch.tensor(piece.ids)
+                whole = torch.cat([prompt["input_ids"], ids])[None]
+                logs = build(seed=1)[0].double()(whole).logits[0, start - 1 : -1].log_softmax(-1)
+                wanted = logs.gather(1, ids[:, None]).sum().item()
+                assert abs(piece.logprob - wanted) < 1e-5, build
+
+
 def test_no_neighbour_changes_a_candidate():
     def said(eng, asked, order):
         roots = eng.look(asked, "abcdef")
@@ -163,7 +184,7 @@ def test_no_neighbour_changes_a_candidate():
         return {p.path: p.ids for p in found}
 
 
-    for build in BUILDS:
+    for build in TOYS:
         model, processor = build(seed=1)
         model.eval()
         asked = prompts(processor, [ex for _, ex in shapes.examples(6)])

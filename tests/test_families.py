@@ -15,6 +15,7 @@ from transformers import (
 
 from llava_cot.tiny import (
     TINY_TEXT,
+    TOYS,
     build_llava,
     tiny_llava,
     tiny_llava_next,
@@ -23,9 +24,6 @@ from llava_cot.tiny import (
     train_tokenizer,
 )
 from llava_cot.tokens import Collator, encode
-
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
 
 def picture(colour="red", size=(48, 48)):
     "A disc and a square on grey."
@@ -46,8 +44,10 @@ def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </S
 
 
 def test_family_of_config_and_unknown():
-    for one in (LlavaConfig(), LlavaNextConfig(), MllamaConfig(), Qwen2_5_VLConfig()):
-        assert family_of(one).model_type == one.model_type
+    for tiny in TOYS:
+        config = tiny()[0].config
+        assert family_of(config).model_type == config.model_type
+    assert {tiny()[0].config.model_type for tiny in TOYS} == set(FAMILIES)
     message = f"'llama'; supported are {', '.join(sorted(FAMILIES))}"
     with pytest.raises(ModelError, match=message):
         family_of(LlamaConfig())
@@ -86,7 +86,7 @@ def test_what_a_budget_cannot_be_is_refused_by_name():
 def test_parts_cover_every_parameter_once():
     tied = build_llava(train_tokenizer([TINY_TEXT]), tie=True)[0]
     assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
-    for model in (*(tiny()[0] for tiny in TINY), tied):
+    for model in (*(tiny()[0] for tiny in TOYS), tied):
         named = [pair for pairs in parts(model).values() for pair in pairs]
         assert list(parts(model)) == ["vision", "projector", "language"] and all(parts(model).values())
         assert sorted(n for n, _ in named) == sorted(n for n, _ in model.named_parameters())
@@ -103,7 +103,7 @@ def test_without_gradient_is_what_backward_leaves_out():
         build_llava(tokenizer, vision_layers=3, vision_feature_layer=layer)
         for layer in (-1, -2, 1, [-3, -2])
     ]
-    for model, processor in (*built, *(tiny() for tiny in TINY)):
+    for model, processor in (*built, *(tiny() for tiny in TOYS)):
         row = Collator(processor)([encode(example(), processor)])
         row.pop("stage_ids")
         model(**row).loss.backward()
@@ -112,7 +112,7 @@ def test_without_gradient_is_what_backward_leaves_out():
 
 
 def test_a_selection_is_whole_layers_and_no_parameter_twice():
-    for tiny in TINY:
+    for tiny in TOYS:
         model, _ = tiny()
         all_names = {n for n, _ in model.named_parameters()}
 
@@ -208,7 +208,7 @@ def test_an_example_batch_has_the_shapes_of_a_real_one():
     assert made.keys() == real.keys()
     for name in ("pixel_values", "image_grid_thw"):
         assert made[name].shape[1:] == real[name].shape[1:]
-    for tiny in TINY:
+    for tiny in TOYS:
         model, _ = tiny()
         made = example_batch(model.config, 2, 2000)
         made.pop("stage_ids")

@@ -13,11 +13,11 @@ from llava_cot.cot import STAGE_NAMES
 from llava_cot.families import parts
 from llava_cot.tiny import (
     TINY_TEXT,
+    TOYS,
     build_llava,
     tiny_llava,
-    tiny_llava_next,
     tiny_mllama,
-    tiny_qwen2_5_vl,
+    tiny_qwen3_vl,
     train_tokenizer,
 )
 from llava_cot.tokens import Collator, encode
@@ -113,7 +113,7 @@ def test_padding_is_masked_only_where_it_can_be_seen():
         and masked([[1, 1, 1], [0, 1, 1]])
         and masked([[1, 0, 1]])
     )
-    for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, its = tiny(seed=0)
         few = [encode(ex, its) for _, ex in shapes.examples(4)]
         assert len({len(r["input_ids"]) for r in few}) > 1
@@ -145,7 +145,7 @@ def test_losses_in_chunks_are_the_same_losses_and_gradients():
         return build_llava(train_tokenizer([TINY_TEXT]), tie=True, hidden=48, layers=2, seed=seed)
 
 
-    for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl, tied):
+    for tiny in (*TOYS, tied):
         toy, its = tiny(seed=0)
         inputs_ = Collator(its)([encode(ex, its) for _, ex in shapes.examples(3)])
         wanted, expected = losses_and_gradients(toy, inputs_, plainly_)
@@ -206,7 +206,7 @@ def test_loss_is_the_models_own():
 
 
 def test_stage_weights_change_the_mean_and_not_its_grouping():
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in (tiny_llava, tiny_mllama, tiny_qwen3_vl):
         net, its = tiny(seed=0)
         made, joined, alone_ = (
             [encode(ex, its) for _, ex in shapes.examples(6)],

@@ -25,7 +25,7 @@ from llava_cot.cot import CoT, render
 from llava_cot.measured import _look, measure, text_lengths
 from llava_cot.pictures import PictureError, read_picture
 from llava_cot.rows import in_workers
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_llava
 
 
 def noisy(size=(200, 160), seed=0):
@@ -164,7 +164,7 @@ def test_lengths_of_many_rows_are_those_of_each_alone():
         asked("é", "ü", "u"),
     ]
     some_rows += [asked("a\ud800", "b", "half"), asked("?", "", "empty"), asked("?", "!", "p", ["x"])]
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+    for tiny in TOYS:
         for control in ("refuse", "escape"):
             its = tiny()[1]
             apart = [measured._alone(row, its, measured.LLAVA_COT, control) for row in some_rows]
@@ -274,7 +274,7 @@ def test_what_is_measured_is_kept_and_only_what_changed_is_measured_again():
 
 def test_a_processor_saved_and_opened_again_reads_texts_by_the_same_key():
     digests_ = []
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+    for tiny in TOYS:
         its = tiny()[1]
         with tempfile.TemporaryDirectory() as d:
             its.save_pretrained(d)
@@ -282,7 +282,7 @@ def test_a_processor_saved_and_opened_again_reads_texts_by_the_same_key():
         its.tokenizer("a", truncation=True, max_length=4)  # a state that a call leaves behind
         digests_.append(measured._reader_digest(its))
         assert measured._reader_digest(again) == digests_[-1]
-    assert len(set(digests_)) == 4
+    assert len(set(digests_)) == len(TOYS)
 
 
 def test_of_two_processes_one_reads_and_measures():

@@ -31,7 +31,15 @@ from llava_cot.opening import nf4_layers, packed_layers
 from llava_cot.pixels import adopt, with_budget
 from llava_cot.schedule import Phase
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import (
+    TOYS,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    tiny_qwen3_vl,
+)
 from llava_cot.tokens import Collator, encode
 from llava_cot.trainable import make_optimizer
 
@@ -220,7 +228,7 @@ def test_eleven_billion_by_parts():
 
 
 def test_layers_computed_again_give_the_same_gradients_with_dropout():
-    for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         model, rows = dropping(*tiny(seed=0))
         names = [n for n, _ in model.named_parameters()]
         plain, most = gradients_and_size(model.train(), rows, "none")
@@ -245,7 +253,9 @@ def test_the_layers_are_all_of_vision_and_language():
         (tiny_llava, 2, 2),
         (tiny_mllama, 3, 4),
         (tiny_llava_next, 2, 2),
+        (tiny_qwen2_vl, 2, 2),
         (tiny_qwen2_5_vl, 2, 2),
+        (tiny_qwen3_vl, 2, 2),
     ):
         model = tiny()[0]
         every = memory.transformer_layers(model)
@@ -279,7 +289,7 @@ def test_a_frozen_vision_part_keeps_nothing_and_a_trained_one_learns_in_every_la
 
 
 def test_features_from_disk_give_the_same_losses_and_gradients():
-    for tiny in (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         model, toy = tiny(seed=0)
         for _, p in parts(model)["vision"]:
             p.requires_grad_(False)
@@ -334,6 +344,7 @@ def test_what_is_kept_is_bounded_and_never_another_models():
 def test_budgets_share_a_folder_and_no_features():
     for tiny, budgets in (
         (tiny_qwen2_5_vl, [dict(max_pixels=n) for n in (1152, 4608)]),
+        (tiny_qwen3_vl, [dict(max_pixels=n) for n in (1152, 4608)]),
         (tiny_llava_next, [dict(max_tiles=n) for n in (2, 4)]),
     ):
         model, toy = tiny(seed=0)
@@ -404,7 +415,7 @@ def test_torchao_that_is_missing_is_one_clear_line():
 
 def test_a_model_without_numbers_holds_what_bitsandbytes_holds():
     pytest.importorskip("bitsandbytes")
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, _ = tiny(hidden=64)
         memory.prepare_weights(toy, "nf4")
         assert memory.prepare_weights(toy, "nf4") is toy
@@ -502,7 +513,7 @@ def test_a_model_opened_in_16_bits_is_the_one_made_so_afterwards():
             assert mine[name].dtype == w.dtype and torch.equal(mine[name], w), name
 
 
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
             models.save(toy, own, f"{d}/whole")

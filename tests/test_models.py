@@ -26,10 +26,16 @@ from llava_cot.families import ModelError, family_of, select, without_gradient
 from llava_cot.models import _adapter_state
 from llava_cot.opening import nf4_layers, packed_layers, quantise, whole_weight
 from llava_cot.search import Greedy, answer
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import (
+    TOYS,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    tiny_qwen3_vl,
+)
 from llava_cot.tokens import Collator, encode, lengths
 
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
 RED = Image.new("RGB", (48, 48), (200, 30, 30))
 
 
@@ -122,8 +128,8 @@ def versions_table():
     rows, paths = [], os.environ["LLAVA_COT_TRANSFORMERS_4"].split(os.pathsep)
     with tempfile.TemporaryDirectory() as d:
         Image.effect_noise((90, 37), 60).convert("RGB").save(f"{d}/noise.png")
-        folders = [f"{d}/{tiny.__name__}" for tiny in TINY]
-        for tiny, folder in zip(TINY, folders):
+        folders = [f"{d}/{tiny.__name__}" for tiny in TOYS]
+        for tiny, folder in zip(TOYS, folders):
             save(*tiny(), folder)
         _, here = probed(sys.executable, f"{d}/noise.png", folders)
         for python in paths:
@@ -237,6 +243,7 @@ def test_every_field_of_the_fingerprint_is_compared():
         (tiny_mllama, {"max_image_tiles": 4}),
         (tiny_llava_next, {"crop_size": small, "image_grid_pinpoints": [[24, 24]]}),
         (tiny_qwen2_5_vl, {"patch_size": 14, "merge_size": 4, "temporal_patch_size": 1}),
+        (tiny_qwen3_vl, {"patch_size": 14, "merge_size": 4, "temporal_patch_size": 1}),
     ):
         toy, own = tiny()
         check_preprocessing(toy, own)
@@ -250,7 +257,7 @@ def test_every_field_of_the_fingerprint_is_compared():
 
 
 def test_a_result_is_written_in_the_type_that_was_opened():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
             save(toy.bfloat16(), own, f"{d}/half")
@@ -286,7 +293,7 @@ def test_a_result_is_written_in_the_type_that_was_opened():
 
 
 def test_a_saved_folder_says_everything_in_both_ways():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         own.tokenizer.add_special_tokens({"extra_special_tokens": ["<a1>", "<a2>"]})
         with tempfile.TemporaryDirectory() as d:
@@ -327,7 +334,7 @@ def test_other_versions_of_transformers_compute_the_same():
 
 
 def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)
         with tempfile.TemporaryDirectory() as d:
@@ -536,7 +543,7 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
     ways |= dict(sharded=sharded, older=older, between=in_between)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)
         for way in of_family.get(tiny, ("tokenizer", "older")):
@@ -559,7 +566,7 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
 
 
 def test_adapters_stand_in_their_part_and_nowhere_else():
-    for tiny in TINY:
+    for tiny in TOYS:
         for selector in ("language", "vision", "language.layers[-1]"):
             toy, _ = tiny()
             start = {n: p.detach().clone() for n, p in toy.named_parameters()}
@@ -593,7 +600,7 @@ def test_without_peft_lora_is_an_error_of_one_line():
 
 
 def test_an_adapter_folder_opens_with_peft_and_gives_the_merged_logits():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         row = model_inputs(batch_of(own))
         names = [n for found in linear_layers(toy, ["vision", "language"]).values() for n in found]
@@ -640,7 +647,7 @@ for d in sys.argv[1:]:
     assert (got - load_file(d + "/wanted")["logits"]).abs().max() < 1e-5, d
 """
     with tempfile.TemporaryDirectory() as d:
-        for tiny in TINY:
+        for tiny in TOYS:
             toy, own = tiny()
             at, row = f"{d}/{tiny.__name__}", model_inputs(batch_of(own))
             save(toy, own, f"{at}/base")
@@ -652,7 +659,7 @@ for d in sys.argv[1:]:
             save_adapter(toy, own, f"{at}/adapter", base=f"{at}/base")
             save_file({k: v.contiguous() for k, v in row.items()}, f"{at}/inputs")
             save_file({"logits": toy.eval()(**row).logits.detach()}, f"{at}/wanted")
-        folders = [f"{d}/{tiny.__name__}" for tiny in TINY]
+        folders = [f"{d}/{tiny.__name__}" for tiny in TOYS]
         for python in os.environ["LLAVA_COT_TRANSFORMERS_4"].split(os.pathsep):
             told = subprocess.run([python, "-c", script, *folders], capture_output=True, text=True)
             assert told.returncode == 0, (python, told.stderr[-2000:])
@@ -668,7 +675,7 @@ def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
         return toy
 
 
-    for tiny in TINY:
+    for tiny in TOYS:
         config_of = tiny()[0].config
         real = adapt(tiny()[0].bfloat16())
         with torch.device("meta"):
@@ -687,7 +694,7 @@ def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
 
 
 def test_adapters_begin_as_nothing_and_merge_into_the_weights():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)
         row.pop("stage_ids")
@@ -723,7 +730,7 @@ def test_adapters_begin_as_nothing_and_merge_into_the_weights():
 
 
 def test_an_adapter_folder_opens_over_its_base():
-    for tiny in TINY:
+    for tiny in TOYS:
         (toy, own), noise = tiny(), torch.Generator().manual_seed(0)
         inputs = model_inputs(batch_of(own))
         kinds = {}, dict(use_rslora=True, modules_to_save=["lm_head"]), dict(use_dora=True)
@@ -783,7 +790,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
 
 
 def test_separators_become_tokens_and_survive_saving():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own, marks = bare(tiny)
         tok, image = own.tokenizer, own.image_token_id
         old_ids = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
@@ -846,7 +853,7 @@ def test_the_digest_sees_weights_and_config():
 
 def test_four_bits_are_the_same_from_a_folder_and_in_place():
     pytest.importorskip("bitsandbytes")
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny(hidden=64)
         with tempfile.TemporaryDirectory() as d:
             save(toy, own, f"{d}/m", dtype=torch.bfloat16)

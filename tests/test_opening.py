@@ -14,11 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cot import models, opening
 from llava_cot.families import ModelError
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_llava
 
 
 def test_every_family_opens_without_numbers_and_misses_what_is_missing():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d, chdir(d):
             models.save(toy, own, "m")
@@ -40,7 +40,7 @@ def test_every_family_opens_without_numbers_and_misses_what_is_missing():
 
 
 def test_a_type_is_given_as_transformers_gives_it():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, own = tiny()
         with tempfile.TemporaryDirectory() as d:
             models.save(toy, own, f"{d}/m")
@@ -54,7 +54,7 @@ def test_a_type_is_given_as_transformers_gives_it():
 
 
 def test_four_bits_are_for_linear_layers_of_the_language_model_alone():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, _ = tiny()
         names = set(opening.nf4_layers(toy))
         linear = {n for n, m in toy.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -67,7 +67,7 @@ def test_four_bits_are_for_linear_layers_of_the_language_model_alone():
 
 
 def test_tokens_without_rows_are_refused_in_every_family():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         toy, own = tiny()
         check_tokens(own, toy, "m")
         image = toy.config.image_token_id

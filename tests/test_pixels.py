@@ -14,12 +14,22 @@ from llava_cot.families import BUDGET, ModelError, family_of
 from llava_cot.models import check_preprocessing, fingerprint, load, save
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.settings import Settings
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import (
+    TOYS,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    tiny_qwen2_vl,
+    tiny_qwen3_vl,
+)
 from llava_cot.tokens import Collator, encode, image_tokens, lengths
 
 OF_QWEN = [dict(max_pixels=n, min_pixels=m) for n, m in ((1152, 576), (9999, 4000))]
 BUDGETS = (
+    (tiny_qwen2_vl, OF_QWEN),
     (tiny_qwen2_5_vl, [*OF_QWEN, dict(max_pixels=150_000)]),
+    (tiny_qwen3_vl, OF_QWEN),
     (tiny_llava_next, [dict(max_tiles=n) for n in (2, 3, 4)]),
     (lambda: tiny_mllama(tiles=4), [dict(max_tiles=n) for n in (3, 2, 1)]),
 )
@@ -96,6 +106,7 @@ def all_agree(n, largest=9.0):
 def test_the_caller_keeps_its_processor():
     for tiny, asked in (
         (tiny_qwen2_5_vl, dict(max_pixels=5760, min_pixels=1152)),
+        (tiny_qwen3_vl, dict(max_pixels=5760, min_pixels=1152)),
         (tiny_llava_next, dict(max_tiles=2)),
         (tiny_mllama, dict(max_tiles=1)),
     ):
@@ -141,7 +152,7 @@ def test_a_budget_is_refused_with_its_phase():
 
 
 def test_a_batch_of_a_size_has_the_shapes_of_a_real_one():
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         net, its = tiny()
         text = "a" if tiny is tiny_mllama else "aa bb cc dd ee ff gg hh"
         real = [row_of((300, 200), text)] * 2

@@ -34,7 +34,14 @@ from llava_cot.pixels import adopt, with_budget
 from llava_cot.plan import PlanError
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import (
+    TOYS,
+    tiny_llava,
+    tiny_llava_next,
+    tiny_mllama,
+    tiny_qwen2_5_vl,
+    tiny_qwen3_vl,
+)
 from llava_cot.tokens import image_tokens
 
 def small_llava(vocabulary=4096):
@@ -398,7 +405,7 @@ def test_layers_of_a_part_and_all_families():
     some, whole = (plan(small_llava(), which, length=256)[0] for which in (last, every))
     assert 0 < some.gradients < whole.gradients / 4
     assert some.peak < whole.peak and some.flops < whole.flops
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         model, _ = tiny()
         before = [(p.requires_grad, p.detach().clone()) for p in model.parameters()]
         how = dict(batch_size=2, length=1200, tiles=1)
@@ -432,6 +439,7 @@ def test_plan_plots_prints_and_serialises():
 def test_the_plan_counts_a_picture_as_the_processor_does():
     for toy, asked, size in (
         (tiny_qwen2_5_vl, dict(max_pixels=9999, min_pixels=4000), (31, 60)),
+        (tiny_qwen3_vl, dict(max_pixels=9999, min_pixels=4000), (31, 60)),
         (tiny_llava_next, dict(max_tiles=2), (90, 90)),
         (lambda: tiny_mllama(tiles=4), dict(max_tiles=2), (90, 200)),
     ):

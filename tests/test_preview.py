@@ -22,11 +22,8 @@ from llava_cot.augment import preview
 from llava_cot.cot import CoT, render
 from llava_cot.gate import LIGHT, STRONG, TRANSFORMS, AugmentError, Policy
 from llava_cot.template import TokensError
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS
 from llava_cot.tokens import encode, seen, show_mask
-
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
 
 def scene(circle=(214, 40, 40), size=(96, 96)):
     "A circle and a blue square on grey."
@@ -172,7 +169,7 @@ def look():
 
 
 def test_rows_are_shown_with_their_pictures_and_refusals():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy = tiny()[1]
         mixed = [
             drawn(images=[scene(), scene("green")], name="<two>"),
@@ -227,7 +224,7 @@ def test_previews_show_draws_and_reasons():
 
 
 def test_previews_of_augmentation_show_what_the_tower_sees():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy = tiny()[1]
         good = drawn()
         bad = drawn("How <|image|> <image> <|image_pad|>?", name="bad")

@@ -14,7 +14,7 @@ import datasets
 from PIL import Image
 
 from llava_cot import data, measured, rowcheck, shapes
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_llava, tiny_qwen2_5_vl
 from llava_cot.tokens import encode, image_tokens
 
 
@@ -65,7 +65,7 @@ def test_every_kind_of_bad_row_is_found_and_no_other():
 def test_lengths_are_right_to_the_token_in_every_family():
     rows = data.load(shapes.write(Path(tempfile.mkdtemp()) / "s", 24))
     two = [asked("Which is larger?", "a", "two", [noisy((90, 30)), noisy((64, 48))])]
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+    for tiny in TOYS:
         its = tiny()[1]
         for some in (rows, list(rows), two, [asked("Why?", "So.", "none")]):
             exact = [len(encode(row, its)["input_ids"]) for row in some]
@@ -133,7 +133,7 @@ def test_tables_zips_and_lists_are_looked_at_like_files():
 
 
 def test_what_a_processor_refuses_by_its_size_is_found_without_it():
-    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl, tiny_llava_next):
+    for tiny in TOYS:
         its = tiny()[1]
         sizes = [(1, 1), (1, 20), (1, 190), (1, 210), (3000, 1), (2, 500), (7, 1800), (640, 480)]
         found = rowcheck._tokens_by_size(its, sizes)

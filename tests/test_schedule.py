@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from llava_cot.families import PARTS
 from llava_cot.schedule import _DECAYS
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS, tiny_mllama
 from llava_cot.trainable import check_schedule, make_optimizer
-
-TINY = (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl)
 
 GRADUAL = [
     Phase("listen", {"projector": 1e-3, "cross_attention": 1e-4}, updates=60),
@@ -255,7 +253,7 @@ def test_presets():
     assert PRESETS["lora"][0].lora["on"] == ("language",)
     for s in PRESETS.values():
         assert Schedule.from_yaml(s.to_yaml()) == s
-        for tiny in TINY:
+        for tiny in TOYS:
             check_schedule(tiny()[0], s)
     assert Schedule.load("demo") is PRESETS["demo"] is Schedule.load(PRESETS["demo"])
     with pytest.raises(ScheduleError, match="did you mean 'demo'"):

@@ -13,13 +13,7 @@ from llava_cot.cot import FORMATS, LLAVA_COT, NO_TAGS, REORDERED, check, to_form
 from llava_cot.engine import Piece, SearchError
 from llava_cot.families import ModelError
 from llava_cot.template import TokensError
-from llava_cot.tiny import (
-    llava_processor,
-    tiny_llava,
-    tiny_llava_next,
-    tiny_mllama,
-    tiny_qwen2_5_vl,
-)
+from llava_cot.tiny import TOYS, llava_processor, tiny_llava, tiny_mllama, tiny_qwen2_5_vl
 
 def memorise(model, processor, examples, updates=150, lr=5e-3):
     "Train on the same few examples until they are known by heart; returns the last loss."
@@ -160,7 +154,7 @@ def test_a_cut_answer_says_so():
 
 
 def test_neighbours_do_not_matter():
-    for build in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for build in TOYS:
         model, processor = build(seed=1)
         model.double()
 

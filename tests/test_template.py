@@ -14,6 +14,7 @@ from transformers.utils import chat_template_utils
 from llava_cot.template import Witness, _frame, _template
 from llava_cot.tiny import (
     TINY_TEXT,
+    TOYS,
     tiny_llava,
     tiny_llava_next,
     tiny_mllama,
@@ -110,7 +111,7 @@ def test_each_turn_is_its_slice_of_the_text():
         ["ASSISTANT: hm", "</s>", "<|eot_id|>", "\ue0000\ue002"]
     )
     spoken = st.lists(some.filter(str.strip), min_size=1, max_size=4)
-    for tiny in (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl):
+    for tiny in TOYS:
         family = tiny()[1]
         settings(max_examples=25, deadline=None, database=None)(
             given(spoken)(lambda said: laid_out_as_promised(said, family))

@@ -18,8 +18,6 @@ def example(images=(plain(),), answer="<SUMMARY> I will count the circles. </SUM
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
     return {"id": "plain", "images": list(images), "source": "", "messages": messages}
 
-TOYS = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
 
 def test_a_row_without_image_computes_what_it_does_alone():
     toy, own = tiny_mllama()

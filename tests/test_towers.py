@@ -5,11 +5,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from llava_cot.families import family_of
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
+from llava_cot.tiny import TOYS
 from llava_cot.tokens import Collator, encode
-
-TINY = (tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl)
-
 
 def picture(colour="red", size=(48, 48)):
     "A disc and a square on grey."
@@ -30,7 +27,7 @@ def example(images=(picture(),), answer="<SUMMARY> I will count the circles. </S
 
 
 def test_a_picture_alone_is_seen_as_in_a_batch():
-    for tiny in TINY:
+    for tiny in TOYS:
         model, processor = tiny()
         sight = family_of(model).sight
         eye = model.get_submodule(sight.path)
@@ -39,7 +36,9 @@ def test_a_picture_alone_is_seen_as_in_a_batch():
         together, own = model(**made).logits, eye.forward
 
         def one_at_a_time(*args, **kwargs):
-            kept = [sight.keep(own(**given), **given) for given in sight.split(*args, **kwargs)]
+            kept = [
+                sight.keep(own(**given), module=eye, **given) for given in sight.split(*args, **kwargs)
+            ]
             assert len(kept) >= 3
             return sight.join(eye, kept, *args, **kwargs)
 

@@ -49,6 +49,7 @@ from llava_cot.tiny import (
     tiny_llava_next,
     tiny_mllama,
     tiny_qwen2_5_vl,
+    tiny_qwen3_vl,
     train_tokenizer,
 )
 from llava_cot.tokens import Collator, TooLong, encode
@@ -766,6 +767,7 @@ def test_all_options_together_and_a_resumed_run():
 def test_all_options_together_and_a_resumed_run_in_every_family():
     all_options_resumed(tiny_mllama, 11)
     all_options_resumed(tiny_qwen2_5_vl, 7)
+    all_options_resumed(tiny_qwen3_vl, 7)
     all_options_resumed(tiny_llava_next, 11)
 
 

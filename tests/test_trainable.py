@@ -11,10 +11,7 @@ from transformers import AutoModelForImageTextToText
 from llava_cot import models, tokens
 from llava_cot.families import ModelError, layers, part_modules, parts, without_gradient
 from llava_cot.schedule import Phase, ScheduleError, learning_rates, lr_scheduler
-from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl
-
-TINY = (tiny_llava, tiny_mllama, tiny_llava_next, tiny_qwen2_5_vl)
-
+from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama
 
 def batch_for(processor):
     "One picture, one question, one answer."
@@ -49,7 +46,7 @@ def learn(toy, made, phase):
 
 
 def test_freeze_is_exact():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, _ = tiny()
         never, everything = without_gradient(toy), dict(toy.named_parameters())
 
@@ -103,7 +100,7 @@ def test_optimizer_groups():
         return [(g["name"], g["lr"], g["weight_decay"]) for g in opt.param_groups]
 
 
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, _ = tiny()
         never, names = without_gradient(toy), {id(p): n for n, p in toy.named_parameters()}
         phase = Phase("a", train={"vision": 2e-6, "language": 1e-5}, betas=(0.9, 0.98))
@@ -167,7 +164,7 @@ def test_what_is_frozen_does_not_move_to_the_bit():
 
 
 def test_adapters_train_and_nothing_under_them_moves():
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, own = tiny()
         train = {"projector": 1e-2, "language": 1e-2}
         lora = {"r": 2, "dropout": 0.1}
@@ -242,7 +239,7 @@ def test_a_schedule_is_checked_before_its_first_phase():
 
 def test_four_bits_are_never_trained():
     lora = Phase("b", train={"projector": 1.0, "language": 1.0}, lora={})
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, _ = tiny(hidden=64)
         check_schedule(toy, [Phase("a", train={"vision": 1.0, "projector": 1.0}), lora], "nf4")
         for key in ("language", "language.layers[-1]"):
@@ -288,7 +285,7 @@ def test_wrong_lora_is_refused_by_name():
 
 def test_a_plan_may_ask_on_meta():
     several = {"language": 1.0, "language.layers[-1]": 2.0, "vision": 1.0}
-    for tiny in TINY:
+    for tiny in TOYS:
         toy, _ = tiny()
         with torch.device("meta"):
             meta = AutoModelForImageTextToText.from_config(toy.config)

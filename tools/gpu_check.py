@@ -30,7 +30,7 @@ from llava_cot.plan import GPUS, plan
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import RunError, Settings
 
-TOYS = ("tiny_llava", "tiny_llava_next", "tiny_mllama", "tiny_qwen2_5_vl")
+TOYS = [toy.__name__ for toy in tiny.TOYS]
 PHASES = {p.name: p for name in ("two_phase", "lora") for p in PRESETS[name]}
 BATCH, SUPERVISED = 4, 0.25  # rows of a micro-batch as in llava_cot_100k_1xH200; share of the text
 # phase, tokens of a row, micro-batches of an update, updates to warm up, updates to time
