@@ -572,7 +572,7 @@ _GEMMA3 = Family(
     budget=_ONE_SQUARE,
     reads="Gemma3Processor",
     unused=_gemma_unused,
-    stored=_llava_stored,
+    stored=older_name,
 )
 
 ROWS = (_MLLAMA, _LLAVA, _LLAVA_NEXT, _QWEN2, _QWEN, _QWEN3)
