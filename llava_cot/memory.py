@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from . import models
 from .batches import Reader
@@ -211,13 +211,24 @@ def pretend(
     "The model of a config, its tensors without numbers. Raises `ModelError` for an unknown family."
     family, mode = family_of(config), FakeTensorMode(allow_non_fake_inputs=True)
     kind = DTYPES.get(dtype, torch.bfloat16)
-    with mode:
+    with mode, _not_drawn():
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=kind)
         if dtype == "nf4":
             for name, layer in nf4_layers(model).items():
                 model.set_submodule(name, _Packed(layer))
     family.prepare(model)
     return model, mode
+
+
+@contextlib.contextmanager
+def _not_drawn() -> Iterator:
+    "While inside, a new model's weights are not drawn: SigLIP's way looks at the numbers it drew."
+    draw = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda model: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = draw
 
 # %% ../nbs/40_memory.ipynb #g008
 _DECIDE = (  # their numbers decide shapes

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -22,6 +23,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MllamaConfig,
+    SiglipVisionConfig,
 )
 
 from llava_cot import families, memory, models, shapes
@@ -225,6 +227,20 @@ def test_eleven_billion_by_parts():
     assert round(sum(counts.values()) / 1e9, 3) == 10.670
     with pytest.raises(ModelError, match="llama"):
         pretend(LlamaConfig())
+
+
+def test_a_tower_whose_way_of_drawing_looks_at_its_numbers_is_pretended_too():
+    of = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    eye = SiglipVisionConfig(**of, image_size=24, patch_size=12)
+    tied = LlavaConfig(vision_config=eye, text_config=LlamaConfig(**of), tie_word_embeddings=True)
+    model, mode = pretend(tied)
+    assert all(isinstance(p, FakeTensor) for p in model.parameters())
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    drawn = AutoModelForImageTextToText.from_config(tied)
+    assert drawn.model.vision_tower.encoder.layers[0].mlp.fc1.weight.std() > 0
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in drawn.named_parameters()
+    }
 
 
 def test_layers_computed_again_give_the_same_gradients_with_dropout():
