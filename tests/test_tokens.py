@@ -141,6 +141,8 @@ def written(processor):
             given = dict(text=[place * n], images=[[picture().resize(size)] * n])
             out = processor(**given, add_special_tokens=False, return_tensors="pt")
             text = processor.tokenizer.decode(out["input_ids"][0])
+            if processor.tokenizer.bos_token:
+                text = text.replace(processor.tokenizer.bos_token, "")
             found.add(text[: len(text) // n])
     return sorted(found, key=len, reverse=True)
 
