@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOYS', 'TINY', 'llava_processor', 'build_llava', 'tiny_llava', 'tiny_mllama', 'tiny_llava_next', 'tiny_qwen2_vl',
            'tiny_qwen2_5_vl', 'tiny_qwen3_vl', 'tiny_base', 'open_model', 'open_skeleton', 'open_processor',
-           'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision', 'tiny_smolvlm']
+           'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision', 'tiny_mistral3',
+           'tiny_smolvlm']
 
 # %% ../nbs/23_tiny.ipynb #tiny-imports
 from importlib.resources import files
@@ -33,6 +34,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3VLConfig,
 )
+from transformers.utils import is_torchvision_available
 
 from .families import ModelError
 from llava_cot.models import (
@@ -47,7 +49,13 @@ from llava_cot.models import (
 from .opening import in_type, need_template, quantise
 from .towers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 from .toykit import HALF, TINY_TEXT, build, small_decoder, special_ids, train_tokenizer
-from .toys import tiny_idefics3, tiny_internvl, tiny_llava_onevision, tiny_smolvlm
+from llava_cot.toys import (
+    tiny_idefics3,
+    tiny_internvl,
+    tiny_llava_onevision,
+    tiny_mistral3,
+    tiny_smolvlm,
+)
 
 # what a user of toys looks for here, too
 _all_ = [
@@ -56,6 +64,7 @@ _all_ = [
     "tiny_idefics3",
     "tiny_internvl",
     "tiny_llava_onevision",
+    "tiny_mistral3",
     "tiny_smolvlm",
 ]
 
@@ -365,6 +374,7 @@ TOYS = (
     tiny_idefics3,
     tiny_smolvlm,
     tiny_llava_onevision,
+    *((tiny_mistral3,) if is_torchvision_available() else ()),  # its processor needs that
 )  # one of each family
 
 # %% ../nbs/23_tiny.ipynb #c104
