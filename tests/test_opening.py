@@ -58,7 +58,8 @@ def test_four_bits_are_for_linear_layers_of_the_language_model_alone():
         toy, _ = tiny()
         names = set(opening.nf4_layers(toy))
         linear = {n for n, m in toy.named_modules() if isinstance(m, torch.nn.Linear)}
-        expected = {n for n in linear if n.startswith("model.language_model.")}
+        inside = ("model.language_model.", "model.text_model.")
+        expected = {n for n in linear if n.startswith(inside)}
         assert names == expected and expected and not opening.packed_layers(toy)
     assert opening.count_numbers(torch.zeros(8, 1, dtype=torch.uint8)) == 16
     with mock.patch.dict(sys.modules, {"bitsandbytes": None}):
@@ -70,9 +71,9 @@ def test_tokens_without_rows_are_refused_in_every_family():
     for tiny in TOYS:
         toy, own = tiny()
         check_tokens(own, toy, "m")
-        image = toy.config.image_token_id
-        toy.config.image_token_id = image - 1
-        with pytest.raises(ModelError, match=rf"id {image}\).*looks for id {image - 1}"):
+        image, other = toy.config.image_token_id, own.tokenizer.convert_tokens_to_ids("a")
+        toy.config.image_token_id = other
+        with pytest.raises(ModelError, match=rf"id {image}\).*looks for id {other}"):
             check_tokens(own, toy, "m")
         toy.config.image_token_id = image
         n = own.tokenizer.add_tokens(["<SUM>", "</SUM>"])
