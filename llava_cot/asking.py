@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass, field
 
 from PIL import Image
 
-from . import cot, search
+from . import cot
 from .cot import CoTFormat
-from .search import Answer, Question, Score
+from .engine import Engine, Piece, left_as_found
+from .models import check_preprocessing
+from .search import Answer, Question, Score, as_answer, drive, separators
+from .tokens import encode
 
 # %% ../nbs/77_asking.ipynb #asking-06
 def picture_question(
@@ -148,6 +151,7 @@ class Dialogue:
     method: object  # how to search
     fmt: CoTFormat
     before: list = field(default_factory=list)  # questions and answers so far
+    looked: tuple = ()  # the prompt that was read last, its tokens and its piece
 
     def ask(
         self,
@@ -155,10 +159,27 @@ class Dialogue:
         told: Callable | None = None,  # gets the text of a greedy answer, as it is written
         say: Callable | None = None,  # of `Watched`, for a search
     ) -> dict:  # of `answered`
-        "The answer to the next question, which becomes part of what was said."
+        "The answer to the next question, which becomes part of what was said. Raises `ModelError`."
+        check_preprocessing(self.model, self.processor, "ask")
         example = picture_question(self.picture, question, self.before)
-        how = dict(fmt=self.fmt, told=told, progress=False)
         method = Watched(self.method, say) if say else self.method
-        (found,) = search.answer(self.model, self.processor, [example], method, **how)
-        self.before.append((question, found.text))
-        return answered(found, self.fmt)
+        with left_as_found(self.model):
+            engine = Engine(self.model, self.processor, words=separators(self.fmt))
+            root, found = self._root(engine, example), []
+            q = Question(example["id"], lambda: example, self.fmt, root, engine.ids, told)
+            q.cost = root.cost
+            drive(engine, iter([(q, method.search(q))]), 1, lambda *ended: found.append(ended))
+        said = as_answer(*found[0])
+        self.before.append((question, said.text))
+        return answered(said, self.fmt)
+
+    def _root(self, engine: Engine, example: dict) -> Piece:
+        "The prompt. Where it begins as the last one did, only the rest is read, and no picture."
+        prompt = encode(example, self.processor, prompt_only=True)
+        ids, (before, root) = prompt["input_ids"].tolist(), self.looked or ((), None)
+        if before and ids[: len(before)] == before and len(ids) > len(before):
+            root = engine.look_on(root, ids[len(before) :])
+        else:
+            (root,) = engine.look([prompt], [example["id"]], [1])
+        self.looked = ids, root
+        return root

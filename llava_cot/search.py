@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WARM', 'METHODS', 'Tried', 'Answer', 'Greedy', 'prompt_batches', 'ids_of', 'Part', 'Candidate', 'is_complete',
-           'Score', 'Question', 'drive', 'scores_of', 'prompt_digest', 'as_answer', 'answer', 'mean_logprob', 'BestOfN',
-           'judge', 'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out', 'Retrace']
+           'Score', 'Question', 'drive', 'scores_of', 'prompt_digest', 'separators', 'as_answer', 'answer',
+           'mean_logprob', 'BestOfN', 'judge', 'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out',
+           'Retrace']
 
 # %% ../nbs/51_search.ipynb #search-imports
 import hashlib
@@ -318,6 +319,11 @@ def _pictures(examples: Sequence, i: int) -> int:
     return len(examples[i].get("images") or ())
 
 
+def separators(fmt: CoTFormat) -> list[str]:
+    "The separators of a format: they may be written, even where they are control tokens."
+    return [end(s) for s in fmt.stages for end in (fmt.open, fmt.close) if fmt.tags]
+
+
 def _questions(engine: Engine, rows, examples, names, fmt, told) -> Iterator[Question]:
     "Questions, their prompts read: a few at a time, as they are asked for."
     at_once = max(1, engine.rows // 4)
@@ -378,8 +384,7 @@ def answer(
     answers, names, done = [None] * len(examples), ids_of(examples), 0
     bar = tqdm(total=len(examples), desc="answering", unit="answer", disable=not progress)
     with left_as_found(model), bar:
-        words = [end(s) for s in fmt.stages for end in (fmt.open, fmt.close) if fmt.tags]
-        engine = Engine(model, processor, batch_size, words)
+        engine = Engine(model, processor, batch_size, separators(fmt))
 
         def write(rows):
             questions = _questions(engine, rows, examples, names, fmt, told)

@@ -31,7 +31,7 @@ from .models import check_preprocessing
 from .page import page_to_try
 from .pictures import limits
 from .request import Bounds, Job, Refused, before_stop, check_fields
-from .search import Question, Score, as_answer, drive
+from .search import Question, Score, as_answer, drive, scores_of, separators
 from .tokens import encode
 from .tree import show_tree
 
@@ -72,8 +72,7 @@ class Desk:
 
     def _run(self) -> None:
         "Serves until it is closed, whatever happens to a job."
-        words = [end(s) for s in self.fmt.stages for end in (self.fmt.open, self.fmt.close)]
-        words = words if self.fmt.tags else []
+        words = separators(self.fmt)
         with left_as_found(self.model):
             while not self.closed:
                 self.engine = Engine(self.model, self.processor, self.bounds.batch_size, words)
@@ -139,7 +138,7 @@ def _look(self: Desk, jobs: list[Job]) -> None:
     for job in jobs:
         try:
             prompt = encode(job.example, self.processor, self.fmt, prompt_only=True)
-            self._check_length(len(prompt["input_ids"]))
+            self._check_length(len(prompt["input_ids"]), job.limit)
         except (InputError, Refused) as e:
             job.fail(400, str(e))
         except Exception as e:  # what a processor or a chat template raises
@@ -156,10 +155,11 @@ def _look(self: Desk, jobs: list[Job]) -> None:
 
 
 @patch
-def _check_length(self: Desk, n: int) -> None:
-    "Raises `Refused` for a prompt that leaves no room."
-    if self.context and n >= self.context:
-        raise Refused(400, f"messages: {n:,} tokens; the model takes fewer than {self.context:,}")
+def _check_length(self: Desk, n: int, asked: int | None) -> None:
+    "Raises `Refused` for a prompt and a length of the answer that the model cannot take."
+    if self.context and n + (asked or 1) > self.context:
+        more = f", and max_tokens {asked:,}" if asked else ""
+        raise Refused(400, f"messages: {n:,} tokens{more}; the model takes {self.context:,} in all")
 
 # %% ../nbs/79_server.ipynb #server-08
 @patch
@@ -190,7 +190,7 @@ def _safe(self: Desk, scorer: Callable) -> Callable:
 
     def scores(candidates):
         try:
-            return list(scorer(candidates))
+            return scores_of(scorer, candidates)
         except Exception as e:  # whatever a scorer meets
             for candidate in candidates:
                 self.jobs[candidate.question].trouble = f"{type(e).__name__}: {e}"

@@ -35,10 +35,17 @@ def test_a_dialogue_is_asked_with_all_that_was_said_and_tells_what_it_writes():
     model_, its_ = tiny.tiny_llava()
     picture_ = next(shapes.examples(1))[1]["images"][0]
     heard = []
+    looks = []
+    model_.model.vision_tower.register_forward_hook(lambda *_: looks.append(1))
     talk_ = Dialogue(model_, its_, picture_, method_of("greedy max_new_tokens=6"), LLAVA_COT)
     one_ = talk_.ask("How many?", heard.append)
     two_ = talk_.ask("Sure?")
     assert "".join(heard) == one_["text"] and one_["cost"]["pictures"] == 1
+    assert len(looks) == 1 and two_["cost"]["pictures"] == 0  # it has been looked at
+    whole_ = tokens.encode(
+        picture_question(picture_, "Sure?", talk_.before[:1]), its_, prompt_only=True
+    )
+    assert two_["cost"]["prefilled"] + one_["cost"]["prefilled"] == len(whole_["input_ids"])
     turns = [("How many?", one_["text"])]
     (alone,) = search.answer(
         model_,
@@ -53,6 +60,24 @@ def test_a_dialogue_is_asked_with_all_that_was_said_and_tells_what_it_writes():
     asked_ = [picture_question(picture_, "How many?")]
     plain_ = search.answer(model_, its_, asked_, beam.method, progress=False)
     assert search.answer(model_, its_, asked_, beam, progress=False) == plain_ and counted
+
+
+def test_every_family_looks_once_and_answers_as_if_it_had_read_all_again():
+    picture_ = next(shapes.examples(1))[1]["images"][0]
+    for build in (tiny.tiny_llava_next, tiny.tiny_mllama, tiny.tiny_qwen2_5_vl):
+        model_, its_ = build(seed=1)
+        model_.double()
+        for method in (search.Greedy(9), method_of("stage_beam n=3 keep=2 max_new_tokens=5")):
+            talk_ = Dialogue(model_, its_, picture_, method, LLAVA_COT)
+            for i, asked_ in enumerate(("How many?", "Sure?", "Is there a red square, or a blue one?")):
+                rows_ = [picture_question(picture_, asked_, talk_.before)]
+                (alone,) = search.answer(model_, its_, rows_, method, progress=False)
+                found_ = talk_.ask(asked_)
+                assert found_["text"] == alone.text, build.__name__
+                assert found_["cost"]["pictures"] == (i == 0) and not model_.training
+    other_ = picture_question(picture_, "Else?")["messages"][0]["content"][1]["text"]
+    talk_.before[:] = [("Something else?", "Yes.")]  # not what was read: all is read again
+    assert talk_.ask(other_)["cost"]["pictures"] == 1
 
 
 @pytest.mark.slow

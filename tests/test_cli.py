@@ -743,6 +743,8 @@ def test_every_recipe_passes_a_dry_run():
         "llava_cot_100k_1xH200",
         "lora_24gb",
         "qlora_24gb",
+        "qwen3_vl_8b_8xH100",
+        "qwen3_vl_8b_lora_24gb",
     }
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
@@ -763,10 +765,9 @@ def test_every_recipe_passes_a_dry_run():
             assert (
                 text.startswith("# ") and name in text.split("\nmodel:")[0]
             )  # says what it is for and how it is called
-            local = [
-                "--model",
-                tmp / "mllama" if "11B" in text.split("\nschedule")[0] else "tiny_llava",
-            ]  # in place of weights from the hub
+            toys = {"11B": tmp / "mllama", "llava-1.5": "tiny_llava", "Qwen3": "tiny_qwen3_vl"}
+            named = text.split("\nmodel: ")[1].split("\n")[0]
+            local = ["--model", *(toy for word, toy in toys.items() if word in named)]
             code, out, error = here(
                 "train",
                 "--config",

@@ -80,29 +80,12 @@ def tree_agreement(build, trees, dtype, seed=0, rows=3):
                 same, other = same + a, other + b
     return same, other
 
-
-def test_draws_follow_the_probabilities_and_the_filters():
-    rows = torch.tensor([0.6, 0.2, 0.15, 0.05]).log().repeat(4000, 1)
-
-
-    def shares(how):
-        drawn = engine.choose(rows, [how] * 4000, engine.draws(1, "q", 4000))
-        return torch.bincount(drawn, minlength=4) / 4000
-
-
-    near = dict(atol=0.03, rtol=0)
-    S = engine.Sampling
-    torch.testing.assert_close(shares(S(1.0)), torch.tensor([0.6, 0.2, 0.15, 0.05]), **near)
-    squares = torch.tensor([0.36, 0.04, 0.0225, 0.0025])
-    torch.testing.assert_close(shares(S(0.5)), squares / squares.sum(), **near)
-    torch.testing.assert_close(shares(S(1.0, top_p=0.7)), torch.tensor([0.75, 0.25, 0, 0]), **near)
-    torch.testing.assert_close(shares(S(1.0, min_p=0.3)), torch.tensor([0.75, 0.25, 0, 0]), **near)
-    assert shares(S(1.0, top_p=0.1))[0] == 1 and shares(S())[0] == 1
-    assert torch.equal(engine.draws(3, "q/0", 8), engine.draws(3, "q/0", 9)[:8])
-    assert not torch.equal(engine.draws(3, "q/0", 8), engine.draws(3, "q/1", 8))
-    for bad in (-1, "warm", True, None):
-        with pytest.raises(engine.SearchError, match="temperature"):
-            S(temperature=bad)
+def said(eng, asked, order):
+    roots = eng.look(asked, "abcdef")
+    wanted = [engine.Write(r, i, (), 12, S1) for r in roots for i in range(3)]
+    wanted = [wanted[i] for i in order]
+    found = eng.write(wanted)
+    return {p.path: p.ids for p in found}
 
 
 def test_both_families_end_where_they_were_taught():
@@ -151,6 +134,25 @@ def test_greedy_is_what_generate_writes():
                 assert tuple(ids[0, batch["input_ids"].shape[1] :].tolist()) == piece.ids
 
 
+def test_a_prompt_that_goes_on_is_what_it_is_when_read_at_once():
+    for build in TOYS:
+        model, processor = build(seed=1)
+        model.double().eval()
+        (asked,) = prompts(processor, [ex for _, ex in shapes.examples(1)])
+        with torch.no_grad():
+            eng = engine.Engine(model, processor)
+            (looked,) = eng.look([asked], ["q"])
+            more = eng.ids("red square? " * 40)
+            part = eng.look_on(looked, more[:70])
+            gone_on = eng.look_on(part, more[70:])
+            (piece,) = eng.write([engine.Write(gone_on, limit=6)])
+            scores = read_at_once(model, eng, asked, [*more, *piece.ids])[len(more) :]
+        torch.testing.assert_close(gone_on.kept.logits.index_fill(-1, eng.never, -torch.inf), scores[0])
+        assert scores.argmax(-1).tolist() == list(piece.ids)
+        assert gone_on.cost.all()[:5] == (0, len(more) - 70, part.kept.length, 1, 0)
+        assert piece.cost.reused == len(asked["input_ids"]) + len(more)
+
+
 def test_texts_alone_are_read_as_themselves_after_pictures():
     def spoken(text):
         said = [dict(role="user", content=[dict(type="text", text=text)])]
@@ -176,14 +178,6 @@ def test_texts_alone_are_read_as_themselves_after_pictures():
 
 
 def test_no_neighbour_changes_a_candidate():
-    def said(eng, asked, order):
-        roots = eng.look(asked, "abcdef")
-        wanted = [engine.Write(r, i, (), 12, S1) for r in roots for i in range(3)]
-        wanted = [wanted[i] for i in order]
-        found = eng.write(wanted)
-        return {p.path: p.ids for p in found}
-
-
     for build in TOYS:
         model, processor = build(seed=1)
         model.eval()
@@ -205,6 +199,40 @@ def test_no_neighbour_changes_a_candidate():
             with mock.patch.object(engine._Block, "step", side_effect=torch.OutOfMemoryError("full")):
                 with pytest.raises(torch.OutOfMemoryError):
                     said(engine.Engine(model, processor, rows=4), asked, range(18))
+
+
+def test_rows_are_as_many_as_the_free_memory_holds():
+    for build in (tiny_llava, tiny_mllama):
+        model, processor = build(seed=1)
+        model.eval()
+        asked = prompts(processor, [ex for _, ex in shapes.examples(6)])
+        with torch.no_grad():
+            alone = said(engine.Engine(model, processor, rows=1), asked, range(18))
+            kept = [root.kept for root in engine.Engine(model, processor).look(asked, "abcdef")]
+            states = sum(s.nbytes for one in kept[:1] for pair in one.states if pair for s in pair)
+            token, longest = states // kept[0].length, max(one.length for one in kept) + 12 + 64
+            seen = sum(s.nbytes for pair in kept[0].cross.values() for s in pair)
+            row = 2 * (token * longest + seen) + 48 * model.get_output_embeddings().weight.shape[0]
+            step, heights = engine._Block.step, []
+
+            def noted(block):
+                heights.append(len(block.rows))
+                return step(block)
+
+            for there, most in ((3.5 * row, 3), (1e12, 16), (row / 9, 1), (0, 1), (None, 16)):
+                heights.clear()
+                sized = engine.Engine(model, processor, rows=16)
+
+                def free_(device):
+                    return there if there is None else there / 0.8 - sized._held()
+
+                free = mock.patch.object(engine, "free_memory", free_)
+                with free, mock.patch.object(engine._Block, "step", noted):
+                    assert said(sized, asked, range(18)) == alone
+                assert max(heights) == most, (build.__name__, there, heights)
+                assert len(heights) < 18 * 12 / most + 40
+    assert engine.free_memory(torch.device("cpu")) > 2**20
+    assert engine.free_memory(torch.device("meta")) is None
 
 
 def test_what_is_no_text_is_never_written_and_every_piece_ends():
@@ -260,6 +288,23 @@ def test_a_piece_ends_at_the_token_that_completes_its_stop_and_is_told_as_it_is_
         eng.step()
         eng.cancel("gone")
         assert [key for key, _ in eng.collect()] == ["stays"] and eng.collect() == []
+
+
+def test_no_answer_is_longer_than_the_context_of_the_model():
+    model, processor = tiny_llava(seed=1)
+    model.eval()
+    (asked,) = prompts(processor, [ex for _, ex in shapes.examples(1)])
+    model.config.text_config.max_position_embeddings = len(asked["input_ids"]) + 5
+    with torch.no_grad():
+        eng = engine.Engine(model, processor)
+        (root_,) = eng.look([asked], ["a"])
+        plain, drawn = eng.write([engine.Write(root_, limit=20), engine.Write(root_, 1, (), 20, S1)])
+        assert (plain.tokens, plain.ended, drawn.tokens) == (5, "limit", 5)
+        first, whole_ = eng.write([engine.Write(root_, limit=3), engine.Write(root_, 1, limit=5)])
+        (rest,) = eng.write([engine.Write(first, limit=20, given=eng.ids("red square"))])
+        assert rest.tokens == 2 and rest.ended == "limit" and whole_.ids == plain.ids
+        (none,) = eng.write([engine.Write(rest, limit=20)])
+        assert (none.tokens, none.ended, none.so_far) == (0, "limit", rest.so_far)
 
 
 def test_flops_are_two_for_each_weight_that_a_token_meets_and_those_of_attention():

@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     MllamaConfig,
+    Qwen3VLConfig,
 )
 
 from llava_cot import train
@@ -244,11 +245,28 @@ SEVEN = LlavaConfig(  # LLaVA-1.5-7B
     vision_feature_layer=-2,
 )
 LLAMA = MllamaConfig(vision_config={"image_size": 560})
+EIGHT = Qwen3VLConfig(  # Qwen3-VL-8B
+    vision_config={"out_hidden_size": 4096},
+    text_config=dict(
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_key_value_heads=8,
+        max_position_embeddings=262144,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+    ),
+)
 RECIPES = (  # and the GiB that their comments say
     ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8), 33),
     ("llava_cot_100k_1xH200", LLAMA, dict(gpu="H200"), 94),
     ("lora_24gb", SEVEN, dict(gpu="RTX4090"), 16),
     ("qlora_24gb", LLAMA, dict(gpu="RTX4090"), 13),
+    ("qwen3_vl_8b_8xH100", EIGHT, dict(gpu="H100", gpus=8), 36),
+    ("qwen3_vl_8b_lora_24gb", EIGHT, dict(gpu="RTX4090"), 20),
 )
 
 
@@ -505,6 +523,13 @@ def test_advice_fits_and_the_next_batch_does_not():
         assert f"max_pixels {fewer.best.setting['max_pixels']:,}" in str(fewer)
     finally:
         del GPUS["test-card"]
+
+
+def test_the_configs_of_the_recipes_have_the_published_numbers_of_parameters():
+    for kind, n in ((SEVEN, 7_063_427_072), (LLAMA, 10_670_220_835), (EIGHT, 8_767_123_696)):
+        with torch.device("meta"):
+            net = AutoModelForImageTextToText.from_config(kind)
+        assert sum(p.numel() for p in net.parameters()) == n, kind.model_type
 
 
 @pytest.mark.slow

@@ -268,6 +268,20 @@ def test_broken_models_end_cleanly_within_their_limits():
     handle.remove()
 
 
+def test_a_full_context_ends_every_search():
+    model, processor = tiny_llava(seed=1)
+    two = [ex for _, ex in shapes.examples(2)]
+    longest = max(len(tokens.encode(ex, processor, prompt_only=True)["input_ids"]) for ex in two)
+    for room in (1, 9, 40):
+        model.config.text_config.max_position_embeddings = longest + room
+        for method in [Greedy(), *METHODS_]:
+            for found in answer(model, processor, two, method, progress=False):
+                used = found.tokens + len(
+                    tokens.encode(two[0], processor, prompt_only=True)["input_ids"]
+                )
+                assert not found.finished and used <= longest + room + 2, (method, room)
+
+
 def test_searches_in_other_formats():
     def in_format(ex, fmt):
         "The example with its answer in another format."

@@ -239,8 +239,30 @@ def test_what_cannot_be_answered_is_refused_in_a_line_and_the_next_is_answered()
             server.Bounds(**wrong)
 
 
+def test_prompt_and_answer_together_fit_into_the_model():
+    net, its = tiny.tiny_llava()
+    with server.serving(net, its) as here:
+        n = asked(here.url, dict(messages=question(), max_tokens=1))[2]["usage"]["prompt_tokens"]
+    net.config.text_config.max_position_embeddings = n + 8
+    with server.serving(net, its) as here:
+        for more in ({}, dict(method="best_of_n n=2"), dict(n=3, temperature=1.0), dict(stream=True)):
+            status, _, told = asked(here.url, dict(messages=question(), max_tokens=9, **more))
+            said = f"messages: {n} tokens, and max_tokens 9; the model takes {n + 8} in all"
+            assert status == 400 and told["error"]["message"] == said, told
+        status, _, told = asked(here.url, dict(messages=question(), max_tokens=8))
+        assert status == 200 and told["usage"]["completion_tokens"] <= 8
+        for more in ({}, dict(method="stage_beam n=2 keep=1"), dict(method="retrace")):  # cut there
+            status, _, told = asked(here.url, dict(messages=question(), **more))
+            assert status == 200 and told["choices"][0]["finish_reason"] == "length"
+            assert more or told["usage"]["completion_tokens"] == 8
+        long = question("How many circles are there? " * 3)
+        status, _, told = asked(here.url, dict(messages=long))
+        assert status == 400 and "tokens; the model takes" in told["error"]["message"]
+
+
 def test_who_goes_is_forgotten_and_who_is_too_many_comes_again():
     net, its = tiny.tiny_llava()
+    net.config.text_config.max_position_embeddings = 200_000
     few = server.Bounds(waiting=3, batch_size=4, max_new_tokens=100_000, seconds=1.5)
     endless = mock.patch.object(engine.Engine, "_ended", lambda self, row: None)
     with endless, server.serving(net, its, bounds=few) as here:
