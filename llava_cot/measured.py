@@ -143,8 +143,9 @@ def _reader_digest(processor: ProcessorMixin) -> str:
     tokenizer = processor.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {k: v for k, v in backend.items() if k not in ("truncation", "padding")}
-    names = ("special_tokens_map", "image_token", "bos_token", "eos_token")
+    names = ("image_token", "bos_token", "eos_token")
     said = [repr(getattr(owner, name, None)) for owner in (processor, tokenizer) for name in names]
+    said.append(repr(sorted(tokenizer.special_tokens_map.items())))  # saving sorts it, too
     said.append(repr(getattr(processor, "chat_template", None) or tokenizer.chat_template))
     kinds = (type(processor).__name__, type(tokenizer).__name__, transformers.__version__)
     return kept.digest(json.dumps(state, sort_keys=True), *said, *kinds)
