@@ -16,7 +16,7 @@ from . import cot
 from .cot import CoTFormat
 from .engine import Engine, Piece, left_as_found
 from .models import check_preprocessing
-from .search import Answer, Question, Score, as_answer, drive, separators
+from .search import Answer, Question, Score, as_answer, drive
 from .tokens import encode
 
 # %% ../nbs/77_asking.ipynb #asking-06
@@ -49,17 +49,20 @@ def staged_lines(
         return text
     if not whole:
         text = _sure(text, fmt)
-    for stage in fmt.stages:
-        begun = r"\s*" + re.escape(fmt.open(stage)) + r"\s*"
-        text = re.sub(rf"\A{begun}", f"{stage:11}", text)
-        text = re.sub(begun, f"\n{stage:11}", text)
-        text = re.sub(r"\s*" + re.escape(fmt.close(stage)) + r"\s*", "\n", text)
+    often = [(s, n) for s in fmt.stages for n in range(1, 10 if s in fmt.repeatable else 2)]
+    for stage, n in often:
+        begun, ended = (rf"\s*{re.escape(end(stage, n))}\s*" for end in (fmt.opening, fmt.closing))
+        if fmt.opening(stage, n):
+            text = re.sub(rf"\A{begun}", f"{stage:11}", text)
+            text = re.sub(begun, f"\n{stage:11}", text)
+        if fmt.closing(stage, n):
+            text = re.sub(ended, "\n", text)
     return text.rstrip() if whole else text
 
 
 def _sure(text: str, fmt: CoTFormat) -> str:
     "A text as far as it is not the beginning of a separator."
-    ends = [tag(stage) for stage in fmt.stages for tag in (fmt.open, fmt.close)]
+    ends = fmt.separators
     longest = max(map(len, ends))
     for n in range(min(longest, len(text)), 0, -1):
         tail = text[-n:]
@@ -164,7 +167,7 @@ class Dialogue:
         example = picture_question(self.picture, question, self.before)
         method = Watched(self.method, say) if say else self.method
         with left_as_found(self.model):
-            engine = Engine(self.model, self.processor, words=separators(self.fmt))
+            engine = Engine(self.model, self.processor, words=self.fmt.separators)
             root, found = self._root(engine, example), []
             q = Question(example["id"], lambda: example, self.fmt, root, engine.ids, told)
             q.cost = root.cost

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .cot import LLAVA_COT, CoTFormat
 from .evidence import mirror_words
 from llava_cot.gate import (
     LIGHT,
@@ -293,12 +294,13 @@ def draw_changes(
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     gate: bool = True,  # False lifts every bar and protection: for proofs that these are needed
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict:
     """What `augment` does to an example, as data.
 
     `strength` of each transform, after the gate; `flipped`; `images`, for each its transforms →
     parameters; `patterns`, `synonyms`, `instructions`. Raises `AugmentError` without an id."""
-    draws, held = _draws(example, seed, epoch), objections(example) if gate else {}
+    draws, held = _draws(example, seed, epoch), objections(example, fmt=fmt) if gate else {}
     strength = {t: getattr(policy, t) for t in TRANSFORMS}
     for t, objection in held.items():
         strength[t] = min(strength[t], objection.ceiling)
@@ -308,7 +310,7 @@ def draw_changes(
         for i, image in enumerate(pictures_of(example)):
             own = _numbered(draws, i)
             images.append(_draw_picture(image, strength, own, flipped, held))
-    words = draw_words(example, strength, draws, protect=gate)
+    words = draw_words(example, strength, draws, protect=gate, fmt=fmt)
     return {"strength": strength, "flipped": flipped, "images": images, **words}
 
 
@@ -328,13 +330,14 @@ def augment(
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     gate: bool = True,  # False for proofs only: what then comes out may be untrue
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict:  # an example of the same id
     """A varied copy of an example whose answer and stages stay true.
 
     Pure in (seed, epoch, id). Raises `AugmentError` without an id."""
     example = {**example, "images": pictures_of(example)}
-    changes = draw_changes(example, policy, seed, epoch, gate)
-    new = reword(example, changes, protect=gate)
+    changes = draw_changes(example, policy, seed, epoch, gate, fmt)
+    new = reword(example, changes, protect=gate, fmt=fmt)
     if changes["flipped"] and gate:
         new = _mirrored(new)
     images = example["images"]

@@ -250,7 +250,7 @@ class Reader(torch.utils.data.Dataset):
     def augmented(self, example: dict, epoch: int, *share: float) -> dict:
         "An example as the policy changes it in an epoch."
         policy = self.policy.at(*share) if share else self.policy
-        return augmentation.augment(example, policy, self.seed, epoch)
+        return augmentation.augment(example, policy, self.seed, epoch, fmt=self.fmt)
 
     def draw(self, example: dict, epoch: int, *share: float) -> dict:
         "An example as an epoch has it, encoded."
@@ -358,7 +358,7 @@ def mean_weight(
     by_length = sorted(range(len(reader)), key=lambda row: reader.lengths[row])
     n = min(most, len(by_length))
     places = [by_length[(2 * i + 1) * len(by_length) // (2 * n)] for i in range(n)]
-    weights, total = token_weights(stage_weights).tolist(), 0.0
+    weights, total = token_weights(stage_weights, names=reader.fmt.stage_names).tolist(), 0.0
     how = (reader.processor, reader.fmt, reader.options.get("control_tokens", "refuse"))
     for row in as_stored(select_rows(reader.rows, places), range(n)):
         read = text_row(row, *how)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
 from .choices import circular, hallusion_scores, lettered
-from .cot import LLAVA_COT, SEPARATORS, CoTFormat
+from .cot import LLAVA_COT, CoTFormat
 from .data import FEATURES, load, picture_lists
 from .files import DataError, first_line
 from .metrics import METRICS, options_in
@@ -667,7 +667,7 @@ def _loaded(data: str | Path, fmt: CoTFormat | None, columns: dict | None, check
     except DataError:
         rows = load(data, None, check, columns=columns)
         texts = (turn["content"][0]["text"] for turns in rows["messages"] for turn in turns)
-        if any(mark in text for text in texts if text for mark in SEPARATORS):
+        if any(fmt.marks(text) for text in texts if text and fmt):
             raise
         return rows
 

@@ -412,7 +412,7 @@ def reopen_model(out, recipe: dict, s: Settings, accelerator: Accelerator) -> tu
     model, processor = open_for_run(name, memory.weights_dtype(s.weights))
     read_first(model, s, accelerator)
     if s.separator_tokens:
-        models.add_separators(model, processor)
+        models.add_separators(model, processor, s.fmt.separators)
     processor = pixels.begin(model, processor, s)
     memory.prepare_weights(model, s.weights, s.compile, s.liger)
     unread = is_unread(model)

@@ -106,7 +106,7 @@ def options(
 
 
 _CHOICES = {
-    "fmt": tuple(FORMATS),
+    "fmt": (*FORMATS, "FILE.yaml"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda", "mps", "…"),
 }

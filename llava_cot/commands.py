@@ -17,7 +17,10 @@ from functools import wraps
 from importlib.resources import files
 from pathlib import Path
 
-from .cot import FORMATS, InputError
+import yaml
+
+from . import cot
+from .cot import CoTFormat, InputError
 from .settings import Settings
 
 # %% ../nbs/80_commands.ipynb #commands-error
@@ -40,11 +43,22 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/80_commands.ipynb #commands-format
-def format_of(name: str):
-    "The format of that name."
-    if name not in FORMATS:
-        raise CliError(f"fmt: found {name!r}, expected one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+def format_of(name: str) -> CoTFormat:
+    "The format of that name, or of that YAML file's fields. Raises `CoTError`."
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return cot.format_of(name)
+    from llava_cot.files import first_line
+
+    try:
+        given = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as e:
+        raise CliError(f"fmt {name}: it cannot be read: {first_line(e)}") from None
+    try:
+        return cot.format_of(
+            {"name": Path(name).stem} | given if isinstance(given, dict) else given
+        )
+    except cot.CoTError as e:
+        raise CliError(f"{name}: {e}") from None
 
 
 def policy_of(name: str):

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 
 from . import cot
-from .cot import LLAVA_COT, SEPARATORS, CoTError, CoTFormat, InputWarning, Problem
+from .cot import LLAVA_COT, CoTError, CoTFormat, InputWarning, Problem
 from .files import DataError, read_bytes, without_gc
 from .kept import digest, file_digest, keep_folder, kept_table
 from .pictures import Picture, why_unreadable
@@ -132,7 +132,7 @@ def _refuse_only_plain(source: JsonRows | TableRows, found: Dataset, fmt: CoTFor
     "Plain text is welcome beside staged answers, and no dataset by itself."
     first = found.remove_columns("images")[0]  # which would be decoded
     wrong = list(answer_problems(first["messages"], fmt))
-    if wrong and all(is_plain_text(messages) for messages in found["messages"]):
+    if wrong and all(is_plain_text(messages, fmt) for messages in found["messages"]):
         place = source.where(1, first["id"])
         raise DataError([replace(p, message=f"{place}: {p.message}") for p in wrong])
 
@@ -475,7 +475,7 @@ def _rewritten(id: str, messages: list[dict], src: CoTFormat, dst: CoTFormat) ->
     answers = [m["content"][0] for m in messages if m["role"] == "assistant"]
     for item in answers:
         last = item is answers[-1]
-        if not last and not any(s in item["text"] for s in SEPARATORS):
+        if not last and not src.marks(item["text"]):
             continue
         try:
             item["text"] = cot.to_format(item["text"], src, dst)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .commands import CliError, format_of, limited, say
-from .cot import LLAVA_COT, CoTFormat, InputError, check
+from .cot import LLAVA_COT, CoTFormat, InputError, check, name_or_fields
 
 # %% ../nbs/83_distill.ipynb #distil-06
 class DistillError(InputError):
@@ -298,9 +298,16 @@ def summed_up(
 _PARTS = dict(
     SUMMARY="what the question asks for, and how you will go about it",
     CAPTION="what the picture shows, as far as the question needs it",
-    REASONING="the steps from there to the answer, one after the other",
-    CONCLUSION="the answer, and nothing else",
 )
+
+
+def _part(stage: str, fmt: CoTFormat) -> str:
+    "What a stage should say."
+    if stage == fmt.conclusion:
+        return "the answer, and nothing else"
+    if stage in fmt.reasoning:
+        return "the steps from there to the answer, one after the other"
+    return _PARTS.get(stage, stage.lower())
 
 
 def taught(example: dict, fmt: CoTFormat = LLAVA_COT) -> dict:
@@ -311,7 +318,7 @@ def taught(example: dict, fmt: CoTFormat = LLAVA_COT) -> dict:
     asked = [m for m in example["messages"] if m["role"] != "system"]
     pictures = [item for m in asked for item in m["content"] if item["type"] == "image"]
     shape = fmt.between.join(
-        f"{fmt.open(s)} {_PARTS.get(s, s.lower())} {fmt.close(s)}" if fmt.tags else _PARTS.get(s, s)
+        f"{fmt.opening(s)} {_part(s, fmt)} {fmt.closing(s)}" if fmt.tags else _part(s, fmt)
         for s in fmt.stages
     )
     text = (
@@ -433,7 +440,9 @@ def distill(
     else:
         ask, of = _asked_here(model, searching, fmt, batch_size, dtype, device)
     seed = searching.sampling.seed if hasattr(searching, "sampling") else 0
-    of |= dict(seed=seed, fmt=fmt.name, keep=keep, judge=getattr(judge, "name", "offline"))
+    of |= dict(
+        seed=seed, fmt=name_or_fields(fmt), keep=keep, judge=getattr(judge, "name", "offline")
+    )
     of = {name: str(value) for name, value in (of | dict(declared=metric)).items()}
     at_once = max(1, 2 * batch_size // searching.width)
     judging = dict(fmt=fmt, judge=judge, most=keep, sound=not (endpoint and known))

@@ -34,11 +34,10 @@ from llava_cot.copies import (
     open_gallery,
     progress_bar,
 )
-from .cot import LLAVA_COT, STAGES, CoTFormat, Problem
+from .cot import LLAVA_COT, CoTFormat, Problem, name_or_fields, propose_format
 from .data import Ids, answer_text, row_key
 from .files import DataError, ZipImages, parts_of, whole_folder, without_gc, write_file
-from .given import StoredPath
-from .pictures import why_unfit
+from .pictures import StoredPath, why_unfit
 from .rows import JsonRows, TableRows, answer_problems, in_workers, open_rows, picture_name
 from .show import figure_png, page_html, png_html, table_html
 
@@ -84,6 +83,8 @@ class DataReport:
     seconds: float = 0.0
     source: object = field(default=None, repr=False)  # what was read, for `write_clean`
     used: dict[int, list] = field(default_factory=dict, repr=False)  # row → its images
+    fmt: CoTFormat | None = None  # in which answers were read
+    proposed: CoTFormat | None = None  # for those that it does not read
 
     @property
     def ok(self) -> bool:
@@ -126,7 +127,7 @@ def check(
 
     if hasattr(processor, "image_processor"):
         seen.tiles = _tiles_of(processor, seen.gallery)
-    report = DataReport(source=source, against=against and str(against))
+    report = DataReport(source=source, against=against and str(against), fmt=fmt)
     for row in rows:
         found = []
         if row.id is not None:
@@ -136,6 +137,7 @@ def check(
     if not rows:
         what = f"{Path(path).name} holds no rows, expected one JSON object a line"
         report.problems.append(Found("no_rows", None, what))
+    report.proposed = propose_format([row.unread for row in rows if row.unread])
     report._measure(rows, seen)
     report.seconds = time.time() - started
     return report
@@ -190,6 +192,7 @@ class _RowSurvey:
     questions: list = field(default_factory=list)  # a hash of each
     placement: str = ""
     form: str = ""  # of its conclusion
+    unread: str = ""  # its answer, where the format does not read it; of the first rows
     lengths: list = field(default_factory=list)  # tokens of the questions, each stage and all
     key: bytes = b""  # of `row_key`
 
@@ -214,14 +217,16 @@ def _survey_row(row: _RowSurvey, example: dict, marked: bool, source, fmt: CoTFo
     answer = answer_text(example)
     spans = {s.stage: s for s in cot.spans(answer, fmt)} if fmt else {}
     row.problems = list(answer_problems(messages, fmt)) if fmt else []
+    row.unread = answer if not spans and row.number <= 1000 else ""
     row.turns, row.source, row.names = len(asked), example["source"], example["images"]
     row.found = [source.find(name) for name in row.names]
     row.questions = [_hash(" ".join(q.casefold().split())) for q in dict.fromkeys(asked)]
     row.placement = _placement(example, marked)
-    if "CONCLUSION" in spans:
-        conclusion = spans["CONCLUSION"]
+    if fmt and fmt.conclusion in spans:
+        conclusion = spans[fmt.conclusion]
         row.form = conclusion_form(answer[conclusion.inner_start : conclusion.inner_end])
-    stages = [answer[spans[s].start : spans[s].end] if s in spans else "" for s in STAGES]
+    names = (fmt or LLAVA_COT).numbered
+    stages = [answer[spans[s].start : spans[s].end] if s in spans else "" for s in names]
     row.lengths = ["\n".join(asked), *stages, answer]
 
 
@@ -397,7 +402,7 @@ def _measure(self: DataReport, rows: list[_RowSurvey], seen: _Seen):
     self.sizes = Counter(p.size for p in good)
     counts = np.array([row.lengths for row in rows if row.lengths])
     if len(counts):
-        columns = zip(("question", *STAGES, "answer"), counts.T)
+        columns = zip(("question", *(self.fmt or LLAVA_COT).numbered, "answer"), counts.T)
         self.lengths = {name: tokens[tokens >= 0] for name, tokens in columns}
     for size, n in self.sizes.items():
         if isinstance(seen.tiles.get(size), int):
@@ -475,6 +480,7 @@ def to_dict(
         "placements": dict(self.placements.most_common()),
         "conclusions": dict(self.conclusions.most_common()),
         "formats": dict(self.formats.most_common()),
+        "proposed": self.proposed and name_or_fields(self.proposed),
         "sizes": self.size_classes(),
         "tiles": {str(k): n for k, n in sorted(self.tiles.items())},
         "lengths": {name: _summary(v) for name, v in self.lengths.items() if len(v)},
@@ -518,6 +524,8 @@ def __repr__(self: DataReport) -> str:
         lines.append("warnings")
     for kind, n in d["warnings"].items():
         lines.append(f"  {n:>6,} {kind:22} {d['warning_examples'][kind][0]}")
+    if self.proposed:
+        lines.append(f"answers that it does not read seem to be written so: {d['proposed']}")
     lines += [f"{title + ':':14} {text}" for title, text in _facts(d, 10)]
     for name, v in d["lengths"].items():
         spread = f"median {v['median']:,}, 95 % up to {v['p95']:,}, longest {v['max']:,}"

@@ -638,7 +638,7 @@ def instructed(
     "The example, its last question followed by how to answer it."
     shown = {stage: f"your {stage.lower()}" for stage in fmt.stages}
     pattern = "\n\n".join(
-        fmt.open(s) + t + fmt.close(s) if fmt.tags else t for s, t in shown.items()
+        fmt.opening(s) + t + fmt.closing(s) if fmt.tags else t for s, t in shown.items()
     )
     told = f"\n\nWrite your whole answer in this form, and nothing besides:\n\n{pattern}"
     messages = [dict(m) for m in example["messages"]]

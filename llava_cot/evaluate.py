@@ -19,7 +19,7 @@ import torch
 from datasets import concatenate_datasets
 
 from .batches import select_rows
-from .cot import LLAVA_COT, CoTFormat, check
+from .cot import LLAVA_COT, CoTFormat, check, name_or_fields
 from .data import picture_groups, question
 from .distributed import gathered, my_share, together
 from .memory import halving
@@ -274,7 +274,7 @@ class Report:
     def to_dict(self) -> dict:
         "The figures, for JSON."
         names = [f.name for f in fields(self) if f.name not in ("rows", "examples", "fmt")]
-        return {name: getattr(self, name) for name in names} | {"fmt": self.fmt.name}
+        return {name: getattr(self, name) for name in names} | {"fmt": name_or_fields(self.fmt)}
 
 # %% ../nbs/73_evaluate.ipynb #c036
 def score(
@@ -418,7 +418,7 @@ def offline_judge(
     fmt: CoTFormat = LLAVA_COT,
 ) -> Callable | None:  # (example, text) -> list of `Problem`; None for a format without reasoning
     "The judge where there is no answer key: `reasoning.soundness`."
-    if "REASONING" not in fmt.stages:
+    if not fmt.reasoning:
         return None
 
     def judge(example: dict, text: str) -> list:

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from .cot import LLAVA_COT, CoTFormat
 from .paraphrase import QUOTATION, stage_spans, texts_of
 
 # %% ../nbs/14_evidence.ipynb #ev-f
@@ -543,11 +544,11 @@ class Evidence:
     word: str  # the word that was found, or nothing
 
 
-def _place_of(role, text, at):
+def _place_of(role, text, at, fmt):
     "`question`, or the stage that holds position `at` of an answer, or `answer`."
     if role != "assistant":
         return "question"
-    return next((s.stage for s in stage_spans(text) if s.start <= at < s.end), "answer")
+    return next((s.stage for s in stage_spans(text, fmt) if s.start <= at < s.end), "answer")
 
 
 _WHOLE = re.compile(  # asks about the picture as a whole
@@ -600,6 +601,7 @@ def _foreign(texts):
 def evidence(
     example: dict,  # not touched
     look: bool = True,  # whether its pictures are looked at, too, where there are any
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> Iterator[Evidence]:
     """What an example rests on.
 
@@ -613,7 +615,7 @@ def evidence(
         if kind not in seen:
             seen.add(kind)
             role, text = texts[i]
-            yield Evidence(kind, _place_of(role, text, start), text[start:end][:30])
+            yield Evidence(kind, _place_of(role, text, start, fmt), text[start:end][:30])
     yield from (Evidence(kind, "example", word) for kind, word in _foreign(texts))
     source = str(example.get("source") or "")
     kind = reads_by_source(source)
@@ -621,8 +623,8 @@ def evidence(
         yield Evidence(f"source of {kind}", "source", source)
     yield from _pictured(example, look)
     answers = [text for role, text in texts if role == "assistant"]
-    if any(span.stage == "CAPTION" for text in answers for span in stage_spans(text)):
-        yield Evidence("caption", "CAPTION", "")
+    if any(span.stage == fmt.caption for text in answers for span in stage_spans(text, fmt)):
+        yield Evidence("caption", fmt.caption, "")
     elif not any(_WHOLE.search(text) for role, text in texts if role == "user"):
         yield Evidence("thing", "answer", "")
 

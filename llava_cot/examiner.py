@@ -10,6 +10,7 @@ import os
 
 from .batches import find_rows, reader_of, select_rows
 from .benchmarks import questions
+from .cot import name_or_fields
 from .data import in_stages, load, split
 from .endpoint import Endpoint, endpoint_answers
 from .evaluate import Report, evaluate, offline_judge, score
@@ -89,7 +90,7 @@ def scored_model(
     **how,  # of `evaluate`: blind, other, plain
 ) -> Report:
     "Asks a model, or goes on asking it. Raises `PredictionError` for another evaluation's folder."
-    same = dict(facts or {}, fmt=examiner.fmt.name)
+    same = dict(facts or {}, fmt=name_or_fields(examiner.fmt))
     same = evaluation_facts(model, in_words(examiner.method), **same) if out else {}
     how = dict(blind=True) | how
     with kept_answers(out, same) as kept:

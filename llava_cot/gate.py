@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from fastcore.basics import patch
 
-from .cot import InputError
+from .cot import LLAVA_COT, CoTFormat, InputError
 from .evidence import evidence
 from .files import UniqueKeys
 from .paraphrase import replaceable_phrases, sentence_forms
@@ -251,10 +251,10 @@ def _rules_of():
     return table
 
 
-def _strictest(example, look):
+def _strictest(example, look, fmt=LLAVA_COT):
     "Transform → the lowest ceiling, the evidence that sets it, and its rule."
     table, held = _rules_of(), {}
-    for e in evidence(example, look):
+    for e in evidence(example, look, fmt):
         rules = table.get(e.kind, ())
         for rule in rules:
             if rule.transform not in held or rule.ceiling < held[rule.transform][0]:
@@ -267,23 +267,25 @@ def _strictest(example, look):
 def objections(
     example: dict,  # not touched
     look: bool = True,  # whether its pictures are looked at, where they are opened
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict[str, Objection]:
     "Transform → the strictest objection to it, for the transforms that are held back."
     return {
         t: Objection(t, ceiling, e.where, e.word, rule.why)
-        for t, (ceiling, e, rule) in _strictest(example, look).items()
+        for t, (ceiling, e, rule) in _strictest(example, look, fmt).items()
     }
 
 
 def allowed(
     example: dict,  # not touched
     look: bool = True,  # whether its pictures are looked at, where they are opened
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict[str, str | None]:
     "Each transform → the reason why it is refused or bounded, or None where it is allowed."
-    held = {t: str(objection) for t, objection in objections(example, look).items()}
-    if not any(replaceable_phrases(example)):
+    held = {t: str(objection) for t, objection in objections(example, look, fmt).items()}
+    if not any(replaceable_phrases(example, fmt)):
         held.setdefault("synonyms", "example has no word that may be replaced")
-    if not any(sentence_forms(example)):
+    if not any(sentence_forms(example, fmt=fmt)):
         held.setdefault("patterns", "example has no sentence of a known pattern")
     return {t: held.get(t) for t in TRANSFORMS}
 

@@ -246,7 +246,7 @@ class Judge:
         if not (hasattr(self.asked, "answer") and hasattr(self.asked, "key")):
             raise JudgeError(f"asked: found {self.asked!r}, expected an Endpoint or a LocalModel")
         if self.rubrics is None:
-            self.rubrics = {s: RUBRICS[s] for s in self.fmt.stages if s in RUBRICS}
+            self.rubrics = _rubrics(self.fmt)
         for stage, rubric in self.rubrics.items():
             if stage not in self.fmt.stages or not isinstance(rubric, Rubric):
                 expected = f"a Rubric for stages of the format: {', '.join(self.fmt.stages)}"
@@ -255,6 +255,14 @@ class Judge:
                 )
         if not is_whole(self.attempts):
             raise JudgeError(f"attempts: found {self.attempts!r}, expected a whole number above 0")
+
+
+def _rubrics(fmt: CoTFormat) -> dict[str, Rubric]:
+    "A rubric for each stage by the part that it plays."
+    parts = {stage: "REASONING" for stage in fmt.reasoning}
+    parts |= {fmt.caption: "CAPTION", fmt.conclusion: "CONCLUSION"}
+    named = {stage: parts.get(stage, stage) for stage in fmt.stages}
+    return {stage: RUBRICS[name] for stage, name in named.items() if name in RUBRICS}
 
 # %% ../nbs/65_judge.ipynb #judge-19
 @dataclass(frozen=True)

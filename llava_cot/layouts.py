@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .cot import Problem
 from .files import DataError, row_error
-from llava_cot.given import (
+from llava_cot.pictures import (
     INSIDE,
     StoredPath,
     is_empty,

@@ -9,7 +9,7 @@ __all__ = ['CHUNK', 'makes_logits', 'replaced_forward', 'unpadded', 'supervised_
 # %% ../nbs/34_loss.ipynb #loss-imports
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from .blank import blank_beside, is_sharded, reach_all
-from .cot import STAGE_NAMES, STAGES
+from .cot import STAGE_NAMES
 from .schedule import Phase
 
 # %% ../nbs/34_loss.ipynb #e011a
@@ -176,7 +176,7 @@ def supervised_losses(
 def token_losses(
     model,  # any model of `families.FAMILIES`, prepared or not
     batch: dict,  # what `Collator` returns: `input_ids, labels, stage_ids (B, T)`, image inputs
-) -> tuple:  # losses `(N,)`, float32, and stages `(N,)`, 0 for other and 1..4 for `STAGES`
+) -> tuple:  # losses `(N,)`, float32, and stages `(N,)`, numbers of the format's `stage_names`
     "Cross-entropy of each of the `N` supervised tokens of a batch, with the stage it belongs to."
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "stage_ids")}
     supervised = batch["labels"][:, 1:] != -100
@@ -187,16 +187,17 @@ def token_losses(
 def by_stage(
     losses: torch.Tensor,  # `(N,)`
     stages: torch.Tensor,  # `(N,)`
-) -> torch.Tensor:  # `(5, 2)`: sum of losses and number of tokens, for other and each of `STAGES`
+    names: Sequence[str] = STAGE_NAMES,  # of the `S` stages: `fmt.stage_names`
+) -> torch.Tensor:  # `(S, 2)`: sum of losses and number of tokens of each
     "Sums and counts by stage: what can be added up over batches and processes."
-    sums = torch.zeros(len(STAGES) + 1, 2, device=losses.device)
+    sums = torch.zeros(len(names), 2, device=losses.device)
     ones = torch.ones_like(losses)
     return sums.index_add_(0, stages, torch.stack([losses.detach(), ones], 1))
 
 
-def stage_means(sums: torch.Tensor) -> dict[str, float]:
+def stage_means(sums: torch.Tensor, names: Sequence[str] = STAGE_NAMES) -> dict[str, float]:
     "Stage → mean loss per token, from `by_stage`; stages without a token are left out."
-    return {name: (s / n).item() for name, (s, n) in zip(("OTHER", *STAGES), sums) if n > 0}
+    return {name: (s / n).item() for name, (s, n) in zip(names, sums) if n > 0}
 
 # %% ../nbs/34_loss.ipynb #c014a
 @torch.no_grad()
@@ -217,10 +218,11 @@ def row_losses(model, batches: list[dict]) -> list[list[float]]:
 def token_weights(
     stage_weights: dict | None,  # stage (or OTHER) → weight of its tokens
     device="cpu",
-) -> torch.Tensor:  # `(5,)`, for other and each of `STAGES`
+    names: Sequence[str] = STAGE_NAMES,  # of the `S` stages: `fmt.stage_names`
+) -> torch.Tensor:  # `(S,)`
     "The weight of a token by its stage; 1 for those not named."
     given = stage_weights or {}
-    return torch.tensor([float(given.get(name, 1)) for name in STAGE_NAMES], device=device)
+    return torch.tensor([float(given.get(name, 1)) for name in names], device=device)
 
 # %% ../nbs/34_loss.ipynb #c017
 def backward(
@@ -229,9 +231,10 @@ def backward(
     accelerator: Accelerator,  # who knows about devices, precision and other processes
     stage_weights: dict | None = None,  # stage (or OTHER) → weight of its tokens
     divisor: float | None = None,  # of the sum of losses; None: the update's own (weighted) tokens
-) -> torch.Tensor:  # `(5, 2)`: `by_stage` over the whole update and all processes, not weighted
+    names: Sequence[str] = STAGE_NAMES,  # of the `S` stages: `fmt.stage_names`
+) -> torch.Tensor:  # `(S, 2)`: `by_stage` over the whole update and all processes, not weighted
     "Accumulates the gradient of the (weighted) mean loss per supervised token of a whole update."
-    weights = token_weights(stage_weights, accelerator.device)
+    weights = token_weights(stage_weights, accelerator.device, names)
 
     def weighed(batch):
         return (weights[batch["stage_ids"][:, 1:]] * (batch["labels"][:, 1:] != -100)).sum()
@@ -240,7 +243,7 @@ def backward(
     if divisor is None:
         total = accelerator.reduce(sum(weighed(b) for b in batches), "sum")
         total = torch.where(total > 0, total, 1.0)
-    sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
+    sums = torch.zeros(len(names), 2, device=accelerator.device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1  # gradients of processes are exchanged once, at the last
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -248,7 +251,7 @@ def backward(
             # DDP averages over processes: undo that
             share = (weights[stages] * losses).sum() * accelerator.num_processes / total
             accelerator.backward(reach_all(share, model, batch))
-        sums += by_stage(losses, stages)
+        sums += by_stage(losses, stages, names)
     return accelerator.reduce(sums, "sum")
 
 # %% ../nbs/34_loss.ipynb #c042
@@ -266,20 +269,22 @@ def clip_gradients(
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 # %% ../nbs/34_loss.ipynb #c043
-def _weighted_loss(sums: torch.Tensor, stage_weights: dict | None) -> float:
+def _weighted_loss(sums: torch.Tensor, stage_weights: dict | None, names: Sequence[str]) -> float:
     "The loss of an update from its sums by stage."
-    weights = token_weights(stage_weights, sums.device)
+    weights = token_weights(stage_weights, sums.device, names)
     total, count = (sums * weights[:, None]).sum(0)
     return (total / count if count > 0 else count).item()
 
 
-def _update_line(batches, lr: dict, loss: float, sums, norm: float, accelerator) -> dict:
+def _update_line(
+    batches, lr: dict, loss: float, by_stage: dict, sums, norm: float, accelerator
+) -> dict:
     "An update's line for `metrics.jsonl`; `skipped` says what was not finite, if anything."
     tokens = float(sum(b["attention_mask"].sum() for b in batches))
     tokens = accelerator.reduce(torch.tensor(tokens, device=accelerator.device), "sum")
     line = dict(
         loss=loss,
-        loss_by_stage=stage_means(sums),
+        loss_by_stage=by_stage,
         lr=lr,
         grad_norm=norm,
         tokens=int(tokens),
@@ -303,16 +308,17 @@ def one_update(
     clock=None,  # a `run.Clock`, told what the time was spent on
     suspect=None,  # called with the line before the step
     divisor: float | None = None,  # as for `backward`
+    names: Sequence[str] = STAGE_NAMES,  # as for `backward`
 ) -> dict:  # the update's line for `metrics.jsonl`
     "Forward and backward over the micro-batches, clip, step."
     lr = {g["name"]: float(g["lr"]) for g in optimizer.param_groups}
-    sums = backward(model, batches, accelerator, stage_weights, divisor)
-    loss = _weighted_loss(sums, stage_weights)
+    sums = backward(model, batches, accelerator, stage_weights, divisor, names)
+    loss = _weighted_loss(sums, stage_weights, names)
     if clock:
         clock.lap("forward_backward")
     params = [p for g in optimizer.param_groups for p in g["params"]]
     norm = clip_gradients(accelerator, params, phase.max_grad_norm)
-    line = _update_line(batches, lr, loss, sums, norm, accelerator)
+    line = _update_line(batches, lr, loss, stage_means(sums, names), sums, norm, accelerator)
     if suspect:
         suspect(line)
     if "skipped" in line and not accelerator.scaler:

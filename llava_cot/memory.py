@@ -260,8 +260,8 @@ def transformer_layers(
     "The layers, of whichever stack, whose activations are the memory of a batch."
     found = []
     for part, named in layers(model).items():
-        wanted = which == "all" or (which == "language" and part != "vision")
-        if wanted:
+        wanted = part == "language" or (part == "vision" and which == "all")
+        if wanted and which != "none":
             found += [layer for _, layer in named if any(True for _ in layer.parameters())]
     return found
 

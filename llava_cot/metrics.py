@@ -171,8 +171,8 @@ def reference(
         )
     text = answer_text(example)
     for f in (fmt, LLAVA_COT, REORDERED, DIRECT):
-        if "CONCLUSION" in f.stages and not check(text, f):
-            return parse(text, f)["CONCLUSION"]
+        if not check(text, f):
+            return parse(text, f)[f.conclusion]
     problem = check(text, fmt)[0]
     raise EvaluateError(f"{name}: the reference answer has no conclusion ({problem})")
 
@@ -319,8 +319,8 @@ def conclusion_of(
     if given.finished is False:
         return None, "truncated"
     if not check(given.text, fmt):
-        return parse(given.text, fmt)["CONCLUSION"], "stages"
-    if plain and not any(fmt.open(stage) in given.text for stage in fmt.stages):
+        return parse(given.text, fmt)[fmt.conclusion], "stages"
+    if plain and not fmt.marks(given.text):
         return given.text.strip(), "plain text"
     return None, "unparsed"
 

@@ -400,8 +400,9 @@ def in_type(
     "The model as `from_pretrained(dtype=…)` would have opened it."
     state = model.state_dict()
     meta = {n: torch.empty(w.shape, device="meta") for n, w in state.items()}
-    wanted = opened_without_numbers(model.config, meta, dtype)[0].state_dict()
-    for name, p in model.named_parameters():
+    opened = opened_without_numbers(model.config, meta, dtype)[0]
+    wanted = opened.state_dict() | dict(opened.named_buffers())
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
         p.data = p.data.to(wanted[name].dtype)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

@@ -50,20 +50,22 @@ label { display: block; margin: .5rem 0 }
 # %% ../nbs/56_page.ipynb #page-08
 _CUT = """
 const $ = id => document.getElementById(id);
+const BARE = STAGES.filter(s => !s.open).map(s => s.name)[0] || "";
 function cut(text) {            // [stage, what it says] so far
   const found = [];
   while (text) {
     let at = -1, stage = null;
     for (const s of STAGES) {
-      const i = text.indexOf(s.open);
+      const i = s.open ? text.indexOf(s.open) : -1;
       if (i >= 0 && (at < 0 || i < at)) { at = i; stage = s; }
     }
-    if (!stage) { found.push(["", text]); break; }
+    if (!stage) { found.push([BARE, text]); break; }
     if (at > 0) found.push(["", text.slice(0, at)]);
     text = text.slice(at + stage.open.length);
-    const end = text.indexOf(stage.close);
-    found.push([stage.name, end < 0 ? text : text.slice(0, end)]);
-    text = end < 0 ? "" : text.slice(end + stage.close.length);
+    const ends = stage.close ? [stage.close] : STAGES.map(s => s.open).filter(s => s);
+    const all = ends.map(s => text.indexOf(s)).filter(i => i >= 0), end = Math.min(...all);
+    found.push([stage.name, all.length ? text.slice(0, end) : text]);
+    text = all.length ? text.slice(end + stage.close.length) : "";
   }
   return found.filter(([name, said]) => name || said.trim());
 }
@@ -157,7 +159,9 @@ def page_to_try(
     fmt: CoTFormat,  # of its answers
 ) -> str:
     "A whole page, for the server that it is to speak to."
-    stages = [dict(name=s, open=fmt.open(s), close=fmt.close(s)) for s in fmt.stages if fmt.tags]
+    often = [(s, n) for s in fmt.stages for n in range(1, 10 if s in fmt.repeatable else 2)]
+    stages = [dict(name=s, open=fmt.opening(s, n), close=fmt.closing(s, n)) for s, n in often]
+    stages = stages if fmt.tags else []
     told = json.dumps(stages).replace("<", "\\u003c")
     script = f"<script>const STAGES = {told};{_CUT}{_ASK}</script>"
     page = page_html(f"Ask {name}", _form() + script, _STYLE)

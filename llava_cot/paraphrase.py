@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.resources import files
 
-from .cot import STAGES, Span, spans
+from .cot import LLAVA_COT, CoTFormat, Span, spans
 
 # %% ../nbs/13_paraphrase.ipynb #c017
 def texts_of(
@@ -30,9 +30,10 @@ def texts_of(
 @lru_cache(maxsize=1024)
 def stage_spans(
     text: str,  # an answer
+    fmt: CoTFormat = LLAVA_COT,  # in which it is written
 ) -> tuple[Span, ...]:
     "The stages of an answer, and from where to where each goes."
-    return tuple(spans(text))
+    return tuple(spans(text, fmt))
 
 # %% ../nbs/13_paraphrase.ipynb #c023
 @lru_cache(maxsize=1)
@@ -67,14 +68,14 @@ def _shut(role, text):
     return [m.span() for pattern in patterns for m in pattern.finditer(text)]
 
 
-def _open(role, text):
-    "Spans in which words may change: a question, or the stages before the CONCLUSION."
+def _open(role, text, fmt):
+    "Spans in which words may change: a question, or the stages before the conclusion."
     if role == "user":
         return [(0, len(text))]
-    found = stage_spans(text) if role == "assistant" else ()
-    if not found or found[-1].stage != "CONCLUSION":
+    found = stage_spans(text, fmt) if role == "assistant" else ()
+    if not found or found[-1].stage != fmt.conclusion:
         return []
-    return [(s.inner_start, s.inner_end) for s in found if s.stage != "CONCLUSION"]
+    return [(s.inner_start, s.inner_end) for s in found if s.stage != fmt.conclusion]
 
 
 def _is_free(span, free, shut):
@@ -105,6 +106,7 @@ _WITH_KIDS = re.compile(r"(?i)\b(?:goat|ibex|antelope|chamois|nann(?:y|ie)|gazel
 
 def protected_words(
     example: dict,  # not touched
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> set[str]:
     "Words left alone everywhere: those of conclusions, quotations, options and choices."
     kept = set()
@@ -113,12 +115,12 @@ def protected_words(
         if role == "user":
             parts += _choices(text)
         if role == "assistant":
-            free = _open(role, text)
-            parts.append(text[free[-1][1] :] if free else text)  # the CONCLUSION
+            free = _open(role, text, fmt)
+            parts.append(text[free[-1][1] :] if free else text)  # the conclusion
         kept = kept.union(*map(_words, parts))
         if _WITH_KIDS.search(text):
             kept |= {"kid", "kids"}
-    return kept - {word for s in STAGES for word in (s.lower(), f"{s.lower()}s")}
+    return kept - {word for s in fmt.numbered for word in (s.lower(), f"{s.lower()}s")}
 
 # %% ../nbs/13_paraphrase.ipynb #c028n
 @lru_cache(maxsize=1)
@@ -155,22 +157,23 @@ def _is_graded(text, m):
     return bool(degree) and any(word.startswith("very ") for word in synonyms()[m[1].lower()][1])
 
 
-def _replaceable(role, text, kept, protect=True):
+def _replaceable(role, text, kept, protect=True, fmt=LLAVA_COT):
     "Matches of listed phrases in a text that nothing protects, in order."
     if not protect:
         return _listed(text) if role != "system" else ()
-    free, shut = _open(role, text), _shut(role, text)
+    free, shut = _open(role, text, fmt), _shut(role, text)
     found = [m for m in _listed(text) if _is_free(m.span(), free, shut) and not _is_graded(text, m)]
     return [m for m in found if not _words(m[1]) & kept and not _is_name(text, m)]
 
 
 def replaceable_phrases(
     example: dict,  # not touched
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> Iterator[re.Match]:
     "Matches of all phrases of an example that a synonym may replace."
-    kept = protected_words(example)
+    kept = protected_words(example, fmt)
     for role, text in texts_of(example):
-        yield from _replaceable(role, text, kept)
+        yield from _replaceable(role, text, kept, fmt=fmt)
 
 # %% ../nbs/13_paraphrase.ipynb #c030
 def _drawn_number(phrase, words, p, rng):
@@ -184,11 +187,12 @@ def draw_synonyms(
     p: float,  # probability that a phrase is replaced
     draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
     protect: bool = True,  # False for proofs only: what must not move may move
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict[str, str]:
     "Phrase → what stands for it, everywhere in the example."
-    kept, numbers, mapping = protected_words(example), {}, {}
+    kept, numbers, mapping = protected_words(example, fmt), {}, {}
     for role, text in texts_of(example):
-        for m in _replaceable(role, text, kept, protect):
+        for m in _replaceable(role, text, kept, protect, fmt):
             phrase = m[1].lower()
             lemma, words = synonyms()[phrase]
             if lemma not in numbers:
@@ -214,10 +218,11 @@ def replace_synonyms(
     mapping: dict[str, str],  # from `draw_synonyms`
     kept: set[str],  # from `protected_words`
     protect: bool = True,  # False for proofs only
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> str:
     "A text with each replaceable phrase exchanged as `mapping` says."
     out, at = [], 0
-    for m in _replaceable(role, text, kept, protect):
+    for m in _replaceable(role, text, kept, protect, fmt):
         new = mapping.get(m[1].lower())
         if not new:
             continue
@@ -550,6 +555,7 @@ _SENTENCE = re.compile(r"(?<!\S)[A-Z][^.?!\n<>]{0,200}[.?!](?=\s|$)")
 def sentence_forms(
     example: dict,  # not touched
     protect: bool = True,  # False for proofs only
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> Iterator[tuple]:  # message, item, span, its forms
     "Each sentence of an example that may take another form: where it stands, and its forms."
     for i, message in enumerate(example["messages"]):
@@ -558,7 +564,8 @@ def sentence_forms(
             if item["type"] != "text" or not item["text"]:
                 continue
             text = item["text"]
-            free, shut = _open(role, text) if protect else [(0, len(text))], _shut(role, text)
+            free = _open(role, text, fmt) if protect else [(0, len(text))]
+            shut = _shut(role, text)
             for m in _SENTENCE.finditer(text):
                 found = forms(m[0], role == "user") if _is_free(m.span(), free, shut) else []
                 if len(found) > 1:
@@ -582,10 +589,11 @@ def draw_patterns(
     p: float,  # probability that a sentence takes another form
     draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
     protect: bool = True,  # False for proofs only
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> list[tuple]:  # message, item, span, new sentence
     "The sentences that take another form."
     made = []
-    for i, j, span, found in sentence_forms(example, protect):
+    for i, j, span, found in sentence_forms(example, protect, fmt):
         rng = draws("patterns", i, j, span[0])
         if rng.random() < p:
             made.append((i, j, span, rng.choice(found[1:])))
@@ -643,14 +651,15 @@ def draw_words(
     strength: dict[str, float],  # `patterns`, `synonyms`, `instructions` → probability
     draws: Callable,  # `draws(*what)` is a random generator for one thing to draw
     protect: bool = True,  # False for proofs only
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict:  # `patterns`, `synonyms`, `instructions` → what was drawn
     "What changes in the words of an example, as data."
     patterns, synonyms, instructions = [], {}, []
     if strength["patterns"]:
-        patterns = draw_patterns(example, strength["patterns"], draws, protect)
+        patterns = draw_patterns(example, strength["patterns"], draws, protect, fmt)
     if strength["synonyms"]:
         written = _with_patterns(example, patterns)
-        synonyms = draw_synonyms(written, strength["synonyms"], draws, protect)
+        synonyms = draw_synonyms(written, strength["synonyms"], draws, protect, fmt)
     if strength["instructions"]:
         instructions = draw_instructions(example, strength["instructions"], draws)
     return {"patterns": patterns, "synonyms": synonyms, "instructions": instructions}
@@ -660,15 +669,16 @@ def reword(
     example: dict,  # not touched
     drawn: dict,  # from `draw_words`
     protect: bool = True,  # as it was drawn with
+    fmt: CoTFormat = LLAVA_COT,  # of the answers
 ) -> dict:
     "A copy of an example with its words changed: patterns, then synonyms, then instructions."
     example = _with_patterns(example, drawn["patterns"])
-    kept = protected_words(example) if drawn["synonyms"] else set()
+    kept = protected_words(example, fmt) if drawn["synonyms"] else set()
     added = {(i, j): (where, words) for i, j, where, words in drawn["instructions"]}
 
     def change(i, j, role, text):
         if drawn["synonyms"]:
-            text = replace_synonyms(role, text, drawn["synonyms"], kept, protect)
+            text = replace_synonyms(role, text, drawn["synonyms"], kept, protect, fmt)
         where, words = added.get((i, j), (None, None))
         if where == "before":
             return f"{words} {text}"

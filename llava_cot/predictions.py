@@ -27,9 +27,9 @@ from fastcore.basics import patch
 from .cot import InputError, InputWarning
 from .data import question
 from .files import first_line, locked, write_file, writing
-from .given import shown
 from .metrics import EvaluateError, options_in, reference
 from .models import model_digest
+from .pictures import shown
 from .rows import long_cells
 from .run import check_folder, read_lines
 from .search import Answer

@@ -175,9 +175,9 @@ def _verdict(why: str | None, asked: float, strength: float) -> str:
     return "bounded" if strength else "refused"
 
 
-def _gate_table(example: dict, policy: Policy, changes: dict) -> str:
+def _gate_table(example: dict, policy: Policy, changes: dict, fmt: CoTFormat = LLAVA_COT) -> str:
     "The transforms asked for: strength, verdict and reason of the gate, and what was drawn."
-    reasons, lines = allowed(example), []
+    reasons, lines = allowed(example, fmt=fmt), []
     for t in TRANSFORMS:
         asked, why = getattr(policy, t), reasons[t]
         if asked:
@@ -215,10 +215,11 @@ def show_draw(
     seed: int = 0,  # the run's
     epoch: int = 0,  # another epoch, another draw
     see: Callable[[dict], list[Image.Image]] | None = None,  # such as an `image_viewer`
+    fmt: CoTFormat = LLAVA_COT,  # how the answers are staged
 ) -> View:
     "An example before and after: pictures, what is seen of them, the words, the gate's reasons."
     example = {**example, "images": pictures_of(example)}
-    new = augment(example, policy, seed, epoch)
+    new = augment(example, policy, seed, epoch, fmt=fmt)
     shown = _side_by_side("before", example["images"])
     shown += _side_by_side(f"after, epoch {epoch}", new["images"])
     if see:
@@ -227,7 +228,8 @@ def show_draw(
         speaker = "" if role == "assistant" else f"<b>{role}</b> "
         text = speaker + _diff(before, after)
         shown += f'<p style="white-space:pre-wrap;margin:.4em 0">{text}</p>'
-    table = _gate_table(example, policy, draw_changes(example, policy, seed, epoch))
+    changes = draw_changes(example, policy, seed, epoch, fmt=fmt)
+    table = _gate_table(example, policy, changes, fmt)
     name = str(example["id"])
     return View(f"<section><h3>{html.escape(name)}</h3>{shown}{table}</section>", f"draw of {name}")
 

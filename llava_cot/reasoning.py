@@ -21,6 +21,7 @@ from llava_cot.cot import (
     parse,
     render,
     repair,
+    said,
     spans,
 )
 from .data import answer_text, question
@@ -47,31 +48,50 @@ def _stages_of(text: str, fmt: CoTFormat) -> dict[str, str]:
     return dict(parse(whole, fmt)) if not check(whole, fmt) else {}
 
 
+def _chain(stages: dict, fmt: CoTFormat) -> tuple[str, str]:
+    "The reasoning as one text, and the stage to which what is wrong with it is put down."
+    its = [stage for stage in fmt.reasoning if stages.get(stage)]
+    return "\n\n".join(said(stages[stage]) for stage in its), its[0] if its else ""
+
+
 def findings(
     stages: dict,  # stage → its text: as many as there are
     asked: str,  # the question
     reference: str | None,  # reasoning to compare the steps with
+    fmt: CoTFormat = LLAVA_COT,  # whose stages they are
 ) -> Iterator[tuple]:
     "What is wrong with the reasoning: kind, stage, place in the stage, message."
-    if "REASONING" not in stages:
+    reasoning, its = _chain(stages, fmt)
+    if not reasoning:
         return
-    reasoning, caption = stages["REASONING"], stages.get("CAPTION", "")
+    caption = said(stages.get(fmt.caption, ""))
     found = dict(
         arithmetic=false_arithmetic(reasoning),
         repetition=repetitions(reasoning),
         ungrounded=ungrounded(reasoning, caption, asked) if caption else (),
         contradiction=contradicted(reasoning, caption),
-        unsupported=unsupported(stages.get("CONCLUSION", ""), reasoning, asked),
+        unsupported=unsupported(stages.get(fmt.conclusion, ""), reasoning, asked),
     )
-    for kind, its in found.items():
-        yield from ((kind, "REASONING", *one) for one in its)
-    for stage in ("SUMMARY", "CAPTION", "REASONING"):
-        if asked and stages.get(stage, "").strip(" ?.").lower() == asked.strip(" ?.").lower():
+    for kind, those in found.items():
+        yield from ((kind, its, *one) for one in those)
+    for stage in [stage for stage in fmt.numbered if stage != fmt.conclusion]:
+        same = said(stages.get(stage, "")).strip(" ?.").lower() == asked.strip(" ?.").lower()
+        if asked and same:
             yield "copied", stage, 0, f"{stage} is no more than the question"
     if reference:
-        yield from ((kind, "REASONING", *rest) for kind, *rest in beside(reasoning, reference))
+        yield from ((kind, its, *rest) for kind, *rest in beside(reasoning, reference))
 
 # %% ../nbs/66_reasoning.ipynb #reas-07
+def _place(text: str, its: str | tuple[str, ...], start: int, at: int) -> int:
+    "Where in an answer a place in a stage is; the stage may have been written in several parts."
+    for part in (its,) if isinstance(its, str) else its:
+        start = max(text.find(part.strip(), start), 0)
+        if at <= len(part):
+            break
+        at -= len(part) + 2
+    return min(start + at, len(text))
+
+
 def soundness(
     example: dict,  # for its question
     text: str,  # the answer
@@ -85,9 +105,10 @@ def soundness(
         found.append(Problem("truncated", None, KINDS["truncated"], len(text)))
     stages = _stages_of(text, fmt)
     places = {span.stage: span.start for span in spans(text, fmt)}
-    for kind, stage, at, message in findings(stages, question(example), reference):
-        inside = text.find(stages[stage].strip(), places.get(stage, 0))
-        found.append(Problem(kind, stage, message, max(inside, 0) + at))
+    for kind, stage, at, message in findings(stages, question(example), reference, fmt):
+        found.append(
+            Problem(kind, stage, message, _place(text, stages[stage], places.get(stage, 0), at))
+        )
     return found
 
 # %% ../nbs/66_reasoning.ipynb #reas-11

@@ -22,13 +22,13 @@ import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 
-from .cot import LLAVA_COT, STAGES, CoTFormat, spans
+from .cot import LLAVA_COT, CoTFormat, spans
 from .evaluate import Report, ScoredRow
 from .files import write_file
 from .pictures import example_at
 from .run import plot_losses, read_lines, read_recipe, settings_from, versions
 from .show import data_uri, figure_png, page_html, png_html, table_html
-from .tokens import COLOURS
+from .tokens import stage_colour
 
 # %% ../nbs/74_report.ipynb #c055
 def staged_html(
@@ -40,7 +40,7 @@ def staged_html(
     marks, parts, at = _marked(text, places), [], 0
     for s in spans(text, fmt):
         parts.append(_loose(text, at, s.start, marks))
-        colour = COLOURS[1 + STAGES.index(s.stage)]
+        colour = stage_colour(fmt.stage_names.index(s.stage))
         inner = _with_marks(text, s.inner_start, s.inner_end, marks)
         name = s.stage.lower()
         parts.append(f'<p class="stage" style="background:{colour}"><b>{name}</b> {inner}</p>')

@@ -28,10 +28,10 @@ from datasets import Dataset, DatasetDict
 from fastcore.basics import patch
 
 from . import cot
-from .cot import SEPARATORS, CoTFormat, Problem
+from .cot import CoTFormat, Problem
 from .files import DataError, ImagePaths, find_images, first_line, read_bytes, row_error
-from .given import StoredPath
 from .layouts import ReadRow, check_columns, is_row, meaning, read_row
+from .pictures import StoredPath
 
 # %% ../nbs/08_rows.ipynb #c010
 def _row(raw: bytes) -> dict:
@@ -466,13 +466,12 @@ def _table(
     return TableRows(ds, path.name, images, columns)
 
 # %% ../nbs/08_rows.ipynb #c031
-def is_plain_text(messages: list[dict]) -> bool:
+def is_plain_text(messages: list[dict], fmt: CoTFormat) -> bool:
     "Whether a conversation shows no picture, and no answer in it has a separator."
     items = [item for m in messages for item in m["content"]]
     said = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
     return not (
-        any(item["type"] == "image" for item in items)
-        or any(separator in text for text in said for separator in SEPARATORS)
+        any(item["type"] == "image" for item in items) or any(fmt.marks(text) for text in said)
     )
 
 
@@ -482,11 +481,11 @@ def answer_problems(
     plain: bool = False,  # nothing is asked of plain text
 ) -> Iterator[Problem]:  # of the last answer, and of each one that holds a separator
     "What is wrong with the answers of a conversation."
-    if plain and is_plain_text(messages):
+    if plain and is_plain_text(messages, fmt):
         return
     answers = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
     for i, text in enumerate(answers, 1):
-        if i < len(answers) and not any(s in text for s in SEPARATORS):
+        if i < len(answers) and not fmt.marks(text):
             continue
         where = f"answer {i} of {len(answers)}" if len(answers) > 1 else "answer"
         for p in cot.check(text, fmt):

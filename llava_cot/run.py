@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, files, models
 from .batches import Order
-from .cot import FORMATS, STAGES
+from .cot import format_of
 from .files import LOCK, write_file, writing
 from .gate import Policy
 from .models import model_digest
@@ -71,7 +72,7 @@ def new_folder(out) -> Path:
 def settings_from(d: dict) -> Settings:
     "The settings that `Settings.to_dict` wrote."
     policy = Policy(**d["augment"]) if d["augment"] else None
-    schedule, fmt = Schedule.from_dict(d["schedule"]), FORMATS[d["fmt"]]
+    schedule, fmt = Schedule.from_dict(d["schedule"]), format_of(d["fmt"])
     return Settings(**d | dict(schedule=schedule, fmt=fmt, augment=policy))
 
 
@@ -378,7 +379,7 @@ def phase_record(run: Run, phase: Phase, updates: int, trained: int) -> dict:
     lines = counted[-max(1, updates // 10) :]
     named = run.model.named_parameters()
     by_stage = {}
-    for stage in ("OTHER", *STAGES):
+    for stage in run.settings.fmt.stage_names:
         losses = [m["loss_by_stage"][stage] for m in lines if stage in m["loss_by_stage"]]
         if losses:
             by_stage[stage] = sum(losses) / len(losses)
@@ -409,7 +410,8 @@ def __repr__(self: Run):
 @patch
 def _repr_html_(self: Run):
     head = ["phase", "updates", "seconds", "trained", "loss"]
-    stages = [s for s in ("OTHER", *STAGES) if any(s in p["loss_by_stage"] for p in self.phases)]
+    names = self.settings.fmt.stage_names
+    stages = [s for s in names if any(s in p["loss_by_stage"] for p in self.phases)]
     rows = []
     for p in self.phases:
         losses = [f"{p['loss_by_stage'][s]:.3f}" if s in p["loss_by_stage"] else "" for s in stages]
@@ -504,6 +506,16 @@ _STYLES = dict(
     REASONING=("black", "--"),
     CONCLUSION=("#009e73", "-."),
 )
+_OTHERS = [
+    (c, line) for line in ("-", "--", "-.") for c in ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+]
+
+
+def _styles(names: Iterable[str]) -> dict:
+    "Colour and line of each stage: the usual ones, and others in turn."
+    known, others = set(_STYLES) & set(names), iter(_OTHERS * 4)
+    found = {name: style for name, style in _STYLES.items() if name in known}
+    return found | {name: next(others) for name in names if name not in known}
 
 
 def _running_mean(values: list, width: int) -> list:
@@ -519,7 +531,8 @@ def plot_losses(
 ):  # a matplotlib `Figure`
     "Loss by stage over updates, the phases shaded."
     fig, ax = plt.subplots(figsize=figsize, layout="constrained")
-    for stage, (colour, line) in _STYLES.items():
+    names = dict.fromkeys(name for m in metrics for name in m["loss_by_stage"])
+    for stage, (colour, line) in _styles(names).items():
         found = [m for m in metrics if stage in m["loss_by_stage"]]
         if found:
             means = _running_mean([m["loss_by_stage"][stage] for m in found], smooth)

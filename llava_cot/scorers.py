@@ -17,7 +17,19 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .cot import CoT, CoTError, Problem, check, parse, render, spans
+from llava_cot.cot import (
+    LLAVA_COT,
+    CoT,
+    CoTError,
+    CoTFormat,
+    Problem,
+    check,
+    parse,
+    render,
+    spans,
+    to_format,
+    unclosed,
+)
 from .data import question
 from .engine import SearchError, whole
 from .judge import Judge
@@ -47,7 +59,7 @@ def _by_question(candidates: Sequence[Candidate]) -> dict[object, list[int]]:
 def conclusion_in(candidate: Candidate) -> str | None:
     "What a candidate concludes, if it is whole."
     try:
-        return parse(candidate.text, candidate.fmt)["CONCLUSION"]
+        return parse(candidate.text, candidate.fmt)[candidate.fmt.conclusion]
     except CoTError:
         return None
 
@@ -98,14 +110,16 @@ class Soundness:
         if c.finished or c.piece.ended != "stop":
             return soundness(c.example, c.text, c.fmt, finished=c.finished)
         stages = {s.stage: c.text[s.inner_start : s.inner_end] for s in spans(c.text, c.fmt)}
-        found = findings(stages, question(c.example), None)
+        found = findings(stages, question(c.example), None, c.fmt)
         rest = [p for p in check(c.text, c.fmt) if p.kind != "missing"]
         return rest + [
-            Problem(kind, stage, told) for kind, stage, _, told in found if self._fits(kind, stages)
+            Problem(kind, stage, told)
+            for kind, stage, _, told in found
+            if self._fits(kind, stages, c.fmt)
         ]
 
-    def _fits(self, kind: str, stages: dict) -> bool:
-        return kind != "unsupported" or "CONCLUSION" in stages
+    def _fits(self, kind: str, stages: dict, fmt: CoTFormat) -> bool:
+        return kind != "unsupported" or fmt.conclusion in stages
 
 # %% ../nbs/68_scorers.ipynb #scorer-16
 class RewardModel:
@@ -239,14 +253,15 @@ class Verifier:
         c = candidate
         if c.finished or c.piece.ended != "stop":
             return c.text
-        whole = spans(c.text, c.fmt)
-        stages = {s.stage: c.text[s.inner_start : s.inner_end] for s in whole}
-        rest = c.text[whole[-1].end if whole else 0 :]
-        for stage in c.fmt.stages if c.fmt.tags else ():  # the one that it is in the middle of
-            begun = rest.partition(c.fmt.open(stage))[2].strip()
-            stages |= {stage: begun} if begun else {}
+        text = c.text + unclosed(c.text, c.fmt)  # the one that it is in the middle of, too
+        stages = {}
+        for s in spans(text, c.fmt):
+            stages.setdefault(s.stage, []).append(text[s.inner_start : s.inner_end])
+        written = {s: its if s in c.fmt.repeatable else its[-1] for s, its in stages.items()}
+        written = {stage: text for stage, text in written.items() if text}
         try:
-            return render(CoT({**true, **stages}), c.fmt) if stages else c.text
+            rest = parse(to_format(render(true), LLAVA_COT, c.fmt), c.fmt)
+            return render(CoT({**rest, **written}, c.fmt), c.fmt) if written else c.text
         except CoTError:
             return c.text
 

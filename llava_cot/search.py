@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARM', 'METHODS', 'Tried', 'Answer', 'Greedy', 'prompt_batches', 'ids_of', 'Part', 'Candidate', 'is_complete',
-           'Score', 'Question', 'drive', 'scores_of', 'prompt_digest', 'separators', 'as_answer', 'answer',
-           'mean_logprob', 'BestOfN', 'judge', 'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out',
-           'Retrace']
+           'Score', 'Question', 'drive', 'scores_of', 'prompt_digest', 'as_answer', 'answer', 'mean_logprob', 'BestOfN',
+           'judge', 'fits', 'written', 'plainly', 'StageBeam', 'SentenceBeam', 'stands_out', 'Retrace']
 
 # %% ../nbs/51_search.ipynb #search-imports
 import hashlib
@@ -21,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .cot import LLAVA_COT, CoTFormat, check, spans
+from .cot import LLAVA_COT, CoTFormat, check, closed, spans, unclosed
 from .engine import Cost, Engine, Piece, Sampling, SearchError, Write, left_as_found, whole
 from .models import check_preprocessing
 from .pictures import example_at
@@ -139,27 +138,17 @@ class Candidate:
     def pieces(self) -> tuple[Part, ...]:
         "Its parts."
         line, fmt = self.piece.line(), self.fmt
-        names = [_closed(p, fmt) if fmt.tags else None for p in line]
+        names = [closed(p.text, fmt) for p in line]
         if not fmt.tags and len(line) > 1:
             names = [*fmt.stages, *[None] * len(line)][: len(line)]
         found = zip(names, line)
         return tuple(Part(name, p.text, p.tokens, p.logprob) for name, p in found)
 
 
-def _closed(piece: Piece, fmt: CoTFormat) -> str | None:
-    "The stage that a piece completes."
-    text = piece.text.rstrip()
-    for stage in fmt.stages:
-        if text.endswith(fmt.close(stage)):
-            return stage
-    return None
-
-
 def is_complete(candidate: Candidate) -> bool:
     "Does it have all that its format wants, so that nothing more need be written?"
     fmt = candidate.fmt
-    last = fmt.close(fmt.stages[-1])
-    return fmt.tags and candidate.text.rstrip().endswith(last) and not check(candidate.text, fmt)
+    return closed(candidate.text, fmt) == fmt.stages[-1] and not check(candidate.text, fmt)
 
 # %% ../nbs/51_search.ipynb #se-quest
 @dataclass(frozen=True)
@@ -319,11 +308,6 @@ def _pictures(examples: Sequence, i: int) -> int:
     return len(examples[i].get("images") or ())
 
 
-def separators(fmt: CoTFormat) -> list[str]:
-    "The separators of a format: they may be written, even where they are control tokens."
-    return [end(s) for s in fmt.stages for end in (fmt.open, fmt.close) if fmt.tags]
-
-
 def _questions(engine: Engine, rows, examples, names, fmt, told) -> Iterator[Question]:
     "Questions, their prompts read: a few at a time, as they are asked for."
     at_once = max(1, engine.rows // 4)
@@ -384,7 +368,7 @@ def answer(
     answers, names, done = [None] * len(examples), ids_of(examples), 0
     bar = tqdm(total=len(examples), desc="answering", unit="answer", disable=not progress)
     with left_as_found(model), bar:
-        engine = Engine(model, processor, batch_size, separators(fmt))
+        engine = Engine(model, processor, batch_size, fmt.separators)
 
         def write(rows):
             questions = _questions(engine, rows, examples, names, fmt, told)
@@ -458,19 +442,16 @@ def judge(
 def _stops(q: Question, level: int) -> tuple[str, ...]:
     "What ends a stage, the `level`-th that is written."
     fmt = q.fmt
-    if fmt.tags:
-        return tuple(fmt.close(stage) for stage in fmt.stages)
-    return (fmt.between,) if level < len(fmt.stages) - 1 else ()
-
-
-def _open_stage(text: str, fmt: CoTFormat) -> str | None:
-    "The stage that a text ends in."
     if not fmt.tags:
-        return None
-    opened = {stage: text.rfind(fmt.open(stage)) for stage in fmt.stages}
-    stage = max(opened, key=opened.get)
-    inside = opened[stage] >= 0 and text.rfind(fmt.close(stage)) < opened[stage]
-    return stage if inside else None
+        return (fmt.between,) if level < len(fmt.stages) - 1 else ()
+    if not all(map(fmt.closing, fmt.stages[:-1])):
+        raise SearchError(
+            f"format {fmt.name!r}: a stage has no separator to end with, so that a search cannot"
+            " stop there; ask with greedy or best_of_n"
+        )
+    often = range(1, 33)  # of a stage that counts
+    ends = (fmt.closing(stage, n) for stage in fmt.stages for n in often)
+    return tuple(dict.fromkeys(filter(None, ends)))
 
 
 def fits(q: Question, piece: Piece, inside: bool = False) -> bool:
@@ -489,9 +470,9 @@ def written(
 ) -> Generator:  # of the pieces that fit, those closed that ran into the limit inside a stage
     "Part of a search: candidates."
     pieces = yield list(requests)
-    cut = [p for p in pieces if p.ended == "limit" and _open_stage(p.so_far, q.fmt)]
+    cut = [p for p in pieces if p.ended == "limit" and unclosed(p.so_far, q.fmt)]
     if cut:
-        closing = [q.ids(q.fmt.pad + q.fmt.close(_open_stage(p.so_far, q.fmt))) for p in cut]
+        closing = [q.ids(q.fmt.pad + unclosed(p.so_far, q.fmt)) for p in cut]
         how = dict(stops=_stops(q, 0))
         mended = yield [Write(p, given=ids, limit=len(ids), **how) for p, ids in zip(cut, closing)]
         swap = dict(zip(cut, mended))
@@ -530,7 +511,8 @@ class StageBeam:
 
     def search(self, q: Question) -> Generator:
         "Stage by stage, until the best is complete."
-        return (yield from _beam(self, q, 2 * len(q.fmt.stages) + 2))
+        most = 2 * len(q.fmt.stages) + 2 + 32 * len(q.fmt.repeatable)
+        return (yield from _beam(self, q, most))
 
 
 @dataclass(frozen=True)
@@ -600,7 +582,7 @@ class Retrace:
 
     def search(self, q: Question) -> Generator:
         "The stage before the conclusion is judged; the search goes back to the one before that."
-        before = q.fmt.stages[: q.fmt.stages.index(getattr(q.fmt, "conclusion", "CONCLUSION"))]
+        before = q.fmt.stages[: q.fmt.stages.index(q.fmt.conclusion)]
         if not before:
             raise SearchError(f"Retrace: {q.fmt.name!r} has no stage before its conclusion")
         start, n = q.root, len(before)
@@ -612,7 +594,8 @@ class Retrace:
         best = yield from self._reasoned(q, start, n)
         if best is None:
             return (yield from plainly(q, start, self.max_new_tokens))
-        ends = yield from self._stage(q, [best], n, self.conclusions)
+        last = dict(stops=(q.fmt.closing(q.fmt.conclusion),)) if q.fmt.repeatable else {}
+        ends = yield from self._stage(q, [best], n, self.conclusions, **last)
         ends = [p for p in ends if q.candidate(p).finished]
         if not ends:
             return (yield from plainly(q, best, self.max_new_tokens))

@@ -31,7 +31,7 @@ from .models import check_preprocessing
 from .page import page_to_try
 from .pictures import limits
 from .request import Bounds, Job, Refused, before_stop, check_fields
-from .search import Question, Score, as_answer, drive, scores_of, separators
+from .search import Question, Score, as_answer, drive, scores_of
 from .tokens import encode
 from .tree import show_tree
 
@@ -72,10 +72,11 @@ class Desk:
 
     def _run(self) -> None:
         "Serves until it is closed, whatever happens to a job."
-        words = separators(self.fmt)
         with left_as_found(self.model):
             while not self.closed:
-                self.engine = Engine(self.model, self.processor, self.bounds.batch_size, words)
+                self.engine = Engine(
+                    self.model, self.processor, self.bounds.batch_size, self.fmt.separators
+                )
                 try:
                     self._serve()
                 except Exception as e:  # what a model raises must not end the server

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from fastcore.basics import patch
 
-from .cot import LLAVA_COT, STAGE_NAMES, CoTFormat, InputError
+from .cot import LLAVA_COT, CoTFormat, InputError, name_or_fields
 
 # %% ../nbs/30_settings.ipynb #settings-error
 class RunError(InputError):
@@ -105,13 +105,13 @@ class _Rows(_Shown):
     max_length: int | None = option(None, "longest sequence in tokens; none for no limit", "rows")
     max_pixels: int | None = option(
         None,
-        "a picture of more is made smaller (Qwen2.5-VL); none: the model's own",
+        "a picture of more is made smaller (the Qwens); none: the model's own",
         "rows",
         least=1,
     )
     min_pixels: int | None = option(
         None,
-        "a picture of fewer is made larger (Qwen2.5-VL); none: the model's own",
+        "a picture of fewer is made larger (the Qwens); none: the model's own",
         "rows",
         least=1,
     )
@@ -120,7 +120,7 @@ class _Rows(_Shown):
     )
     too_long: str = option(
         "refuse",
-        "a row beyond max_length: refuse the data, drop the row, or shorten its REASONING",
+        "a row beyond max_length: refuse the data, drop the row, or shorten its reasoning",
         "rows",
         ("refuse", "drop", "shorten"),
     )
@@ -241,7 +241,7 @@ class Settings(_Logs, _Memory, _Loss, _Rows, _Batches, _Training):
             _check_field(f, getattr(self, f.name))
         _check_together(self)
         _check_tracker(self.tracker)
-        _check_stage_weights(self.stage_weights or {})
+        _check_stage_weights(self.stage_weights or {}, self.fmt)
 
 # %% ../nbs/30_settings.ipynb #settings-numbers
 def is_number(v) -> bool:
@@ -326,16 +326,16 @@ def _check_together(s: Settings) -> None:
         raise RunError(f"too_long: found {s.too_long!r} without max_length; give that, too")
 
 # %% ../nbs/30_settings.ipynb #settings-weights
-def _check_stage_weights(weights: dict) -> None:
+def _check_stage_weights(weights: dict, fmt: CoTFormat = LLAVA_COT) -> None:
     "Raises `RunError` for weights of stages that are none, or that leave nothing to learn."
     for name, weight in weights.items():
-        if name not in STAGE_NAMES:
-            known = ", ".join(STAGE_NAMES)
+        if name not in fmt.stage_names:
+            known = ", ".join(fmt.stage_names)
             raise RunError(f"stage_weights: found {name!r}, expected any of {known}")
         if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             expected = "expected a number of at least 0"
             raise RunError(f"stage_weights: found {weight!r} for {name}, {expected}")
-    if not any(weights.get(name, 1) for name in STAGE_NAMES):
+    if not any(weights.get(name, 1) for name in fmt.stage_names):
         raise RunError("stage_weights: all are 0, so nothing would be learned; give one stage more")
 
 # %% ../nbs/30_settings.ipynb #settings-tracker
@@ -362,4 +362,5 @@ def to_dict(self: Settings) -> dict:
     found = {f.name: getattr(self, f.name) for f in fields(self)}
     schedule = self.schedule.to_dict() if self.schedule else None
     augment = asdict(self.augment) if self.augment else None
-    return found | dict(schedule=schedule, fmt=self.fmt.name, augment=augment)
+    fmt = name_or_fields(self.fmt)
+    return found | dict(schedule=schedule, fmt=fmt, augment=augment)

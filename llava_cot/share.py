@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .cot import FORMATS, InputError, render
+from .cot import InputError, format_of, render
 from .files import write_file
 from .report import run_info
 
@@ -158,7 +158,7 @@ def _use(kind: str, repo: str | None, settings: dict) -> str:
     "Code that asks the model, what it needs, and the form of an answer."
     needs = "torch, pillow and transformers 5 or 4.57"
     needs += ", and torchvision, which this family's processor asks for" * (kind == "qwen2_5_vl")
-    fmt = FORMATS[settings["fmt"]]
+    fmt = format_of(settings["fmt"])
     shape = render({stage: "…" for stage in fmt.stages}, fmt)
     form = f"An answer has this form:\n\n```text\n{shape}\n```"
     name = repr(repo or "path/to/this/folder")

@@ -10,6 +10,7 @@ __all__ = ['TokensError', 'conversation', 'control_tokens_of', 'picture_ids', 'T
 import copy
 import re
 from bisect import bisect_right
+from collections.abc import Collection
 from datetime import datetime
 from itertools import accumulate
 from typing import NamedTuple
@@ -315,11 +316,17 @@ def escaped(
     text: str,  # from `layout`, as the next two
     turns: list[Turn],
     specials: dict[int, str],
+    allowed: Collection[str] = (),  # of these, those that set the stages of an answer apart
 ) -> tuple[str, ProcessorMixin]:
     "`text` with a mark wherever a turn spells a control token, and a processor that reads marks."
     longest_first = sorted(specials.values(), key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, longest_first)))
-    found = [m.span() for turn in turns for m in control.finditer(text, turn.start, turn.stop)]
+    found = [
+        m.span()
+        for turn in turns
+        for m in control.finditer(text, turn.start, turn.stop)
+        if turn.role != "assistant" or m[0] not in allowed
+    ]
     if not found:
         return text, processor
     mark, marked, at = unused_mark(text), "", 0

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOYS', 'TINY', 'llava_processor', 'build_llava', 'tiny_llava', 'tiny_mllama', 'tiny_llava_next', 'tiny_qwen2_vl',
-           'tiny_qwen2_5_vl', 'tiny_qwen3_vl', 'tiny_base', 'open_model', 'open_skeleton', 'open_processor',
-           'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision', 'tiny_mistral3',
-           'tiny_smolvlm']
+           'tiny_qwen2_5_vl', 'tiny_qwen3_vl', 'tiny_gemma3', 'tiny_base', 'open_model', 'open_skeleton',
+           'open_processor', 'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision',
+           'tiny_mistral3', 'tiny_smolvlm']
 
 # %% ../nbs/23_tiny.ipynb #tiny-imports
 from importlib.resources import files
@@ -17,6 +17,9 @@ from tokenizers import AddedToken
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
@@ -362,6 +365,72 @@ def tiny_qwen3_vl(
     processor = _qwen_processor(Qwen3VLProcessor, _QWEN3_TEMPLATE)
     return _qwen(processor, Qwen3VLConfig, vision, hidden, seed, head_dim=hidden // 4)
 
+# %% ../nbs/23_tiny.ipynb #ti-gemma
+_GEMMA_TEMPLATE = """\
+{{- bos_token -}}
+{%- if messages[0]['role'] == 'system' -%}\
+{%- set said = messages[0]['content'] -%}{%- set messages = messages[1:] -%}
+{%- set system = (said if said is string else said[0]['text']) + '\n\n' -%}\
+{%- else -%}{%- set system = '' -%}{%- endif -%}
+{%- for message in messages -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{- '<start_of_turn>' + role + '\n' + (system if loop.first else '') -}}
+{%- for item in message['content'] -%}
+{{- '<start_of_image>' if item['type'] == 'image' else item['text'] -}}
+{%- endfor -%}{{- '<end_of_turn>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<start_of_turn>model\n' -}}{%- endif -%}"""
+
+
+def _gemma_processor(
+    image_size: int = 48,  # side of the square that any image is resized to, pixels
+    tokens: int = 4,  # soft tokens of a picture
+) -> Gemma3Processor:
+    "As Gemma 3's, with a tokenizer of its own, mean 0.5, std 0.5."
+    pad, bos, start, eos = "<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>"
+    boi, eoi, soft = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
+    names = (pad, bos, start, eos, boi, eoi, soft)
+    text = [f"{TINY_TEXT}\n\n\n\n\n"]  # line breaks that melt
+    named = {"boi_token": boi, "eoi_token": eoi, "image_token": soft}
+    how = dict(special_tokens=names, bos=bos, eos=eos, pad=pad, named=named)
+    tokenizer = train_tokenizer(text, **how)
+    side = {"height": image_size, "width": image_size}
+    pixels = Gemma3ImageProcessorPil(size=side, **HALF)
+    how = dict(chat_template=_GEMMA_TEMPLATE, image_seq_length=tokens)
+    return Gemma3Processor(pixels, tokenizer, **how)
+
+# %% ../nbs/23_tiny.ipynb #ti-gemma2
+def tiny_gemma3(
+    seed: int = 0,  # of the weights
+    hidden: int = 48,  # of the language model
+) -> tuple[PreTrainedModel, Gemma3Processor]:
+    "A random Gemma 3 of 0.1 M parameters, built offline, and its processor."
+    processor = _gemma_processor()
+    tokenizer, side = processor.tokenizer, processor.image_processor.size["height"]
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=12,
+        vision_use_head=False,
+    )
+    text = small_decoder(tokenizer, hidden) | dict(
+        head_dim=hidden // 4,
+        query_pre_attn_scalar=hidden // 4,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+    )
+    ids = {f"{n}_token_index": getattr(tokenizer, f"{n}_token_id") for n in ("boi", "eoi", "image")}
+    soft = processor.image_seq_length
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=soft, **ids)
+    model = build(config, tokenizer, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
+    return remember_preprocessing(model, processor), processor
+
 # %% ../nbs/23_tiny.ipynb #ti-toys
 TOYS = (
     tiny_llava,
@@ -374,6 +443,7 @@ TOYS = (
     tiny_idefics3,
     tiny_smolvlm,
     tiny_llava_onevision,
+    tiny_gemma3,
     *((tiny_mistral3,) if is_torchvision_available() else ()),  # its processor needs that
 )  # one of each family
 

@@ -139,6 +139,15 @@ def _gemma_sees(config):
     return {"size": {"height": side, "width": side}, "image_seq_length": config.mm_tokens_per_image}
 
 
+def _gemma_complete(processor, config):
+    "As many soft tokens as the model has for a picture."
+    n, tokenizer = config.mm_tokens_per_image, processor.tokenizer
+    if processor.image_seq_length != n:
+        soft = tokenizer.image_token * n
+        processor.image_seq_length = n
+        processor.full_image_sequence = f"\n\n{tokenizer.boi_token}{soft}{tokenizer.eoi_token}\n\n"
+
+
 def _qwen_sees(config):
     vision = config.vision_config
     return {
@@ -571,8 +580,9 @@ _GEMMA3 = Family(
     batch=_gemma_batch,
     budget=_ONE_SQUARE,
     reads="Gemma3Processor",
+    complete=_gemma_complete,
     unused=_gemma_unused,
     stored=older_name,
 )
 
-ROWS = (_MLLAMA, _LLAVA, _LLAVA_NEXT, _QWEN2, _QWEN, _QWEN3)
+ROWS = (_MLLAMA, _LLAVA, _LLAVA_NEXT, _QWEN2, _QWEN, _QWEN3, _GEMMA3)

@@ -277,6 +277,7 @@ def _update(loop: _Loop, batches) -> None:
         loop.clock,
         suspect,
         loop.reads.divisor,
+        s.fmt.stage_names,
     )
     run.update += 1
     run.done += 1
@@ -513,7 +514,7 @@ def fit(
     named = bool((source or {}).get("model"))  # it can be opened again by name
     distributed.read_first(model, s, accelerator, named)
     if s.separator_tokens:
-        models.add_separators(model, processor)
+        models.add_separators(model, processor, s.fmt.separators)
     check_schedule(model, schedule, s.weights)
     processor = pixels.begin(model, processor, s)
     run = Run(Path(out), s, model=model, processor=processor)

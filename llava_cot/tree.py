@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
-from .cot import LLAVA_COT, CoTFormat
+from .cot import LLAVA_COT, CoTFormat, closed
 from .search import Answer, Tried
 from .show import View
 
@@ -63,17 +63,19 @@ _KINDS = dict(  # what became of a candidate: frame, its width, dashes, ink
 
 def _stage(one: Tried, fmt: CoTFormat) -> str:
     "The stage that a candidate completes, or how it ended."
-    for stage in fmt.stages:
-        if fmt.tags and one.text.rstrip().endswith(fmt.close(stage)):
-            return stage.lower()
-    return {"end": "to its end", "limit": "cut at the limit"}.get(one.ended, "goes on")
+    stage = closed(one.text, fmt)
+    return (
+        stage.lower()
+        if stage
+        else {"end": "to its end", "limit": "cut at the limit"}.get(one.ended, "goes on")
+    )
 
 
 def _words(one: Tried, fmt: CoTFormat, most: int = 27) -> str:
     "A candidate's first words, its separators left out."
     text = one.text
-    for stage in fmt.stages if fmt.tags else ():
-        text = text.replace(fmt.open(stage), "").replace(fmt.close(stage), "")
+    for separator in fmt.separators:
+        text = text.replace(separator, "")
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
 

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint, distributed
 from . import run as runs
 from .batches import Reader, context_of, reader_of
-from .cot import STAGES
 from .distributed import gathered, is_zero, my_share, on_main, together
 from .files import sealed, write_file
 from .loss import by_stage, stage_means, token_losses
@@ -36,10 +35,11 @@ def _sums(model, reader: Reader, accelerator: Accelerator, free: bool, batch_siz
     "Losses of this process's rows and their number, by stage: `(S, 2)`."
     mine = my_share(len(reader), free)
     collate = Collator(reader.processor)
-    sums = torch.zeros(len(STAGES) + 1, 2, device=accelerator.device)
+    names = reader.fmt.stage_names
+    sums = torch.zeros(len(names), 2, device=accelerator.device)
     for at in range(0, len(mine), batch_size):
         batch = collate([reader[0, row] for row in mine[at : at + batch_size]])
-        sums += by_stage(*token_losses(model, to_device(batch, accelerator)))
+        sums += by_stage(*token_losses(model, to_device(batch, accelerator)), names)
     return sums.cpu()
 
 
@@ -67,9 +67,8 @@ def held_out_loss(
             module.training = mode
     sums = torch.stack(each if free else each[:1]).sum(0)
     loss, supervised = sums.sum(0)
-    return dict(
-        loss=(loss / supervised).item(), loss_by_stage=stage_means(sums), supervised=int(supervised)
-    )
+    means = stage_means(sums, reader.fmt.stage_names)
+    return dict(loss=(loss / supervised).item(), loss_by_stage=means, supervised=int(supervised))
 
 # %% ../nbs/44_validation.ipynb #c043b
 @dataclass

@@ -4,6 +4,7 @@ from llava_cot.commands import *
 import importlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from contextlib import chdir, redirect_stdout
@@ -13,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llava_cot import commands, data, shapes, tiny
+from llava_cot import commands, cot, data, shapes, tiny
 from llava_cot.cot import InputError
 from llava_cot.engine import SearchError
 from llava_cot.families import ModelError
@@ -58,7 +59,7 @@ def test_a_picture_is_asked_about_as_it_is_written_by_search_and_turn_by_turn():
         assert "6 tokens written, " in said_of("", "How many?", cost=True, **how)[0]
         two, last = said_of("Sure?\n\nNever asked\n", "How many?", chat=True, **how)
         assert two.startswith(plain) and two != plain
-        assert last["cost"]["prefilled"] > found["cost"]["prefilled"] + 6
+        assert last["cost"]["pictures"] == 0 < last["cost"]["prefilled"] < found["cost"]["prefilled"]
         assert said_of("How many?\n", chat=True, **how) == (plain, mock.ANY)
         lines, beam = said_of("", "How many?", ["best_of_n"], 3, json=True, seed=2, **how)
         assert json.loads(lines) == beam and len(beam["tree"]) == 3 and beam["cost"]["tokens"] > 6
@@ -125,3 +126,25 @@ def test_commands_refuse_what_cannot_be():
         its = dict(data=f"{d}/rows", eval_data=f"{d}/bare.jsonl", model="tiny_base", out=f"{d}/run")
         with pytest.raises(CliError, match="no row to measure the loss on; give eval_data whose"):
             train(**its, eval_every=5)
+
+
+def test_a_format_is_a_name_or_a_file():
+    with tempfile.TemporaryDirectory() as d:
+        file = Path(d) / "mine.yaml"
+        file.write_text("stages: [plan, say]\nopen: '[{stage}]'\nclose: '[/{stage}]'\n")
+        mine = format_of(str(file))
+        assert (mine.name, mine.conclusion, mine.separators[0]) == ("mine", "say", "[plan]")
+        for text, told in (
+            ("stages: [a, a]", "mine.yaml: format 'mine': stages must be"),
+            ("stagez: [a]", "mine.yaml: fmt: unknown field 'stagez'"),
+            ("3", "mine.yaml: fmt: found int"),
+            ("a: [", "mine.yaml: it cannot be read"),
+        ):
+            file.write_text(text)
+            with pytest.raises(InputError, match=re.escape(told)):
+                format_of(str(file))
+        with pytest.raises(InputError, match="it cannot be read"):
+            format_of(str(Path(d) / "none.yaml"))
+        with pytest.raises(InputError, match="fmt: found 'thunk', expected one of llava_cot"):
+            format_of("thunk")
+    assert format_of("think") == cot.THINK

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
+from llava_cot import cot, shapes
 from llava_cot.batches import Order
 from llava_cot.cot import CoT, parse, render
 from llava_cot.data import load
@@ -638,3 +639,30 @@ def test_llava_cot_100k_in_sixteen_parts():
         print(f"padding at batch 32: {like:.1%}, in random order {random:.1%}")
         print(f"batches of epoch 1 that epoch 2 has again: {len(repeated)} of {len(epochs[0]):,}")
         assert like <= 0.03 < random and not repeated
+
+
+def test_the_doctor_proposes_the_format_of_a_file():
+    with tempfile.TemporaryDirectory() as d:
+        shapes.write(Path(d) / "s", 12)
+        file = Path(d) / "s" / "train.jsonl"
+        rows_ = [json.loads(line) for line in file.read_text().splitlines()]
+        own = cot.CoTFormat("own", ("look", "say"))
+        for form in (cot.THINK, own):
+            for row in rows_:
+                told = row["conversations"][1]["value"]
+                if cot.check(told):
+                    continue
+                row["conversations"][1]["value"] = cot.to_format(told, cot.LLAVA_COT, form)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+            found = check(Path(d) / "s", progress=False)
+            assert not found.ok and "missing" in str(found) and found.proposed.stages == form.stages
+            assert str(cot.name_or_fields(found.proposed)) in str(found)
+            assert check(Path(d) / "s", fmt=found.proposed, progress=False).ok
+            assert check(Path(d) / "s", fmt=found.proposed, progress=False).proposed is None
+            for row in rows_:
+                told = row["conversations"][1]["value"]
+                its = cot.parse(told, form)
+                row["conversations"][1]["value"] = cot.render(
+                    dict(look=cot.said(its[form.reasoning[0]]), say=its[form.conclusion]), own
+                )
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows_))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_cot import shapes
-from llava_cot.cot import DIRECT, CoT, parse, render
+from llava_cot.cot import DIRECT, LLAMAV_O1, LLAVA_COT, THINK, CoT, parse, render, said, to_format
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError, is_right, reference
 from llava_cot.search import Answer
@@ -159,3 +159,15 @@ def test_what_training_shortened_is_told_apart():
             lied = {p.kind for p in verify(wrong, scene_, question(one))}
             assert wrong == text or lied > {SHORTENED}, wrong
     assert cuts_ > 30 and len(kinds_) == 5, (cuts_, kinds_)
+
+
+def test_what_is_wrong_is_found_in_the_reasoning_of_any_format():
+    for form in (LLAVA_COT, THINK, LLAMAV_O1):
+        row_ = next(ex for _, ex in shapes.examples(40) if ex["source"] == "count")
+        told = to_format(answer_text(row_), LLAVA_COT, form)
+        assert soundness(row_, told, form) == []
+        its = dict(parse(told, form))
+        chain = said(its[form.reasoning[0]])
+        wrong = render(its | {form.reasoning[0]: f"{chain} That makes 2 + 2 = 5."}, form)
+        (found_,) = [p for p in soundness(row_, wrong, form) if p.kind == "arithmetic"]
+        assert found_.stage == form.reasoning[0] and "2 + 2" in wrong[found_.start :][:40]

@@ -108,7 +108,7 @@ class Desk:
     "A served function: a model of the package writes, one request at a time."
 
     def __init__(self, model, processor):
-        words = [end(s) for s in LLAVA_COT.stages for end in (LLAVA_COT.open, LLAVA_COT.close)]
+        words = LLAVA_COT.separators
         self.engine, self.lock = Engine(model, processor, words=words), threading.Lock()
 
     def __call__(self, request):

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from llava_cot import engine, shapes, tokens
-from llava_cot.cot import FORMATS, LLAVA_COT, NO_TAGS, REORDERED, check, to_format
+from llava_cot.cot import (
+    FORMATS,
+    LLAMAV_O1,
+    LLAVA_COT,
+    NO_TAGS,
+    REORDERED,
+    THINK,
+    CoTFormat,
+    check,
+    spans,
+    to_format,
+)
 from llava_cot.engine import Piece, SearchError
 from llava_cot.families import ModelError
 from llava_cot.template import TokensError
@@ -347,6 +358,43 @@ def test_stage_beams_keep_the_best_by_hand():
     for wrong in (dict(captions=1), dict(rounds=-1), dict(conclusions=0)):
         with pytest.raises(SearchError):
             Retrace(**wrong)
+
+
+def test_stages_of_any_format_are_searched():
+    def told_in(fmt, order):
+        "Writes the stages of a format in turn; each says a number that found_spans path decides."
+
+        def text(path, level):
+            stage = order[min(level, len(order) - 1)]
+            n = order[: level + 1].count(stage)
+            number = sum(map(int, path.split("/")[1:]))
+            return f"{fmt.opening(stage, n)} {number} {fmt.closing(stage, n)}"
+
+        return text
+
+
+    def last_number(candidates):
+        return [float(c.pieces[-1].text.split()[-2]) for c in candidates]
+
+
+    cases = [
+        (THINK, ["think", "answer"]),
+        (LLAMAV_O1, ["SUMMARY", "CAPTION", "STEP", "STEP", "CONCLUSION"]),
+    ]
+    for form, order in cases:
+        script = Script(told_in(form, order))
+        found = script.run(StageBeam(3, 1, scorer=last_number), form)
+        found_spans = spans(found.text, form)
+        assert check(found.text, form) == [] and [s.stage for s in found_spans] == order
+        best = [2 * (level + 1) for level in range(len(order))]  # the last of three, each time
+        assert [float(found.text[s.inner_start : s.inner_end]) for s in found_spans] == best
+    found = Script(told_in(THINK, ["think", "answer"])).run(
+        Retrace(2, 1, 2, 3, scorer=last_number), THINK
+    )
+    assert [s.stage for s in spans(found.text, THINK)] == ["think", "answer"]
+    silent = CoTFormat("silent", ("a", "b"), open="### {stage}:", close="")
+    with pytest.raises(SearchError, match="'silent': a stage has no separator to end with"):
+        Script(told_in(THINK, ["think", "answer"])).run(StageBeam(2, 1), silent)
 
 
 def test_a_candidate_without_a_score_comes_last_and_wrong_scores_are_refused():

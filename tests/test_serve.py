@@ -29,8 +29,11 @@ def command(*words):
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(words, **pipe)
     try:
-        line = process.stdout.readline()
-        assert " is served at http://127.0.0.1:" in line, line + process.stdout.read()
+        told = []  # a library may have something to say first
+        while not told or (told[-1] and " is served at http://127.0.0.1:" not in told[-1]):
+            told.append(process.stdout.readline())
+        line = told[-1]
+        assert line, "".join(told)
         yield line.split(" at ")[1].split(";")[0], process
     finally:
         process.kill()

@@ -21,7 +21,19 @@ from transformers import LlamaTokenizer
 from transformers.image_utils import make_flat_list_of_images
 
 from llava_cot import shapes
-from llava_cot.cot import DIRECT, LLAVA_COT, NO_TAGS, STAGES, parse, render, spans
+from llava_cot.cot import (
+    DIRECT,
+    LLAMAV_O1,
+    LLAVA_COT,
+    NO_TAGS,
+    STAGES,
+    THINK,
+    CoTFormat,
+    parse,
+    render,
+    spans,
+    to_format,
+)
 from llava_cot.pictures import PictureError
 from llava_cot.template import TokensError, end_token
 from llava_cot.tiny import (
@@ -701,6 +713,36 @@ def test_other_formats_have_stages_too():
     assert set(untagged["stage_ids"].tolist()) == {0, 1, 2, 3, 4}
     direct = encode(example("How many?", "2"), toy, fmt=DIRECT)
     assert toy.tokenizer.decode(direct["input_ids"][direct["stage_ids"] == 4]) == "2"
+
+
+def test_stages_of_any_format_are_masked_and_its_control_tokens_respected():
+    THINKS = CoTFormat("thinks", ("think", "answer"), open=("<think>", ""), close=("</think>", ""))
+    for tiny in (tiny_llava, tiny_qwen2_5_vl):
+        toy = tiny()[1]
+        toy.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+        for form in (THINK, LLAMAV_O1, THINKS):
+            told = to_format(ANSWER, LLAVA_COT, form)
+            row = encode(example("How many red circles?", told), toy, fmt=form)
+            learned = row["input_ids"][row["labels"] != -100]
+            assert toy.tokenizer.decode(learned).startswith(told)
+            parts = {}
+            for number, name in enumerate(form.stage_names):
+                parts[name] = toy.tokenizer.decode(row["input_ids"][row["stage_ids"] == number])
+            for stage, its in parse(told, form).items():
+                assert (
+                    parts[stage].strip().startswith(form.opening(stage))
+                    and "".join(its) in parts[stage]
+                )
+            counts = show_mask(row, toy, form).counts
+            assert all(counts[stage] for stage in form.stages)
+        ask = "What does <think> mean?"
+        wrong = [((ask, "<think> a </think> b"), THINKS), (("What?", "<think> a"), LLAVA_COT)]
+        for turns, form in wrong:
+            with pytest.raises(TokensError, match="control token <think>"):
+                encode(example(*turns), toy, fmt=form)
+        free = encode(example(ask, "<think> a </think> b"), toy, fmt=THINKS, control_tokens="escape")
+        marks_ = toy.tokenizer.convert_tokens_to_ids("<think>")
+        assert (free["input_ids"] == marks_).sum() == 1  # the answer's; the question's is text
 
 
 def test_padding_is_masked_by_position():

@@ -31,7 +31,7 @@ from llava_cot import commands, data, families, loss, memory, models, shapes, tr
 from llava_cot import run as runs
 from llava_cot.batches import Order
 from llava_cot.checkpoint import list_checkpoints, newest_checkpoint
-from llava_cot.cot import STAGE_NAMES
+from llava_cot.cot import STAGE_NAMES, CoTFormat, parse, render
 from llava_cot.families import ModelError, parts
 from llava_cot.files import FileError, why_broken
 from llava_cot.gate import Policy
@@ -571,6 +571,36 @@ def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scor
         scored = [line["id"] for line in read_lines(Path(tmp) / "run/answers.jsonl")]
         assert scored and not any(id.startswith("talk") for id in scored)
         assert not (Path(tmp) / "run/.lock").exists()
+
+
+def test_a_run_in_a_format_of_ones_own_is_resumed_in_it():
+    OWN = CoTFormat(
+        "own", ("plan", "step", "say"), open="[{stage}]", close="[/{stage}]", repeatable=("step",)
+    )
+
+
+    def in_own(ex):
+        its = parse(ex["messages"][1]["content"][0]["text"])
+        steps = [its.caption, its.reasoning]
+        return render(dict(plan=its.summary, step=steps, say=its.conclusion), OWN)
+
+
+    with tempfile.TemporaryDirectory() as d:
+        texts = [in_own(ex) for ex in some_rows(8)]
+        said_so = [dict(role="assistant", content=[dict(type="text", text=t)]) for t in texts]
+        asked = [ex["messages"][0] for ex in some_rows(8)]
+        own_rows = [{**ex, "messages": list(m)} for ex, m in zip(some_rows(8), zip(asked, said_so))]
+        both = Schedule([Phase("all", {"projector": 1e-3, "language": 1e-3}, updates=4)])
+        how = dict(batch_size=2, progress=False, fmt=OWN, stage_weights={"step": 0.5, "OTHER": 0})
+        whole_run = train.fit(*tiny_llava(), own_rows, both, Path(d) / "whole", **how)
+        lines = whole_run.metrics()
+        assert all(set(line["loss_by_stage"]) <= {"OTHER", *OWN.stages} for line in lines)
+        assert all({"plan", "step", "say"} <= set(line["loss_by_stage"]) for line in lines)
+        assert runs.settings_from(runs.read_recipe(Path(d) / "whole")["settings"]).fmt == OWN
+        assert "step" in whole_run._repr_html_() and runs.plot_losses(lines)
+        with pytest.raises(RunError, match="REASONING.*plan, step, say"):
+            how |= dict(stage_weights={"REASONING": 1})
+            train.fit(*tiny_llava(), own_rows, both, Path(d) / "no", **how)
 
 
 def test_batch_8x1_and_1x8_give_equal_weights():
