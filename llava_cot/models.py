@@ -380,9 +380,13 @@ def _config_for_both(config: dict, dtype: torch.dtype) -> dict:
     for part in (config, config["text_config"], config["vision_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
     rope = config["text_config"].get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        config["text_config"] |= dict(rope_theta=rope["rope_theta"], rope_scaling=scaling)
+    whole = rope.get("full_attention", rope)  # where layers that see less have their own
+    if "rope_theta" in whole:
+        scaling = {k: v for k, v in whole.items() if k != "rope_theta"}
+        config["text_config"] |= dict(rope_theta=whole["rope_theta"], rope_scaling=scaling)
+    if "sliding_attention" in rope:
+        local = rope["sliding_attention"]["rope_theta"]
+        config["text_config"]["rope_local_base_freq"] = local
     return config
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
@@ -28,11 +28,16 @@ from llava_cot.opening import nf4_layers, packed_layers, quantise, whole_weight
 from llava_cot.search import Greedy, answer
 from llava_cot.tiny import (
     TOYS,
+    tiny_gemma3,
+    tiny_idefics3,
+    tiny_internvl,
     tiny_llava,
     tiny_llava_next,
+    tiny_llava_onevision,
     tiny_mllama,
     tiny_qwen2_5_vl,
     tiny_qwen3_vl,
+    tiny_smolvlm,
 )
 from llava_cot.tokens import Collator, encode, lengths
 
@@ -305,16 +310,19 @@ def test_a_saved_folder_says_everything_in_both_ways():
         assert held["tokenizer_config.json"]["additional_special_tokens"] == ["<a1>", "<a2>"]
         assert "extra_special_tokens" not in held["tokenizer_config.json"]
         assert back.tokenizer.get_vocab() == own.tokenizer.get_vocab()
-        assert set(back.tokenizer.extra_special_tokens) == {"<a1>", "<a2>"}
+        special = {t.content for t in back.tokenizer.added_tokens_decoder.values() if t.special}
+        assert {"<a1>", "<a2>"} <= special
         pixels = held["preprocessor_config.json"]
         assert pixels.items() >= held["processor_config.json"]["image_processor"].items()
         assert pixels["processor_class"] == type(own).__name__
         assert not pixels["image_processor_type"].endswith(("Pil", "Fast"))
         language, rope = held["config.json"]["text_config"], toy.config.text_config.rope_parameters
+        rope = rope.get("full_attention", rope)
         assert language["rope_scaling"] | {"rope_theta": language["rope_theta"]} == rope
         tower = [n for n in names if "vision_tower." in n]
-        assert all("vision_tower.vision_model." in n for n in tower)
-        assert bool(tower) == ("llava" in toy.config.model_type)
+        renamed = toy.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+        assert all(("vision_tower.vision_model." in n) == renamed for n in tower)
+        assert tower or not renamed
     for kind, backend in (("LlamaTokenizer", "tokenizers"), ("LlamaTokenizer", "sentencepiece")):
         told = _tokenizer_for_both(dict(tokenizer_class=kind, backend=backend), own.tokenizer)
         changed = backend == "tokenizers"  # there is a tokenizer.json, and it alone decides
@@ -543,6 +551,8 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
     ways |= dict(sharded=sharded, older=older, between=in_between)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
+    for tiny in (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3):
+        of_family[tiny] = ("tokenizer",)  # their processors have always said all
     for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)
@@ -681,7 +691,8 @@ def test_adapters_on_meta_on_fake_tensors_and_in_bf16():
         with torch.device("meta"):
             meta = AutoModelForImageTextToText.from_config(config_of)
         adapt(meta)
-        with FakeTensorMode():
+        not_drawn = mock.patch.object(PreTrainedModel, "initialize_weights")  # it may look at numbers
+        with FakeTensorMode(), not_drawn:
             fake = adapt(AutoModelForImageTextToText.from_config(config_of))
         assert adapters(real) == adapters(meta) == adapters(fake)
         assert {dtype for _, dtype in adapters(real).values()} == {torch.float32}
@@ -792,7 +803,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
 def test_separators_become_tokens_and_survive_saving():
     for tiny in TOYS:
         toy, own, marks = bare(tiny)
-        tok, image = own.tokenizer, own.image_token_id
+        tok, image, known_id = own.tokenizer, own.image_token_id, toy.config.image_token_id
         old_ids = [tok(t, add_special_tokens=False)["input_ids"] for t in marks]
         assert all(len(ids) > 1 for ids in old_ids)
         ends = (toy.get_input_embeddings, toy.get_output_embeddings)
@@ -803,7 +814,7 @@ def test_separators_become_tokens_and_survive_saving():
         assert add_separators(toy, own, marks) == []  # once is enough
         known = toy(**plain).logits[..., : len(old_rows[1])]
         assert torch.allclose(known, was)  # nothing else has changed
-        assert own.image_token_id == image == toy.config.image_token_id
+        assert (own.image_token_id, toy.config.image_token_id) == (image, known_id)
         assert image < toy.get_input_embeddings().num_embeddings
         for t, ids in zip(marks, old_ids):
             i = tok.convert_tokens_to_ids(t)
@@ -813,7 +824,7 @@ def test_separators_become_tokens_and_survive_saving():
         said = f"{marks[0]} I count é. {marks[1]}"
         row = batch_of(own, example(answer=said))
         supervised = row["labels"][0][row["labels"][0] != -100]
-        assert tok.decode(supervised) == f"{said}{tok.eos_token}"
+        assert tok.decode(supervised).lstrip() == f"{said}{tok.eos_token}"
         inputs = model_inputs(row)
         with tempfile.TemporaryDirectory() as d:
             save(toy, own, f"{d}/m")

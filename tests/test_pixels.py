@@ -27,7 +27,7 @@ from llava_cot.tiny import (
     tiny_qwen3_vl,
     tiny_smolvlm,
 )
-from llava_cot.tokens import Collator, encode, image_tokens, lengths, text_row
+from llava_cot.tokens import Collator, encode, image_tokens, lengths, row_tokens, text_row
 
 OF_QWEN = [dict(max_pixels=n, min_pixels=m) for n, m in ((1152, 576), (9999, 4000))]
 BUDGETS = (
@@ -105,7 +105,7 @@ def all_agree(n, largest=9.0):
                 planned = image_count(sized_batch(made, picture.size), made)
                 direct = by_processor(made, picture.size)
                 assert count == direct == planned, picture.size
-                written = len(encoded["input_ids"]) - len(text_row(row, made).ids) + 1
+                written = len(encoded["input_ids"]) - row_tokens(text_row(row, made), made) + 1
                 assert image_tokens(made, picture.size) == written, picture.size
                 assert estimate == len(encoded["input_ids"]), picture.size
                 assert runs_on(net, Collator(again)([reopened])), picture.size

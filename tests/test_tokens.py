@@ -902,7 +902,7 @@ def test_text_length_and_pictures_are_the_length_to_the_token():
                 with pytest.raises(TokensError, match=re.escape(str(e))):
                     text_row(ex, toy, control_tokens=control)
                 continue
-            found = len(text_row(ex, toy, control_tokens=control).ids)
+            found = row_tokens(text_row(ex, toy, control_tokens=control), toy)
             beside = len(ex["images"]) > 1
             assert found + sum(image_tokens(toy, x.size, beside) - 1 for x in ex["images"]) == true
 
@@ -919,5 +919,5 @@ def test_image_tokens_are_counted_without_the_picture():
         toy = tiny()[1]
         for size in ((48, 48), (96, 48), (31, 77), (200, 40), (640, 480), (24, 24), (333, 500)):
             seen_so = example(images=[Image.new("RGB", size)])
-            n = len(encode(seen_so, toy)["input_ids"]) - len(text_row(seen_so, toy).ids) + 1
+            n = len(encode(seen_so, toy)["input_ids"]) - row_tokens(text_row(seen_so, toy), toy) + 1
             assert n == image_tokens(toy, size), (toy, size)
