@@ -10,6 +10,7 @@ import math
 from types import MethodType, SimpleNamespace
 
 import torch
+from transformers import PixtralProcessor
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.idefics3 import processing_idefics3 as idefics3
 from transformers.models.internvl import processing_internvl as internvl
@@ -362,6 +363,7 @@ _MISTRAL3 = Family(
     budget=_BY_LONGER_SIDE,
     reads="PixtralProcessor",
     unused=unused_layers,
+    processor=PixtralProcessor,
 )
 
 # %% ../nbs/19_tiled.ipynb #td-rows

@@ -398,7 +398,7 @@ def show_mask(
 
 # %% ../nbs/25_tokens.ipynb #c052b
 def _unpatch(patches: torch.Tensor, grid: torch.Tensor, pixels) -> torch.Tensor:
-    "Qwen's patches, (rows · columns, channels · frames · p · p), 2 × 2 together: (1, 3, H, W)."
+    "Patches in a line, (rows · columns, channels · frames · p · p), m × m together: (1, 3, H, W)."
     m, p, (_, rows, columns) = pixels.merge_size, pixels.patch_size, grid.tolist()
     x = patches.view(rows // m, columns // m, m, m, 3, -1, p, p)[..., 0, :, :]
     return x.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * p, columns * p)

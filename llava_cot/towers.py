@@ -90,6 +90,11 @@ class Family:
     stored: Callable = _as_named  # config, name of a weight -> its name in a file
     shares: Callable = _as_it_is  # processor, ids -> tiles of each picture, where all lie in a line
 
+    @property
+    def needs_torchvision(self) -> bool:
+        "Whether `AutoProcessor` opens its processor only where torchvision is."
+        return self.processor is not AutoProcessor
+
 # %% ../nbs/18_towers.ipynb #c016
 def unused_layers(
     config: PreTrainedConfig,  # of a LLaVA, or of what is built like one
