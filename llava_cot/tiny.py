@@ -51,13 +51,18 @@ from llava_cot.models import (
 )
 from .opening import in_type, need_template, quantise
 from .towers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
-from .toykit import HALF, TINY_TEXT, build, small_decoder, special_ids, train_tokenizer
 from llava_cot.toys import (
+    HALF,
+    TINY_TEXT,
+    build,
+    small_decoder,
+    special_ids,
     tiny_idefics3,
     tiny_internvl,
     tiny_llava_onevision,
     tiny_mistral3,
     tiny_smolvlm,
+    train_tokenizer,
 )
 
 # what a user of toys looks for here, too

@@ -2,6 +2,8 @@
 from llava_cot.toys import *
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils import is_torchvision_available
 
 from llava_cot.families import ModelError
@@ -13,6 +15,27 @@ from llava_cot.toys import (
     tiny_mistral3,
     tiny_smolvlm,
 )
+
+
+def test_any_unicode_survives_the_tokenizer():
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
+
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text())
+    def check(text):
+        assert toy_tokenizer.decode(toy_tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+    check()
+    assert train_tokenizer([TINY_TEXT]).get_vocab() == toy_tokenizer.get_vocab()
+
+
+def test_tags_are_one_token():
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
+    closing = [f" </{stage}>" for stage in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")]
+    for tag in ("<CAPTION>", "<REASONING>", "<CONCLUSION>", *closing):
+        assert len(toy_tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
 
 
 def test_a_processor_of_other_tiles_is_refused():

@@ -26,7 +26,7 @@ FAMILIES = re.compile(
     "qwen|mllama|llava.?next|onevision|internvl|idefics|smolvlm|gemma|mistral|pixtral|llama.?4",
     re.I,
 )
-MAY_NAME_FAMILIES = {"towers", "tiled", "families", "toys", "toykit", "tiny"}
+MAY_NAME_FAMILIES = {"towers", "tiled", "families", "toys", "tiny"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
