@@ -30,7 +30,7 @@ from .kept import keep_folder
 from .pictures import PictureError, limits, pictures_of, place_of, whole_size
 from .rows import in_workers
 from .template import TokensError, Turn, conversation, layout
-from .tokens import text_row
+from .tokens import melts, row_tokens, text_row
 
 # %% ../nbs/28_measured.ipynb #measured-text
 def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
@@ -50,7 +50,7 @@ def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
 def _alone(row: dict, *how) -> int | str:
     "Tokens of one row, or why it cannot be read."
     try:
-        return len(text_row(row, *how).ids)
+        return row_tokens(text_row(row, *how), how[0])
     except TokensError as e:
         return str(e).removeprefix(f"{row.get('id')}: ")
 
@@ -69,7 +69,10 @@ def text_lengths(
                 plain[i] = layout(processor, conversation(row, str(row.get("id"))))
         texts = [text for text, _, _ in plain.values()]
         read = processor.tokenizer(texts, add_special_tokens=False) if texts else None
-        for k, (i, (_, turns, specials)) in enumerate(plain.items()):
+        melting = melts(processor)
+        for k, (i, (text, turns, specials)) in enumerate(plain.items()):
+            if melting and processor.image_token in text:
+                continue
             if read.is_fast and _is_plain(read.encodings[k], turns, specials):
                 found[i] = len(read.encodings[k].ids)
     how = (processor, fmt, control_tokens)
@@ -143,8 +146,9 @@ def _reader_digest(processor: ProcessorMixin) -> str:
     tokenizer = processor.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     state = {k: v for k, v in backend.items() if k not in ("truncation", "padding")}
-    names = ("special_tokens_map", "image_token", "bos_token", "eos_token")
+    names = ("image_token", "bos_token", "eos_token")
     said = [repr(getattr(owner, name, None)) for owner in (processor, tokenizer) for name in names]
+    said.append(repr(sorted(tokenizer.special_tokens_map.items())))  # saving sorts it, too
     said.append(repr(getattr(processor, "chat_template", None) or tokenizer.chat_template))
     kinds = (type(processor).__name__, type(tokenizer).__name__, transformers.__version__)
     return kept.digest(json.dumps(state, sort_keys=True), *said, *kinds)

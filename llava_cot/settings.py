@@ -105,18 +105,18 @@ class _Rows(_Shown):
     max_length: int | None = option(None, "longest sequence in tokens; none for no limit", "rows")
     max_pixels: int | None = option(
         None,
-        "a picture of more is made smaller (the Qwens); none: the model's own",
+        "a picture of more is made smaller, where models keep its shape; none: the model's own",
         "rows",
         least=1,
     )
     min_pixels: int | None = option(
         None,
-        "a picture of fewer is made larger (the Qwens); none: the model's own",
+        "a picture of fewer is made larger, where models keep its shape; none: the model's own",
         "rows",
         least=1,
     )
     max_tiles: int | None = option(
-        None, "a picture is cut into (LLaVA-NeXT, Mllama); none: the model's own", "rows", least=1
+        None, "a picture is cut into, where models cut it; none: the model's own", "rows", least=1
     )
     too_long: str = option(
         "refuse",

@@ -18,6 +18,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .cot import InputError, format_of, render
+from .families import FAMILIES
 from .files import write_file
 from .report import run_info
 
@@ -157,7 +158,10 @@ print(processor.decode(answer, skip_special_tokens=True))
 def _use(kind: str, repo: str | None, settings: dict) -> str:
     "Code that asks the model, what it needs, and the form of an answer."
     needs = "torch, pillow and transformers 5 or 4.57"
-    needs += ", and torchvision, which this family's processor asks for" * (kind == "qwen2_5_vl")
+    needs += (
+        ", and torchvision, which this family's processor asks for"
+        * FAMILIES[kind].needs_torchvision
+    )
     fmt = format_of(settings["fmt"])
     shape = render({stage: "…" for stage in fmt.stages}, fmt)
     form = f"An answer has this form:\n\n```text\n{shape}\n```"

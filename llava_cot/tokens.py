@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOO_LONG', 'CONTROL_TOKENS', 'COLOURS', 'TooLong', 'encode', 'stage_colour', 'MaskView', 'show_mask', 'seen',
-           'Collator', 'image_tokens', 'lengths', 'text_row']
+           'Collator', 'melts', 'row_tokens', 'image_tokens', 'lengths', 'text_row']
 
 # %% ../nbs/25_tokens.ipynb #tokens-imports
 import html
@@ -398,7 +398,7 @@ def show_mask(
 
 # %% ../nbs/25_tokens.ipynb #c052b
 def _unpatch(patches: torch.Tensor, grid: torch.Tensor, pixels) -> torch.Tensor:
-    "Qwen's patches, (rows · columns, channels · frames · p · p), 2 × 2 together: (1, 3, H, W)."
+    "Patches in a line, (rows · columns, channels · frames · p · p), m × m together: (1, 3, H, W)."
     m, p, (_, rows, columns) = pixels.merge_size, pixels.patch_size, grid.tolist()
     x = patches.view(rows // m, columns // m, m, m, 3, -1, p, p)[..., 0, :, :]
     return x.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, rows * p, columns * p)
@@ -521,13 +521,45 @@ def __call__(
     return batch
 
 # %% ../nbs/25_tokens.ipynb #c093b
+@lru_cache(maxsize=16)
+def _around(processor: ProcessorMixin, template: str) -> tuple[str, str]:
+    "The plain text that a processor writes before and behind all that stands for a picture."
+    marked, reader = witnessed(processor, processor.image_token)
+    _processed([Image.new("RGB", (64, 64))], marked, reader, "size")
+    added = processor.tokenizer.added_tokens_decoder.values()
+    pieces = re.split("|".join(re.escape(t.content) for t in added), reader.tokenizer.pieces[1])
+    return pieces[0], pieces[-1]
+
+
+def melts(
+    processor: ProcessorMixin,  # of the model
+) -> bool:
+    "Whether plain text is written around a picture: it may melt into the text beside it."
+    return any(_around(processor, repr(processor.chat_template)))
+
+
+def row_tokens(
+    row: _Row,  # from `text_row`
+    processor: ProcessorMixin,  # of the model
+) -> int:
+    "How many tokens a row has, each picture one, and what stands around it melted as it will be."
+    place, n = processor.image_token, row.text.count(processor.image_token)
+    if not n or not melts(processor):
+        return len(row.ids)
+    around = _around(processor, repr(processor.chat_template))
+    texts = (row.text.replace(place, place.join(around)), *around)
+    read = [row.processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    whole, before, behind = map(len, read)
+    return whole - n * (before + behind)
+
+# %% ../nbs/25_tokens.ipynb #c093b0
 def _written(processor: ProcessorMixin, size: tuple[int, int], pictures: int = 1) -> int:
     "Tokens that the processor writes in the place of each of so many pictures, before a question."
     asked = [*[{"type": "image"}] * pictures, {"type": "text", "text": "a"}]
     how = (LLAVA_COT, True, "refuse", "size")
     row = _read([{"role": "user", "content": asked}], processor, *how)
     _, final, _ = _pictures([Image.new("RGB", size)] * pictures, row, "size")
-    return (len(final) - len(row.ids)) // pictures + 1
+    return (len(final) - row_tokens(row, processor)) // pictures + 1
 
 
 @lru_cache(maxsize=16)

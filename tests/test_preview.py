@@ -174,7 +174,9 @@ def test_rows_are_shown_with_their_pictures_and_refusals():
         mixed = [
             drawn(images=[scene(), scene("green")], name="<two>"),
             drawn(images=[], name="no picture"),
-            drawn("How <|image|> <image> <|image_pad|>?", name="bad"),
+            drawn(
+                "How <|image|> <image> <|image_pad|> <IMG_CONTEXT> <start_of_image> [IMG]?", name="bad"
+            ),
         ]
         whole = show_page(mixed, toy, title="a & b")
         pieces = sum(len(tiles) for tiles in seen(encode(mixed[0], toy), toy))
@@ -227,7 +229,9 @@ def test_previews_of_augmentation_show_what_the_tower_sees():
     for tiny in TOYS:
         toy = tiny()[1]
         good = drawn()
-        bad = drawn("How <|image|> <image> <|image_pad|>?", name="bad")
+        bad = drawn(
+            "How <|image|> <image> <|image_pad|> <IMG_CONTEXT> <start_of_image> [IMG]?", name="bad"
+        )
         tiles = [tile for tiles in seen(encode(good, toy), toy) for tile in tiles]
         views = image_viewer(toy)(good)
         assert [tile.tobytes() for tile in views] == [tile.tobytes() for tile in tiles]

@@ -21,12 +21,13 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
 
 from llava_cot import data, models, shapes, train
 from llava_cot.schedule import Phase, Schedule
-from llava_cot.share import ShareError, model_card, push
-from llava_cot.tiny import tiny_llava, tiny_mllama
+from llava_cot.share import ShareError, _use, model_card, push
+from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama
 
 TOKEN = "hf_" + "secretsecret" * 3
 ROWS = data.load(shapes.write(Path(tempfile.mkdtemp()) / "shapes", 24))
@@ -143,6 +144,19 @@ def hub():
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_card_names_torchvision_where_opening_asks_for_it():
+    for tiny in () if is_torchvision_available() else TOYS:
+        with tempfile.TemporaryDirectory() as d:
+            toy, own = tiny()
+            models.save(toy, own, d)
+            try:
+                opens = bool(AutoProcessor.from_pretrained(d))
+            except (ImportError, ValueError):
+                opens = False
+            said = _use(toy.config.model_type, None, dict(fmt="llava_cot"))
+            assert opens != ("and torchvision, which this family" in said)
 
 
 def test_a_card_holds_the_run_and_its_code_works():

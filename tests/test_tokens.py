@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+from functools import lru_cache
 from itertools import groupby
 from unittest import mock
 
@@ -143,10 +144,39 @@ def answers(ex):
 def spell(ex, processor, **options):
     return encode(ex, processor, control_tokens="escape", **options)
 
+@lru_cache(maxsize=4)
+def written(processor):
+    "What the processor writes for pictures of the sizes that occur, alone and in pairs."
+    found, place = set(), processor.image_token
+    for size in ((48, 48), (96, 30), (20, 70)):
+        for n in (1, 2):
+            given = dict(text=[place * n], images=[[picture().resize(size)] * n])
+            out = processor(**given, add_special_tokens=False, return_tensors="pt")
+            text = processor.tokenizer.decode(out["input_ids"][0])
+            if processor.tokenizer.bos_token:
+                text = text.replace(processor.tokenizer.bos_token, "")
+            found.add(text[: len(text) // n])
+    return sorted(found, key=len, reverse=True)
+
+
+def as_one(text, processor):
+    return re.sub(f"({re.escape(processor.image_token)})+", processor.image_token, text)
+
+
 def shown(ids, processor):
-    "What tokens say, each picture's run of image tokens as one."
-    image = re.escape(processor.image_token)
-    return re.sub(f"({image})+", processor.image_token, processor.tokenizer.decode(ids))
+    "What tokens say, all that stands for pictures as one place."
+    text = processor.tokenizer.decode(ids)
+    for its in written(processor):
+        text = text.replace(its, processor.image_token)
+    return as_one(text, processor)
+
+
+def lead(processor):
+    "The blank, if any, that a model has to say before its answer."
+    one = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    other = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    asked = processor.apply_chat_template([one], add_generation_prompt=True)
+    return processor.apply_chat_template([one, other]).removeprefix(asked).partition("b")[0]
 
 
 def framed(ex, processor, n):
@@ -161,7 +191,7 @@ def framed(ex, processor, n):
     hello = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     if not processor.apply_chat_template(hello).startswith(bos):
         text = bos + text
-    return re.sub(f"({re.escape(processor.image_token)})+", processor.image_token, text)
+    return as_one(text, processor)
 
 
 def learned_runs(row):
@@ -184,7 +214,7 @@ def learned_is_the_answers(ex, model, processor, row=None):
     assert shown(ids, processor) == framed(ex, processor, len(ex["messages"]))
     for (first, after), i, answer in zip(learned_runs(row), places, answers(ex)):
         assert shown(ids[:first], processor) == framed(ex, processor, i)
-        assert tok.decode(ids[first:after]) == answer + tok.eos_token
+        assert tok.decode(ids[first:after]) == lead(processor) + answer + tok.eos_token
         assert ids[after - 1] == tok.eos_token_id
         assert sum(i in tok.all_special_ids for i in ids[first:after].tolist()) == 1
         assert processor.image_token_id not in ids[first:after]
@@ -199,8 +229,9 @@ def stages_decode_to_their_text(ex, model, processor, row=None):
         pairs = zip(row["stage_ids"][first:after].tolist(), row["input_ids"][first:after].tolist())
         runs = [(n, [i for _, i in run]) for n, run in groupby(pairs, lambda pair: pair[0])]
         found = [(n, tok.decode(ids)) for n, ids in runs]
-        assert [n for n, text in found for _ in text] == wanted
-        assert "".join(text for _, text in found) == answer + tok.eos_token
+        before = lead(processor)
+        assert [n for n, text in found for _ in text][len(before) :] == wanted
+        assert "".join(text for _, text in found) == before + answer + tok.eos_token
 
 def prompts_begin_their_training_text(ex, model, processor):
     row, prompt = spell(ex, processor), spell(ex, processor, prompt_only=True)
@@ -209,7 +240,8 @@ def prompts_begin_their_training_text(ex, model, processor):
     assert row["labels"][n - 1] == -100 and row["labels"][n] != -100
     last = row["labels"][n:]
     last = last[last != -100]
-    assert processor.tokenizer.decode(last) == answers(ex)[-1] + processor.tokenizer.eos_token
+    wanted = lead(processor) + answers(ex)[-1] + processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(last) == wanted
     unanswered = spell({**ex, "messages": ex["messages"][:-1]}, processor, prompt_only=True)
     assert torch.equal(prompt["input_ids"], unanswered["input_ids"])
 
@@ -360,6 +392,7 @@ def shortened(ex, row, processor):
         first, after = next(learned)
         was = message["content"][0]["text"].strip()
         now = tok.decode(row["input_ids"][first:after]).removesuffix(tok.eos_token)
+        now = now.removeprefix(lead(processor))
         if now != was:
             a, b = parse(was), parse(now)
             assert all(a[s] == b[s] for s in STAGES if s != "REASONING")
@@ -521,11 +554,10 @@ def test_what_is_seen_is_the_picture():
             assert (200, 40, 90) in views[0][0].get_flattened_data()
         halves = Image.new("RGB", (48, 48), "red")
         halves.paste((0, 0, 255), (24, 0, 48, 48))
-        first = seen(encode(example(images=[halves]), toy), toy)[0][0]
-        w, h = first.size
-        assert first.getpixel((1, h // 2)) == (255, 0, 0)
-        assert first.getpixel((w - 2, h // 2)) == (0, 0, 255)
-        assert first.getpixel((1, h - 2)) == (255, 0, 0)
+        (tiles,) = seen(encode(example(images=[halves]), toy), toy)
+        corners = [[t.getpixel((1, y)) for y in (t.height // 2, t.height - 2)] for t in tiles]
+        across = [t.getpixel((t.width - 2, t.height // 2)) for t in tiles]
+        assert ([(255, 0, 0)] * 2, (0, 0, 255)) in zip(corners, across)  # one shows the whole
     assert seen(encode(example(images=[]), toy), toy) == []
 
 
@@ -870,8 +902,9 @@ def test_text_length_and_pictures_are_the_length_to_the_token():
                 with pytest.raises(TokensError, match=re.escape(str(e))):
                     text_row(ex, toy, control_tokens=control)
                 continue
-            found = len(text_row(ex, toy, control_tokens=control).ids)
-            assert found + sum(image_tokens(toy, x.size) - 1 for x in ex["images"]) == true
+            found = row_tokens(text_row(ex, toy, control_tokens=control), toy)
+            beside = len(ex["images"]) > 1
+            assert found + sum(image_tokens(toy, x.size, beside) - 1 for x in ex["images"]) == true
 
 
     for tiny in TOYS:
@@ -886,5 +919,5 @@ def test_image_tokens_are_counted_without_the_picture():
         toy = tiny()[1]
         for size in ((48, 48), (96, 48), (31, 77), (200, 40), (640, 480), (24, 24), (333, 500)):
             seen_so = example(images=[Image.new("RGB", size)])
-            n = len(encode(seen_so, toy)["input_ids"]) - len(text_row(seen_so, toy).ids) + 1
+            n = len(encode(seen_so, toy)["input_ids"]) - row_tokens(text_row(seen_so, toy), toy) + 1
             assert n == image_tokens(toy, size), (toy, size)

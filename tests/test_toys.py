@@ -2,10 +2,40 @@
 from llava_cot.toys import *
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.utils import is_torchvision_available
 
 from llava_cot.families import ModelError
 from llava_cot.models import check_preprocessing
-from llava_cot.toys import tiny_idefics3, tiny_internvl, tiny_llava_onevision, tiny_smolvlm
+from llava_cot.toys import (
+    tiny_idefics3,
+    tiny_internvl,
+    tiny_llava_onevision,
+    tiny_mistral3,
+    tiny_smolvlm,
+)
+
+
+def test_any_unicode_survives_the_tokenizer():
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
+
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text())
+    def check(text):
+        assert toy_tokenizer.decode(toy_tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+    check()
+    assert train_tokenizer([TINY_TEXT]).get_vocab() == toy_tokenizer.get_vocab()
+
+
+def test_tags_are_one_token():
+    toy_tokenizer = train_tokenizer([TINY_TEXT])
+    closing = [f" </{stage}>" for stage in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")]
+    for tag in ("<CAPTION>", "<REASONING>", "<CONCLUSION>", *closing):
+        assert len(toy_tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
 
 
 def test_a_processor_of_other_tiles_is_refused():
@@ -26,3 +56,11 @@ def test_a_processor_of_other_tiles_is_refused():
         setattr(pixels_of, tile, {key: 30 for key in dict(getattr(pixels_of, tile))})
         with pytest.raises(ModelError, match=f"preprocessing differs in {tile}"):
             check_preprocessing(toy, own)
+
+
+def test_mistral_3_is_refused_in_one_line_where_torchvision_is_missing():
+    if is_torchvision_available():
+        assert tiny_mistral3()[0].config.model_type == "mistral3"
+    else:
+        with pytest.raises(ImportError, match="PixtralProcessor requires the Torchvision library"):
+            tiny_mistral3()

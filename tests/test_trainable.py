@@ -175,7 +175,8 @@ def test_adapters_train_and_nothing_under_them_moves():
         moved = {n for n, p in kept.items() if n in old and not torch.equal(old[n], p)}
         # neither vision nor a weight, norm or embedding of the language model
         assert moved and moved <= {n for n, _ in parts(toy)["projector"]}
-        assert all(n.startswith("model.language_model.") for n in models.adapter_layers(toy))
+        inside = ("model.language_model.", "model.text_model.")
+        assert all(n.startswith(inside) for n in models.adapter_layers(toy))
         models.merge_adapters(toy)
         merged = changed_since(old, toy) - moved
         assert {n.removesuffix(".weight") for n in merged} == set(lora_targets(tiny()[0], phase))

@@ -4,7 +4,8 @@
 
 It looks at columns, statements a line and names nobody binds (ruff), at the order of the
 notebooks (a module imports only modules of notebooks before its own, and adds no method to their
-classes), at the size of modules, at the form of test names, for cells committed with an error, and
+classes; each has a number of its own), at the size of modules, for names of model families outside
+their table and toys, at the form of test names, for cells committed with an error, and
 at leaks: a cell of the story that reads a name which a proof has bound again, so that its output is
 not what a reader gets.
 """
@@ -21,6 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 700
 SHOWN_LATER = {"Report"}  # what evaluate counts, report draws
+FAMILIES = re.compile(
+    "qwen|mllama|llava.?next|onevision|internvl|idefics|smolvlm|gemma|mistral|pixtral|llama.?4",
+    re.I,
+)
+MAY_NAME_FAMILIES = {"towers", "tiled", "families", "toys", "tiny"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -83,6 +89,27 @@ def order() -> list[str]:
         for line, other in imported(tree):
             if numbers.get(other, -1) >= number:
                 found.append(f"llava_cot/{name}.py:{line}: imports {other}, which comes later")
+    return found
+
+
+def same_numbers() -> list[str]:
+    "Notebooks of one number: reading order is the order of the numbers."
+    found = {}
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        found.setdefault(path.name.split("_")[0], []).append(path.name)
+    return [f"nbs: {', '.join(sorted(some))}: one number" for some in found.values() if some[1:]]
+
+
+def family_names() -> list[str]:
+    "Modules that name a family of models; what differs between them stands in one table."
+    found = []
+    for path in sorted((ROOT / "llava_cot").glob("[a-z]*.py")):
+        if path.stem in MAY_NAME_FAMILIES:
+            continue
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            name = FAMILIES.search(line)
+            if name:
+                found.append(f"llava_cot/{path.name}:{n}: names {name[0]}; ask a field of Family")
     return found
 
 
@@ -180,7 +207,7 @@ def errors(path: Path) -> list[str]:
 
 def main() -> None:
     os.chdir(ROOT)
-    found = lines() + lengths() + order() + patches()
+    found = lines() + lengths() + order() + same_numbers() + patches() + family_names()
     for path in notebooks():
         found += leaks(path) + test_names(path) + errors(path)
     print("\n".join(found) or "tools/check.py: nothing found")
