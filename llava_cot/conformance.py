@@ -344,13 +344,11 @@ def _opens_again(s: Subject) -> str:
             AutoModelForImageTextToText.from_pretrained(f"{folder}/model").eval(),
             AutoProcessor,
         )
-        pil = type(s.processor.image_processor).__name__.endswith("Pil")
-        how = dict(backend="pil") if pil else {}  # torchvision, where it is, resizes otherwise
         try:
-            processor = by.from_pretrained(f"{folder}/model", **how)
+            processor = by.from_pretrained(f"{folder}/model", backend="pil")
         except (ImportError, ValueError):  # torchvision, which a half for video wants
             by = s.family.processor
-            processor = by.from_pretrained(f"{folder}/model", **how)
+            processor = by.from_pretrained(f"{folder}/model", backend="pil")
     need(fingerprint(processor) == fingerprint(s.processor), "the fingerprint is another")
     for n in (1, 2):
         old, new = (Collator(p)([encode(example(n), p)]) for p in (s.processor, processor))

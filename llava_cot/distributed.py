@@ -454,15 +454,18 @@ def load_moments(
         return
     inner = _unprepared(optimizer)
 
+    fused = {p: group.get("fused") for group in inner.param_groups for p in group["params"]}
+
     def share(v: torch.Tensor, p: torch.nn.Parameter) -> torch.Tensor:
-        if not v.ndim or isinstance(v, DTensor):  # the number of steps, or a share
+        if isinstance(v, DTensor):
             return v
+        if not v.ndim:  # the number of steps: a fused kernel reads it where the weights are
+            return v.to(p.device) if fused[p] else v
         v = v.to(p.device)
         return distribute_tensor(v, p.device_mesh, p.placements) if isinstance(p, DTensor) else v
 
-    mine = {p for group in inner.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if p in mine and name in moments:
+        if p in fused and name in moments:
             inner.state[p] = {k: share(v, p) for k, v in moments[name].items()}
 
 # %% ../nbs/41_distributed.ipynb #l035

@@ -162,7 +162,8 @@ def _processor(name: str, config: PreTrainedConfig) -> ProcessorMixin:
     family, root = family_of(config), root_of(name)
     check_processor_files(name, root, config.model_type)
     try:
-        processor = family.processor.from_pretrained(name, trust_remote_code=False)
+        how = dict(backend="pil", trust_remote_code=False)  # the same pixels on every machine
+        processor = family.processor.from_pretrained(name, **how)
         processor.image_processor, processor.tokenizer
     except Exception as e:
         reason = f"its processor cannot be read ({first_sentence(e)})"

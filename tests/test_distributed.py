@@ -591,6 +591,18 @@ def test_no_unit_mixes_parts():
         assert not any(".layers." in n for n in rest)
 
 
+def test_moments_and_steps_lie_where_the_kernel_that_reads_them_wants_them():
+    held, there = tiny_mllama()[0], tiny_mllama()[0].to("meta")  # any device but the processor
+    for fused_kernel, place in ((True, "meta"), (False, "cpu")):
+        own = torch.optim.AdamW(there.parameters())
+        own.param_groups[0]["fused"] = fused_kernel
+        its = {n: dict(step=torch.tensor(3.0), exp_avg=p.data) for n, p in held.named_parameters()}
+        load_moments(there, own, its)
+        assert len(own.state) == len(its)
+        for state in own.state.values():
+            assert state["step"].device.type == place and state["exp_avg"].device.type == "meta"
+
+
 def test_what_zero3_cannot_have_is_refused():
     def asked(optimizer="new", **options):
         one = Phase("a", train={"projector": 1e-3}, updates=1)

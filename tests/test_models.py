@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import image_processing_auto
 
 from llava_cot.cot import SEPARATORS
 from llava_cot.families import ModelError, family_of, select, without_gradient
@@ -360,6 +361,21 @@ def test_a_saved_model_is_the_same_model_also_for_plain_transformers():
             assert load(f"{d}/m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+def test_pixels_are_made_by_Pillow_whatever_is_installed():
+    asked, own_choice = [], image_processing_auto._resolve_backend
+    watched = mock.patch.object(
+        image_processing_auto, "_resolve_backend", lambda *a: asked.append(own_choice(*a)) or asked[-1]
+    )
+    there = mock.patch.object(image_processing_auto, "is_torchvision_available", lambda: True)
+    with tempfile.TemporaryDirectory() as d, watched, there:
+        for tiny in TOYS:
+            toy, own = tiny()
+            save(toy, own, f"{d}/{tiny.__name__}")
+            again = load_processor(f"{d}/{tiny.__name__}")
+            assert type(again.image_processor) is type(own.image_processor), tiny.__name__
+    assert set(asked) == {"pil"}
+
+
 def test_type_and_device_are_found_and_refused():
     toy, own = tiny_llava()
     cpu = torch.device("cpu")
@@ -615,6 +631,7 @@ def test_an_adapter_folder_opens_with_peft_and_gives_the_merged_logits():
         row = model_inputs(batch_of(own))
         names = [n for found in linear_layers(toy, ["vision", "language"]).values() for n in found]
         add_adapters(toy, names, r=3, alpha=7, dropout=0.1, seed=1)
+        torch.manual_seed(2)
         for one in adapter_layers(toy).values():
             torch.nn.init.normal_(one.lora_B["default"].weight, std=0.3)
         with tempfile.TemporaryDirectory() as d:

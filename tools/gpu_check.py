@@ -1,4 +1,4 @@
-"""The package on one GPU: the 11 B shape with random weights, beside what the plan says; and toys.
+"""The package on one GPU: two real shapes with random weights, beside what the plan says; and toys.
 
 python tools/gpu_check.py --plans plans.json --only-plans   # before, on any machine: CPU minutes
 python tools/gpu_check.py --plans plans.json --out gpu.json
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -20,52 +20,100 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForImageTextToText, MllamaConfig
+from transformers import AutoModelForImageTextToText, MllamaConfig, Qwen3VLConfig
 
 from llava_cot import data, loss, models, shapes, tiny, train
+from llava_cot.engine import Engine, Sampling, Write, left_as_found
 from llava_cot.families import example_batch, family_of
 from llava_cot.loss import one_update
-from llava_cot.memory import gradient_checkpointing
+from llava_cot.memory import gradient_checkpointing, prepare_weights
+from llava_cot.node import on_card
 from llava_cot.plan import GPUS, plan
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import RunError, Settings
+from llava_cot.tokens import encode
 
 TOYS = [toy.__name__ for toy in tiny.TOYS]
 PHASES = {p.name: p for name in ("two_phase", "lora") for p in PRESETS[name]}
-BATCH, SUPERVISED = 4, 0.25  # rows of a micro-batch as in llava_cot_100k_1xH200; share of the text
-# phase, tokens of a row, micro-batches of an update, updates to warm up, updates to time
-CASES = (
-    ("align", 1024, 2, 3, 8),
-    ("align", 2048, 2, 3, 8),
-    ("finetune", 1024, 2, 3, 8),
-    ("finetune", 2048, 2, 3, 8),
-    ("finetune", 4096, 1, 1, 3),
+SUPERVISED = 0.25  # share of the text
+
+
+@dataclass(frozen=True)
+class Case:
+    "What is trained, and for how long."
+
+    shape: str  # of `SHAPES`
+    phase: str
+    length: int  # tokens of a row
+    batch_size: int
+    accumulate: int  # micro-batches of an update
+    warm: int  # updates before those that are timed
+    timed: int
+    weights: str = "bf16_stochastic"
+    max_pixels: int | None = None
+
+    @property
+    def name(self) -> str:
+        four = ", nf4" * (self.weights == "nf4")
+        return f"{self.shape} {self.phase}{four} T={self.length}"
+
+    def pictures(self) -> dict:
+        return dict(max_pixels=self.max_pixels) if self.max_pixels else {}
+
+
+CASES = (  # nf4 last of its model: it changes the weights for good
+    Case("mllama-11B", "align", 2048, 4, 2, 2, 4),
+    Case("mllama-11B", "finetune", 2048, 4, 2, 2, 4),
+    Case("mllama-11B", "finetune", 4096, 4, 1, 1, 3),
+    Case("mllama-11B", "lora", 2048, 4, 2, 2, 4),
+    Case("mllama-11B", "lora", 1536, 2, 2, 2, 4, "nf4"),  # as the recipe qlora_24gb
+    Case("qwen3-vl-8B", "align", 2048, 4, 2, 2, 4, max_pixels=1024**2),
+    Case("qwen3-vl-8B", "finetune", 2048, 4, 2, 2, 4, max_pixels=1024**2),
+    Case("qwen3-vl-8B", "lora", 1536, 1, 2, 2, 4, "bf16", 768**2),  # as qwen3_vl_8b_lora_24gb
 )
-LORA = (("lora", 1024, 2, 3, 8), ("lora", 2048, 2, 3, 8))
+TOY_CASES = tuple(
+    replace(case, length=128, warm=1, timed=2, max_pixels=case.max_pixels and 96**2)
+    for case in CASES
+    if case.length == 2048 or case.weights != "bf16_stochastic"
+)
 
 
-def config_of(toy: bool):
-    "Llama-3.2-11B-Vision's shape, or a toy's."
-    return tiny.tiny_mllama()[0].config if toy else MllamaConfig(vision_config={"image_size": 560})
+def eight() -> Qwen3VLConfig:
+    "Qwen3-VL-8B's shape, with the ids of a toy's words: it answers with the toy's processor."
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+    text = dict(intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8)
+    text |= dict(max_position_embeddings=262144, rope_parameters=rope | {"mrope_interleaved": True})
+    own = tiny.tiny_qwen3_vl()[0].config
+    marks = ("image", "video", "vision_start", "vision_end")
+    ids = {f"{mark}_token_id": getattr(own, f"{mark}_token_id") for mark in marks}
+    return Qwen3VLConfig(vision_config={"out_hidden_size": 4096}, text_config=text, **ids)
 
 
-def key(phase: str, length: int) -> str:
-    return f"{phase} T={length}"
+SHAPES = {  # name -> config as published, and a toy's
+    "mllama-11B": (
+        lambda: MllamaConfig(vision_config={"image_size": 560}),
+        lambda: tiny.tiny_mllama(hidden=64)[0].config,
+    ),
+    "qwen3-vl-8B": (eight, lambda: tiny.tiny_qwen3_vl()[0].config),
+}
+
+
+def config_of(shape: str, toy: bool):
+    return SHAPES[shape][toy]()
 
 
 def planned(toy: bool, cases) -> dict:
     "What the plan says of each case, in bytes and FLOPs."
     found = {}
-    for name, length, accumulate, *_ in cases:
-        how = dict(batch_size=BATCH, accumulate=accumulate, weights="bf16", precision="no")
-        how |= dict(checkpointing="all", length=length, supervised=SUPERVISED)
-        [p] = plan(config_of(toy), Schedule([PHASES[name]]), **how)
-        found[key(name, length)] = dict(
+    for case in cases:
+        how = dict(batch_size=case.batch_size, accumulate=case.accumulate, weights=case.weights)
+        how |= dict(precision="no", checkpointing="all", length=case.length, supervised=SUPERVISED)
+        schedule = Schedule([PHASES[case.phase]])
+        [p] = plan(config_of(case.shape, toy), schedule, **how, **case.pictures())
+        found[case.name] = dict(
             peak=p.peak, at_peak=p.at_peak, flops=p.flops, again=p.again, trainable=p.trainable
         )
-        print(
-            "plan", key(name, length), f"{p.peak / 2**30:.2f} GiB, {p.flops:.3e} FLOPs", flush=True
-        )
+        print("plan", case.name, f"{p.peak / 2**30:.2f} GiB, {p.flops:.3e} FLOPs", flush=True)
     return found
 
 
@@ -82,9 +130,11 @@ def built(config, device):
     return model.eval()
 
 
-def random_batch(config, rows: int, length: int, device, supervised: float = SUPERVISED) -> dict:
+def random_batch(
+    config, rows: int, length: int, device, supervised: float = SUPERVISED, **budget
+) -> dict:
     "A batch in the shapes of a real one, of random words and pixels."
-    batch = example_batch(config, rows, length, supervised=supervised)
+    batch = example_batch(config, rows, length, supervised=supervised, **budget)
     g = torch.Generator().manual_seed(length)
     image, top = config.image_token_id, min(config.get_text_config().vocab_size, 128_000) - 1
     words = torch.randint(1, top, batch["input_ids"].shape, generator=g)
@@ -129,19 +179,23 @@ class Card:
             torch.cuda.reset_peak_memory_stats()
 
 
-def timed_updates(model, case, card: Card, seconds: float, rounded: bool) -> dict:
+def timed_updates(model, case: Case, card: Card, seconds: float) -> dict:
     "Updates of one phase by the package's own code: their times and the memory they took."
-    name, length, accumulate, warm, n = case
-    phase = PHASES[name]
-    s = Settings(Schedule([phase]), weights="bf16_stochastic" if rounded else "bf16")
-    s = replace(s, batch_size=BATCH, accumulate=accumulate, checkpointing="all", precision="no")
+    phase, warm = PHASES[case.phase], case.warm
+    s = Settings(Schedule([phase]), weights=case.weights)
+    s = replace(s, batch_size=case.batch_size, accumulate=case.accumulate, checkpointing="all")
+    s = replace(s, precision="no")
     accelerator = Accelerator(mixed_precision="no", cpu=not card.cuda)
-    batches = [random_batch(model.config, BATCH, length, accelerator.device)] * accumulate
-    batches = [{k: v.clone() for k, v in b.items()} for b in batches]
-    prepared, optimizer, scheduler = train.prepare_phase(model, phase, warm + n, accelerator, s=s)
+    device, config = accelerator.device, model.config
+    prepare_weights(model, case.weights)
+    card.clear()
+    batch = random_batch(config, case.batch_size, case.length, device, **case.pictures())
+    batches = [{k: v.clone() for k, v in batch.items()} for _ in range(case.accumulate)]
+    updates = warm + case.timed
+    prepared, optimizer, scheduler = train.prepare_phase(model, phase, updates, accelerator, s=s)
     times, lines, begun = [], [], card.now()
     with gradient_checkpointing(model, s.checkpointing):
-        for i in range(warm + n):
+        for i in range(updates):
             if i >= warm + 3 and card.now() - begun > seconds:
                 break
             if i == warm:
@@ -160,10 +214,70 @@ def timed_updates(model, case, card: Card, seconds: float, rounded: bool) -> dic
         seconds=times[warm:],
         warm_up=times[:warm],
         tokens=lines[-1]["tokens"],
-        pictures=BATCH * accumulate,
+        pictures=case.batch_size * case.accumulate,
         losses=[line["loss"] for line in lines],
-        optimizer="torchao AdamW, stochastic rounding" if rounded else "AdamW, to the nearest",
+        weights=case.weights,
     )
+
+
+def asked(n: int, side: int) -> list[dict]:
+    "Rows of the shapes, their pictures made larger."
+    rows = [row for _, row in shapes.examples(n)]
+    for row in rows:
+        row["images"] = [picture.resize((side, side)) for picture in row["images"]]
+    return rows
+
+
+def answers(model, card: Card, toy: bool) -> dict:
+    "The engine beside `generate`, in 16 bits: the same words, and how many a second."
+    tokens, patch = (16, 12) if toy else (576, 16)
+    processor = tiny._qwen_processor(tiny.Qwen3VLProcessor, tiny._QWEN3_TEMPLATE, patch, tokens)
+    prompts = [encode(row, processor, prompt_only=True) for row in asked(16, 48 if toy else 768)]
+    limit, found = (8 if toy else 64), dict(prompt_tokens=len(prompts[0]["input_ids"]))
+
+    def timed(name, way):
+        card.clear()
+        held, start = card.memory().get("max_allocated", 0), card.now()
+        given = way()
+        found[name] = dict(seconds=card.now() - start)
+        found[name]["bytes"] = card.memory().get("max_allocated", 0) - held
+        return given
+
+    with left_as_found(model):
+        engine = Engine(model, processor)
+        never = dict(suppress_tokens=engine.never.tolist(), pad_token_id=0)
+        how = dict(max_new_tokens=limit, eos_token_id=engine.ends)
+        warm = Sampling(temperature=1.0)
+
+        def theirs(chosen, **more):
+            batch = {k: v.to(model.device) for k, v in engine.collate(chosen).items()}
+            batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+            out = model.generate(**batch, **how, **never, **more)
+            return out[:, batch["input_ids"].shape[1] :].tolist()
+
+        def ours(chosen, draws=1, sampling=Sampling(temperature=0.0)):
+            roots = engine.look(chosen, [str(i) for i in range(len(chosen))])
+            writes = [
+                Write(root, i, (), limit, sampling, last=True)
+                for root in roots
+                for i in range(draws)
+            ]
+            return [list(piece.ids) for piece in engine.write(writes)]
+
+        ours(prompts[:1])  # to warm up
+        theirs(prompts[:1])
+        at_once = timed("16 questions at once", lambda: ours(prompts))
+        one_each = timed("16 questions, one after another", lambda: [ours([p])[0] for p in prompts])
+        said = timed("16 questions, generate", lambda: theirs(prompts, do_sample=False))
+        sampled = dict(do_sample=True, temperature=1.0, top_k=0, num_return_sequences=8)
+        timed("best of 8", lambda: ours(prompts[:1], 8, warm))
+        timed("best of 8, generate", lambda: theirs(prompts[:1], **sampled))
+        timed("best of 8, alone", lambda: [ours(prompts[:1], 1, warm) for _ in range(8)])
+    said = [ids[: len(mine)] for ids, mine in zip(said, at_once)]
+    found["first words as generate's"] = sum(a[:1] == b[:1] for a, b in zip(at_once, said))
+    found["answers as generate's"] = sum(a == b for a, b in zip(at_once, said))
+    found["answers alone as at once"] = sum(a == b for a, b in zip(at_once, one_each))
+    return found
 
 
 def compared(found: dict, said: dict, card: Card) -> dict:
@@ -295,9 +409,7 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     a = parser.parse_args()
     begun = time.perf_counter()
-    cases = [*CASES, *LORA]
-    if a.tiny:
-        cases = [(name, 128, 2, 1, 3) for name in ("align", "finetune", "lora")]
+    cases = list(TOY_CASES if a.tiny else CASES)
     if a.only_plans:
         a.plans.write_text(json.dumps(planned(a.tiny, cases), indent=1))
         return
@@ -306,33 +418,38 @@ def main():
     card = Card(device)
     versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
     report = Report(a.out, dict(hardware=card.name, memory=card.total, versions=versions))
-    rounded = with_rounding()
-    if card.cuda and card.total < 100 * 2**30:  # all parameters take 80 GiB and more
-        cases = [c for c in cases if c[0] != "finetune"]
+    if not with_rounding():
+        cases = [replace(c, weights=c.weights.removesuffix("_stochastic")) for c in cases]
+    if card.cuda:  # what the plan says does not fit is left out
+        cases = [c for c in cases if on_card(said[c.name]["peak"]) < card.total]
     model = None
 
-    def build():
+    def build(shape):
         nonlocal model
-        model = built(config_of(a.tiny), device)
+        model = None
+        gc.collect()
+        card.clear()
+        model = built(config_of(shape, a.tiny), device)
         numbers = sum(p.numel() for p in model.parameters())
         return dict(parameters=numbers, dtype=str(model.dtype), **card.memory())
 
-    def timed(case, rounded, seconds):
-        its = timed_updates(model, case, card, seconds, rounded)
-        return compared(its, said[key(case[0], case[1])], card)
+    def timed(case, seconds):
+        return compared(timed_updates(model, case, card, seconds), said[case.name], card)
 
     report.section("toy gradients", toy_gradients, device)
     report.section("toy run", toy_run, device)
-    report.section("build", build)
+    shape = None
     for i, case in enumerate(cases):
         left = a.budget - (time.perf_counter() - begun)
         if left < 8:
-            report.section(key(*case[:2]), lambda: dict(left_out="no time left"))
+            report.section(case.name, lambda: dict(left_out="no time left"))
             continue
-        its = report.section(key(*case[:2]), timed, case, rounded, left / (len(cases) - i))
-        if "error" in its and rounded:  # once more without torchao
-            rounded = False
-            report.section(key(*case[:2]) + ", again", timed, case, rounded, 20)
+        if case.shape != shape:
+            shape = case.shape
+            report.section(f"{shape} built", build, shape)
+            if shape == "qwen3-vl-8B":
+                report.section("answers", answers, model, card, a.tiny)
+        report.section(case.name, timed, case, left / (len(cases) - i))
     print(f"{time.perf_counter() - begun:.0f} s in all; {a.out}")
 
 
