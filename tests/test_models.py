@@ -35,6 +35,7 @@ from llava_cot.tiny import (
     tiny_llava,
     tiny_llava_next,
     tiny_llava_onevision,
+    tiny_mistral3,
     tiny_mllama,
     tiny_qwen2_5_vl,
     tiny_qwen3_vl,
@@ -567,8 +568,9 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
     ways |= dict(sharded=sharded, older=older, between=in_between)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
-    for tiny in (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3):
-        of_family[tiny] = ("tokenizer",)  # their processors have always said all
+    own_files = (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3)
+    for tiny in (*own_files, tiny_mistral3):  # their processors have always said all
+        of_family[tiny] = ("tokenizer",)
     for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)
