@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import image_processing_auto
 
 from llava_cot.cot import SEPARATORS
@@ -517,6 +517,16 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
                 load(kind, chat=True)
             assert not read.called and "\n" not in str(e.value) and str(e.value).startswith(kind)
         load("silent")  # a base model is opened; who makes it talk gives it a template
+
+
+def test_a_package_that_a_processor_lacks_is_to_be_installed():
+    toy, own = tiny_llava()
+    lacks = ImportError("LlavaProcessor requires the Vision library")
+    with tempfile.TemporaryDirectory() as d:
+        save(toy, own, f"{d}/m")
+        opened = mock.patch.object(AutoProcessor, "from_pretrained", side_effect=lacks)
+        with opened, pytest.raises(ModelError, match=r"requires the Vision library\); install that$"):
+            load_processor(f"{d}/m")
 
 
 def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
