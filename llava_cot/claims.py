@@ -311,7 +311,13 @@ def _template_fits(s: Subject) -> str:
 
 def _image_ids(s: Subject, row: dict) -> int:
     "How many of a row's tokens are a picture's."
-    return int((row["input_ids"] == s.processor.image_token_id).sum())
+    return int(_are_image(s, row["input_ids"]).sum())
+
+
+def _are_image(s: Subject, ids: torch.Tensor) -> torch.Tensor:
+    "Which tokens become what is seen: those that the model looks for."
+    known = getattr(s.config, "image_token_id", None)
+    return ids == (s.processor.image_token_id if known is None else known)
 
 
 _MELTED = 4  # tokens by which a text may be longer or shorter beside the template's
@@ -408,7 +414,7 @@ def _mask(s: Subject, pictures: int, turns: int) -> str:
     asked, tokenizer = example(pictures, turns), s.processor.tokenizer
     row = encode(asked, s.processor)
     ids, learned = row["input_ids"], row["labels"] != -100
-    image, n = ids == s.processor.image_token_id, _image_ids(s, row)
+    image, n = _are_image(s, ids), _image_ids(s, row)
     need(pictures or not n, f"{n} tokens of pictures, and there is none")
     _check_length(s, [asked], [row])
     need(not (learned & image).any(), "tokens of a picture are learned")

@@ -167,7 +167,8 @@ def _processor(name: str, config: PreTrainedConfig) -> ProcessorMixin:
         processor.image_processor, processor.tokenizer
     except Exception as e:
         reason = f"its processor cannot be read ({first_sentence(e)})"
-        raise ModelError(f"{name}: {reason}; copy its files beside the model") from e
+        todo = "install that" if isinstance(e, ImportError) else "copy its files beside the model"
+        raise ModelError(f"{name}: {reason}; {todo}") from e
     _settle(processor, config)
     if (root / "fingerprint.json").is_file():
         check_preprocessing(read_json(root / "fingerprint.json"), processor, name)

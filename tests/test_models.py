@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import image_processing_auto
 
 from llava_cot.cot import SEPARATORS
@@ -35,6 +35,7 @@ from llava_cot.tiny import (
     tiny_llava,
     tiny_llava_next,
     tiny_llava_onevision,
+    tiny_mistral3,
     tiny_mllama,
     tiny_qwen2_5_vl,
     tiny_qwen3_vl,
@@ -518,6 +519,16 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
         load("silent")  # a base model is opened; who makes it talk gives it a template
 
 
+def test_a_package_that_a_processor_lacks_is_to_be_installed():
+    toy, own = tiny_llava()
+    lacks = ImportError("LlavaProcessor requires the Vision library")
+    with tempfile.TemporaryDirectory() as d:
+        save(toy, own, f"{d}/m")
+        opened = mock.patch.object(AutoProcessor, "from_pretrained", side_effect=lacks)
+        with opened, pytest.raises(ModelError, match=r"requires the Vision library\); install that$"):
+            load_processor(f"{d}/m")
+
+
 def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     def in_json(folder):
         file = folder / "chat_template.jinja"
@@ -567,8 +578,9 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
     ways |= dict(sharded=sharded, older=older, between=in_between)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
-    for tiny in (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3):
-        of_family[tiny] = ("tokenizer",)  # their processors have always said all
+    own_files = (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3)
+    for tiny in (*own_files, tiny_mistral3):  # their processors have always said all
+        of_family[tiny] = ("tokenizer",)
     for tiny in TOYS:
         toy, own = tiny()
         row = batch_of(own)

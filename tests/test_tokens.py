@@ -2,12 +2,15 @@
 import pytest
 from llava_cot.tokens import *
 
+import importlib
+import io
 import json
 import math
 import pickle
 import re
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,7 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaTokenizer
+from transformers import (
+    LlamaTokenizer,
+    MllamaProcessor,
+    PixtralImageProcessorPil,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.image_utils import make_flat_list_of_images
 
 from llava_cot import shapes
@@ -320,6 +330,121 @@ def with_template(tiny, template):
     processor.chat_template = template
     return processor
 
+def published_llama():
+    "Llama 3.2 Vision's tokenizer and template in our processor; Meta's tokenizer and rendering."
+    llama = pytest.importorskip("llama_models.llama3.tokenizer")
+    own = llama.Tokenizer.get_instance()
+    names = sorted(own.special_tokens, key=own.special_tokens.get)
+    names[names.index("<|image|>")] = "<|not an image|>"  # which transformers has behind them all
+    file = Path(llama.__file__).with_name("tokenizer.model")
+    read = TikTokenConverter(str(file), own.pat_str, extra_special_tokens=names).converted()
+    bos, eos, pad = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
+    how = dict(bos_token=bos, eos_token=eos, pad_token=pad, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=read, **how)
+    image = AddedToken("<|image|>", special=True, normalized=False)
+    tokenizer.add_tokens([image], special_tokens=True)
+    pixels = tiny_mllama()[1].image_processor
+    rendering = importlib.import_module("llama_models.llama3.chat_format").ChatFormat(own)
+    return MllamaProcessor(pixels, tokenizer, chat_template=LLAMA_32), rendering
+
+
+def by_meta(ex, rendering, image_token_id):
+    "ids and labels of a conversation, turn by turn."
+    kinds, own = importlib.import_module("llama_models.datatypes"), rendering.tokenizer
+    turns, png = [], io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    for message in ex["messages"]:
+        content = [
+            kinds.RawMediaItem(data=png.getvalue())
+            if item["type"] == "image"
+            else kinds.RawTextItem(text=item["text"])
+            for item in message["content"]
+        ]
+        turns.append(kinds.RawMessage(role=message["role"], content=content))
+    if not ex["images"]:  # as the published template has it
+        dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        turns.insert(0, kinds.RawMessage(role="system", content=dates))
+    ids, labels = [own.bos_id], [-100]
+    for turn in turns:
+        said, _ = rendering.encode_message(turn, kinds.ToolPromptFormat.json)
+        said = [image_token_id if i == rendering.vision_token else i for i in said]
+        begin = len(rendering._encode_header(turn.role)) if turn.role == "assistant" else len(said)
+        ids += said
+        labels += [-100] * begin + said[begin:]
+    return ids, labels
+
+
+told_alone = st.text("abcde ABC é🎈.,:'?\n0123456789中文ß<>/", max_size=60)
+told_alone = told_alone.map(str.strip).filter(bool)
+answered = told_alone | st.builds(lambda *t: render(dict(zip(STAGES, t))), *[told_alone] * 4)
+told_pairs = st.lists(st.tuples(told_alone, answered), min_size=1, max_size=3)
+
+
+def hold_against(makers, processor):
+    "Our ids and labels against `makers(ex)`, of 100 conversations and 100 rows of Shapes."
+
+    def agree(ex):
+        row, (ids, labels) = encode(ex, processor), makers(ex)
+        assert row["input_ids"].tolist() == ids
+        assert row["labels"].tolist() == labels
+        for number, stage in enumerate(LLAVA_COT.stage_names, 1):
+            of_stage = [i for i, k in zip(ids, row["stage_ids"].tolist()) if k == number]
+            found = processor.tokenizer.decode(of_stage)
+            assert found.count(f"<{stage}>") == found.count(f"</{stage}>")
+
+    @settings(max_examples=100, **PATIENT)
+    @given(told_pairs, st.integers(0, 2))
+    def check(pairs, pictures):
+        agree(example(*[text for pair in pairs for text in pair], images=[picture()] * pictures))
+
+    check()
+    for _, row in shapes.examples(100):
+        agree(row)
+
+def published_pixtral():
+    "Pixtral's tokenizer and template in our processor; Mistral's tokenizer and rendering."
+    kit = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
+    pytest.importorskip("torchvision")
+    from_tekken = importlib.import_module("transformers.integrations.mistral.tokenizer")
+    file = str(Path(kit.__file__).parents[2] / "data/tekken_240911.json")
+    tokenizer = from_tekken.convert_tekken_tokenizer(file)
+    mode = importlib.import_module("mistral_common.protocol.instruct.validator").ValidationMode
+    rendering = kit.MistralTokenizer.from_file(file, mode=mode.finetuning)
+    pixels = PixtralImageProcessorPil(size={"longest_edge": 1024}, patch_size=16)
+    how = dict(patch_size=16, chat_template=tokenizer.chat_template)
+    return PixtralProcessor(pixels, tokenizer, **how), rendering
+
+
+def by_mistral(ex, rendering):
+    "ids and labels of a conversation: an answer is what stands behind a question, with its end."
+    parts = ("chunk", "messages", "request")
+    chunk, said, request = (
+        importlib.import_module(f"mistral_common.protocol.instruct.{part}") for part in parts
+    )
+    turns, images = [], iter(ex["images"])
+    for message in ex["messages"]:
+        content = [
+            chunk.ImageChunk(image=next(images))
+            if item["type"] == "image"
+            else chunk.TextChunk(text=item["text"])
+            for item in message["content"]
+        ]
+        asks = message["role"] == "user"
+        turns.append(
+            said.UserMessage(content=content)
+            if asks
+            else said.AssistantMessage(content=content[0].text)
+        )
+    drawn = "mistral_common.tokens.tokenizers.image.transform_image"  # which asks for opencv
+    with mock.patch(drawn, lambda image, size: torch.zeros(3, *size[::-1]).numpy()):
+        ids = rendering.encode_chat_completion(request.ChatCompletionRequest(messages=turns)).tokens
+    control = rendering.instruct_tokenizer.tokenizer.get_special_token
+    labels, learned = [], False
+    for i in ids:
+        labels.append(i if learned else -100)
+        learned = i == control("[/INST]") or learned and i != control("</s>")
+    return ids, labels
+
 def llama_tokenizer(text=TINY_TEXT.replace("\n", " ")):
     "transformers' LlamaTokenizer on a small vocabulary; no token holds a line break and a letter."
     learned = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -600,6 +725,19 @@ def test_real_templates_learn_the_answers_and_the_end():
     why = "circles: the chat template refuses.*incompatible with system"
     with pytest.raises(TokensError, match=why):
         encode(spoken_to, toy)
+
+
+@pytest.mark.slow
+def test_llama_as_published_gives_what_its_makers_render_to_the_token():
+    llama, rendering = published_llama()
+    assert (len(llama.tokenizer), llama.image_token_id) == (128257, 128256)
+    hold_against(lambda ex: by_meta(ex, rendering, llama.image_token_id), llama)
+
+
+@pytest.mark.slow
+def test_pixtral_as_published_gives_what_its_makers_render_to_the_token():
+    pixtral, own_rendering = published_pixtral()
+    hold_against(lambda ex: by_mistral(ex, own_rendering), pixtral)
 
 
 def test_llamas_own_tokenizer_keeps_the_promises():
