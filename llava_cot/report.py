@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from .cot import LLAVA_COT, CoTFormat, spans
 from .evaluate import Report, ScoredRow
 from .files import write_file
+from .formats import separator_pattern
 from .pictures import example_at
 from .run import plot_losses, read_lines, read_recipe, settings_from, versions
 from .show import data_uri, figure_png, page_html, png_html, table_html
@@ -37,12 +38,12 @@ def staged_html(
     places: Sequence[int] = (),  # where problems begin, in characters of the text
 ) -> str:
     "An answer as HTML, its complete stages coloured and named, sentences with a problem marked."
-    marks, parts, at = _marked(text, places), [], 0
+    marks, parts, at = _marked(text, places, fmt), [], 0
     for s in spans(text, fmt):
         parts.append(_loose(text, at, s.start, marks))
         colour = stage_colour(fmt.stage_names.index(s.stage))
         inner = _with_marks(text, s.inner_start, s.inner_end, marks)
-        name = s.stage.lower()
+        name = html.escape(s.stage.lower())
         parts.append(f'<p class="stage" style="background:{colour}"><b>{name}</b> {inner}</p>')
         at = s.end
     parts.append(_loose(text, at, len(text), marks))
@@ -56,16 +57,19 @@ def _loose(text: str, start: int, end: int, marks: list) -> str:
     return f'<p class="loose">{inner}</p>' if inner else ""
 
 # %% ../nbs/74_report.ipynb #report-marks
-_SENTENCE_END = re.compile(r"[.;!](?=\s|$)|(?=\n)|(?=\s*</?[A-Z]+>)|$")
+_SENTENCE_END = re.compile(r"[.;!](?=\s|$)|(?=\n)|$")
 
 
-def _marked(text: str, places: Sequence[int]) -> list[tuple[int, int]]:
-    "Start and end of what is marked, in order, none in another."
+def _marked(text: str, places: Sequence[int], fmt: CoTFormat) -> list[tuple[int, int]]:
+    "Start and end of what is marked, in order, none in another and none beyond a separator."
     found = []
+    separators = [m.span() for m in separator_pattern(fmt).finditer(text)] if fmt.tags else []
     for start in sorted({min(max(place, 0), len(text)) for place in places}):
         start += len(text[start:]) - len(text[start:].lstrip())
-        tag = re.match(r"</?[A-Z]+>", text[start:])
-        end = _SENTENCE_END.search(text, start + tag.end() if tag else start).end()
+        within = next((b for a, b in separators if a == start), start)
+        within += len(text[within:]) - len(text[within:].lstrip())
+        stop = min((a for a, _ in separators if a >= within), default=len(text))
+        end = min(_SENTENCE_END.search(text, within).end(), len(text[:stop].rstrip()))
         if start < end and (not found or start >= found[-1][1]):
             found.append((start, end))
     return found

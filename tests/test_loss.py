@@ -5,11 +5,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_cot import loss, shapes
-from llava_cot.cot import STAGE_NAMES
+from llava_cot.cot import (
+    LLAMAV_O1,
+    LLAVA_COT,
+    STAGE_NAMES,
+    THINK,
+    CoTError,
+    CoTFormat,
+    render,
+    to_format,
+)
 from llava_cot.families import parts
 from llava_cot.tiny import (
     TINY_TEXT,
@@ -191,6 +202,50 @@ def test_no_logits_but_those_of_a_chunk_exist():
         with torch.no_grad(), Largest() as largest_:
             loss.supervised_losses(toy, fields, inputs_["labels"])
         assert largest_.numbers <= loss.CHUNK
+
+
+def test_stages_of_any_format_get_every_supervised_token_and_the_whole_loss():
+    NAMES = st.text(st.characters(categories=("L", "Nd", "P", "Sm")), min_size=1, max_size=6)
+    PAIRS = [("<{stage}>", "</{stage}>"), ("[[{stage}]]", "[[/{stage}]]"), ("### {stage}:", "")]
+    _, drawn = next(shapes.examples(1))
+
+
+    @st.composite
+    def made_up(draw):
+        "A format that somebody might make up, and an answer in it."
+        stages = draw(st.lists(NAMES, min_size=1, max_size=12, unique_by=str.casefold))
+        opening, closing = draw(st.sampled_from(PAIRS))
+        how = dict(open=opening, close=closing, pad=draw(st.sampled_from(["", " ", "\n"])))
+        how |= dict(conclusion=stages[-1], optional=stages[:-1][::3], repeatable=stages[:-1][::4])
+        try:
+            form = CoTFormat("own", stages, **how)
+            words = st.text("abc é🎈.", min_size=1, max_size=8).map(lambda t: f"a{t}b")
+            many = st.lists(words, min_size=1, max_size=2)
+            said = {s: draw(many if s in form.repeatable else words) for s in form.stages}
+            return form, render(said, form)
+        except CoTError:  # two names, or a name and a text, that make one separator
+            reject()
+
+
+    def follows(own):
+        form, told = own
+        turns = [drawn["messages"][0], dict(role="assistant", content=[dict(type="text", text=told)])]
+        batch = Collator(reader)([encode({**drawn, "messages": turns}, reader, fmt=form)])
+        found, where = loss.token_losses(small, batch)
+        sums_ = by_stage(found, where, form.stage_names)
+        assert len(sums_) == len(form.stages) + 1
+        assert sums_[:, 1].sum() == (batch["labels"] != -100).sum()
+        assert torch.isclose(sums_[:, 0].sum(), found.sum())
+        assert list(stage_means(sums_, form.stage_names))[-len(form.stages) :] == list(form.stages)
+        learned = batch["input_ids"][batch["labels"] != -100]
+        assert reader.tokenizer.decode(learned).startswith(told)
+
+
+    small, reader = tiny_llava()
+    four = drawn["messages"][-1]["content"][0]["text"]
+    known = [(form, to_format(four, LLAVA_COT, form)) for form in (THINK, LLAMAV_O1)]
+    calm = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    calm(given(made_up() | st.sampled_from(known))(follows))()
 
 
 def test_loss_is_the_models_own():

@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava_cot import cot, shapes
-from llava_cot.cot import DIRECT
+from llava_cot.cot import DIRECT, LLAVA_COT, THINK, CoTError, CoTFormat, render
 from llava_cot.data import answer_text, question
 from llava_cot.evaluate import score
 from llava_cot.reasoning import spoil
@@ -237,6 +239,72 @@ def test_reports_cope_with_any_dataset():
                 and "nan"
                 not in page.lower().split("<details")[0].split("</style>")[1].replace("data:", "")[:400]
             )
+
+
+def test_a_report_follows_whatever_format_the_answers_are_in():
+    NAMES = st.text(st.characters(categories=("L", "Nd", "P", "Sm")), min_size=1, max_size=6)
+    PAIRS = [("<{stage}>", "</{stage}>"), ("[[{stage}]]", "[[/{stage}]]"), ("### {stage}:", "")]
+
+
+    @st.composite
+    def made_up(draw):
+        "A format that somebody might make up."
+        stages = draw(st.lists(NAMES, min_size=1, max_size=12, unique_by=str.casefold))
+        opening, closing = draw(st.sampled_from(PAIRS))
+        how = dict(open=opening, close=closing, pad=draw(st.sampled_from(["", " ", "\n"])))
+        how |= dict(conclusion=stages[-1], optional=stages[:-1][::3], repeatable=stages[:-1][::4])
+        try:
+            return CoTFormat("own", stages, **how)
+        except CoTError:  # two names that make one separator
+            reject()
+
+
+    class _Text(HTMLParser):
+        "What a reader of a page sees, and what of it is marked."
+
+        def __init__(self, page):
+            super().__init__()
+            self.all, self.marked, self.inside = "", "", False
+            self.feed(page)
+
+        def handle_starttag(self, tag, attrs):
+            assert tag in ("p", "b", "mark", "i")
+            self.inside |= tag == "mark"
+
+        def handle_endtag(self, tag):
+            self.inside &= tag != "mark"
+
+        def handle_data(self, told):
+            self.all += told
+            self.marked += told * self.inside
+
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(made_up() | st.sampled_from([LLAVA_COT, THINK]))
+    def follows(fmt):
+        stages = {s: f"Here is {i}. More." for i, s in enumerate(fmt.stages)}
+        whole, other = (render(stages | {fmt.conclusion: end}, fmt) for end in ("seven", "nine"))
+
+        def turn(role, text):
+            return {"role": role, "content": [{"type": "text", "text": text}]}
+
+        turns = [turn("user", "?"), turn("assistant", whole)]
+        rows = [dict(id=str(i), source="", images=[], messages=turns) for i in range(3)]
+        said = [Answer("0", whole, True, 9), Answer("1", other, True, 9), Answer("2", other, False, 9)]
+        report = score(rows, said, fmt=fmt)
+        assert [row.right for row in report.rows] == [True, False, False]
+        assert (report.format_valid, report.truncated) == (2 / 3, 1 / 3)
+        assert json.loads(json.dumps(report.to_dict()))["fmt"] is not None
+        first = fmt.stages[0]
+        at = whole.index(fmt.opening(first, 1))
+        page = _Text(staged_html(whole, fmt, [at]))
+        for stage in fmt.stages:
+            assert stage.lower() in page.all
+        assert page.marked == ("Here is 0." if len(fmt.stages) > 1 else "seven")
+        assert "seven" in report._repr_html_()
+
+
+    follows()
 
 
 def test_compared_models_stand_on_one_page():
