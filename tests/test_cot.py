@@ -433,11 +433,13 @@ def test_an_answer_is_told_again_under_the_names_it_had():
                 text = to_format(render(x), LLAVA_COT, dst)
             except CoTError:
                 reject()
-            found = {stage: text[a:b] for stage, a, b in retold(text, dst)}
+            found = {}
+            for stage, a, b in retold(text, dst):  # LlamaV-o1's steps are several
+                found.setdefault(stage, []).extend(text[a:b].split())
             blank = any("\n" in t for s, t in x.items() if s != "CONCLUSION")
             if dst is not THINK or not blank:  # else its paragraphs are more
-                assert found == dict(x)
-            assert found["CONCLUSION"] == x.conclusion
+                assert found == {s: t.split() for s, t in x.items()}
+            assert found["CONCLUSION"] == x.conclusion.split()
 
 
     prop()

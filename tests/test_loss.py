@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import HealthCheck, reject, settings
+from hypothesis import given as for_all
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -245,7 +246,7 @@ def test_stages_of_any_format_get_every_supervised_token_and_the_whole_loss():
     four = drawn["messages"][-1]["content"][0]["text"]
     known = [(form, to_format(four, LLAVA_COT, form)) for form in (THINK, LLAMAV_O1)]
     calm = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    calm(given(made_up() | st.sampled_from(known))(follows))()
+    calm(for_all(made_up() | st.sampled_from(known))(follows))()
 
 
 def test_loss_is_the_models_own():
