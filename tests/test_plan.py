@@ -261,7 +261,7 @@ EIGHT = Qwen3VLConfig(  # Qwen3-VL-8B
     ),
 )
 RECIPES = (  # and the GiB that their comments say
-    ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8), 33),
+    ("llava_cot_100k_8xH100", LLAMA, dict(gpu="H100", gpus=8), 42),
     ("llava_cot_100k_1xH200", LLAMA, dict(gpu="H200"), 94),
     ("lora_24gb", SEVEN, dict(gpu="RTX4090"), 16),
     ("qlora_24gb", LLAMA, dict(gpu="RTX4090"), 13),
