@@ -279,8 +279,11 @@ def test_a_report_follows_whatever_format_the_answers_are_in():
             self.marked += told * self.inside
 
 
+    MARKUP = CoTFormat("markup", ("<i>", "said"), open="[[{stage}]]", close="[[/{stage}]]")
+
+
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(made_up() | st.sampled_from([LLAVA_COT, THINK]))
+    @given(made_up() | st.sampled_from([LLAVA_COT, THINK, MARKUP]))
     def follows(fmt):
         stages = {s: f"Here is {i}. More." for i, s in enumerate(fmt.stages)}
         whole, other = (render(stages | {fmt.conclusion: end}, fmt) for end in ("seven", "nine"))

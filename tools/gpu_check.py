@@ -33,7 +33,6 @@ from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import RunError, Settings
 from llava_cot.tokens import encode
 
-TOYS = [toy.__name__ for toy in tiny.TOYS]
 PHASES = {p.name: p for name in ("two_phase", "lora") for p in PRESETS[name]}
 SUPERVISED = 0.25  # share of the text
 
@@ -298,8 +297,8 @@ def compared(found: dict, said: dict, card: Card) -> dict:
 def toy_gradients(device: str) -> dict:
     "Relative error of the whole gradient against float64's on CPU, by family and precision."
     found = {}
-    for name in TOYS:
-        model, _ = getattr(tiny, name)()
+    for make in tiny.TOYS:
+        model, _ = make()
         batch = random_batch(model.config, 2, 1200, "cpu", 0.5)
         exact = gradient(model.double(), batch, "cpu")
         errors = {}
@@ -309,14 +308,14 @@ def toy_gradients(device: str) -> dict:
             ("bf16 autocast", torch.float32, True),
             ("bf16 weights", torch.bfloat16, False),
         ):
-            toy, _ = getattr(tiny, name)()
+            toy, _ = make()
             torch.backends.cudnn.allow_tf32 = how != "float32, convolutions too"
             if weights != torch.float32:
                 tiny.in_type(toy, weights)
             got = gradient(toy, batch, device, autocast)
             errors[how] = ((got - exact).norm() / exact.norm()).item()
-        found[name] = errors
-        print(name, {k: f"{v:.1e}" for k, v in errors.items()}, flush=True)
+        found[make.__name__] = errors
+        print(make.__name__, {k: f"{v:.1e}" for k, v in errors.items()}, flush=True)
     return found
 
 
