@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
 
@@ -534,7 +534,7 @@ def ask(
     json: bool = False,  # print text, stages, problems, cost and tree as JSON
 ) -> dict:  # of the last answer
     "Ask a model about a picture; its stages appear as they are written."
-    from llava_cot.asking import Dialogue
+    from llava_cot.asking import Dialogue, ask_once
     from llava_cot.method import asked_method
     from llava_cot.pictures import read_picture
     from llava_cot.tiny import open_model
@@ -544,9 +544,10 @@ def ask(
     drawn = dict(n=n, keep=keep, scorer=scorer, temperature=temperature, seed=seed)
     searched = asked_method(method, max_new_tokens, **drawn)
     fmt, picture, found = format_of(fmt), read_picture(image), {}
-    dialogue = Dialogue(*open_model(model, dtype, device), picture, searched, fmt)
+    given = (*open_model(model, dtype, device), picture, searched, fmt)
+    put = Dialogue(*given).ask if chat else partial(ask_once, *given)
     for asked in _questions(question, chat):
-        found = _shown(dialogue, asked, cost, json)
+        found = _shown(put, fmt, asked, cost, json)
     return found
 
 
@@ -563,16 +564,16 @@ def _questions(first: str | None, chat: bool):
         yield line
 
 
-def _shown(dialogue, question: str, cost: bool, json: bool) -> dict:
+def _shown(put, fmt: CoTFormat, question: str, cost: bool, json: bool) -> dict:
     "The answer to a question, as it is written; by a search, once it is found."
     from llava_cot import asking
 
     if json:
-        found = dialogue.ask(question)
+        found = put(question)
         print(json_module.dumps(found), flush=True)
         return found
-    live = asking.Live(dialogue.fmt, lambda text: print(text, end="", flush=True))
-    found = dialogue.ask(question, live.told, _progress)
+    live = asking.Live(fmt, lambda text: print(text, end="", flush=True))
+    found = put(question, live.told, _progress)
     if not live.text:
         live.told(found["text"])
     live.end()

@@ -404,6 +404,10 @@ def _tokenizer_for_both(config: dict, tokenizer) -> dict:
         config["model_input_names"] = list(tokenizer.model_input_names)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    known = type(tokenizer).SPECIAL_TOKENS_ATTRIBUTES
+    named = {k: v for k, v in config.items() if k.endswith("_token") and k not in known}
+    if named:  # tokenizer.image_token and the like, which a processor of 4.57 asks for
+        config["extra_special_tokens"] = named
     return config
 
 

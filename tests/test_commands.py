@@ -11,13 +11,15 @@ from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from llava_cot import commands, cot, data, shapes, tiny
+from llava_cot import commands, cot, data, search, shapes, tiny
 from llava_cot.cot import InputError
 from llava_cot.engine import SearchError
 from llava_cot.families import ModelError
+from llava_cot.pictures import read_picture
 from llava_cot.tokens import TooLong, lengths
 
 
@@ -66,6 +68,10 @@ def test_a_picture_is_asked_about_as_it_is_written_by_search_and_turn_by_turn():
         assert (
             said_of("", "How many?", ["best_of_n", "n=3", "seed=2"], **how)[1]["text"] == beam["text"]
         )
+        with mock.patch.object(search, "answer", wraps=search.answer) as one:  # as rows are scored
+            assert said_of("", "How many?", **how)[0] == plain
+        (row,) = one.call_args.args[2]
+        assert np.array_equal(row["images"][0], read_picture(picture))
         with pytest.raises(CliError, match="--question is missing"):
             ask("tiny_llava", picture)
         with pytest.raises(SearchError, match="greedy takes no 'n'"):
