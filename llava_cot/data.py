@@ -110,7 +110,7 @@ def _all_looked(
         table = look.table.set_column(0, "id", pa.array(given, pa.string()))
         looks.append(look._replace(table=table, rows=[]))
     if not looks:
-        raise DataError(f"{source.name} holds no rows, expected one JSON object a line")
+        raise DataError(f"{source.name} holds no rows, expected at least one")
     return looks, _told(source, notes)
 
 

@@ -135,7 +135,7 @@ def check(
             found += _image_findings(row, seen, source)
         report._add(row, found)
     if not rows:
-        what = f"{Path(path).name} holds no rows, expected one JSON object a line"
+        what = f"{Path(path).name} holds no rows, expected at least one"
         report.problems.append(Found("no_rows", None, what))
     report.proposed = propose_format([row.unread for row in rows if row.unread])
     report._measure(rows, seen)

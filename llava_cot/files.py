@@ -633,7 +633,8 @@ class ImagePaths:
         "What to say where `find` finds nothing."
         zips = "".join(f", and in {os.path.basename(a)}" for a in self.archives)
         where = f"(paths are relative to the file's folder or `images`{zips})"
-        return Problem("missing_image", None, f"image {name!r} is missing {where}")
+        shown = repr(name if len(name) < 300 else f"{name[:200]}…")
+        return Problem("missing_image", None, f"image {shown} is missing {where}")
 
 
 def find_images(

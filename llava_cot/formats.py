@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SEPARATORS', 'LLAVA_COT', 'NO_TAGS', 'DIRECT', 'REORDERED', 'THINK', 'LLAMAV_O1', 'FORMATS', 'STAGE_NAMES',
-           'Problem', 'InputError', 'InputWarning', 'CoTError', 'refused', 'CoTFormat', 'stage_called',
+           'one_line', 'Problem', 'InputError', 'InputWarning', 'CoTError', 'refused', 'CoTFormat', 'stage_called',
            'known_separators', 'separator_pattern', 'lookalike_pattern', 'format_of', 'name_or_fields']
 
 # %% ../nbs/00_formats.ipynb #formats-imports
@@ -19,6 +19,14 @@ STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 SEPARATORS = tuple(f"<{end}{stage}>" for stage in STAGES for end in ("", "/"))
 
 # %% ../nbs/00_formats.ipynb #c010
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what would break or move a line
+
+
+def one_line(text: str) -> str:
+    "A message as one line: whatever a row or a name holds that moves the cursor is spelled out."
+    return _CONTROL.sub(lambda m: repr(m[0])[1:-1], text)
+
+
 @dataclass(frozen=True)
 class Problem:
     "One thing that is wrong, as a value that can be counted and shown."
@@ -29,6 +37,9 @@ class Problem:
     start: int | None = None  # character offset in the text, where there is one
     fixed: bool = False  # True where `repair` has mended it
 
+    def __post_init__(self):
+        object.__setattr__(self, "message", one_line(self.message))
+
     def __str__(self) -> str:
         return self.message
 
@@ -36,9 +47,15 @@ class Problem:
 class InputError(ValueError):
     "What a user gave cannot be used; the message says what was found, what expected, what to do."
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class InputWarning(UserWarning):
     "Something in what a user gave that a person should know of, and that stops nothing."
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class CoTError(InputError):

@@ -321,6 +321,7 @@ def _turns(given, key: str) -> list[_Turn]:
 _NAME = r"(?:image|img|picture|photo)"
 _MARK = re.compile(
     rf"""(?ix)
+    (?P<twice> <(?=<[^<>]*>>) )?
     (?: <\|?(?:vision_start|begin_of_image|image_start)\|?>\s*(?=<) | <im_start>\s*(?=<) )?
     (?: <(?P<tag>{_NAME})>(?P<inside>[^<>\n]*|<imagehere>|<img_context>)</(?P=tag)>
       | <\|?\s*(?:start_of_)?{_NAME}(?:[\s_-]?(?:pad|here|placeholder|soft_token|token|context))?
@@ -328,6 +329,7 @@ _MARK = re.compile(
       | <im_patch>
       | \[\s*{_NAME}(?:[\s_:\#-]{{0,2}}(?P<b>\d{{1,4}}))?\s*\] )
     (?: \s*<\|?(?:vision_end|end_of_image|image_end)\|?> | \s*<im_end> )?
+    (?(twice)>)
     """
 )
 _OTHER = "(?:video|audio|speech|sound)"
@@ -335,14 +337,16 @@ _FOREIGN = re.compile(
     rf"(?i)<\|?\s*{_OTHER}([\s_:-]*(pad|\d+))?\s*/?\|?>|\[{_OTHER}([\s_-]?\d+)?\]"
 )
 _LIKE = re.compile(  # what may be meant as a mark, and stays a text
-    r"""(?ix) (?: < | &lt; | ＜ ) \|?\s* \w*(?:image|img|picture|photo|figure|video)\w* \b
+    r"""(?ix) (?: < | &lt; | ＜ ) \|?\s* \w*(?:image|img|picture|photo|figure|video|图)\w* \b
     [^<>\n]{0,200} (?: > | &gt; | ＞ ) | !\[[^\]\n]*\]\([^)\n]+\)
+    | < \|?\s* (?:pic|graphic|visual|vis|vid|frame|ｉｍａｇｅ)s?[\s_-]*\d* \s*\|? >
+    | \[\s* (?:image|img|picture|photo|figure)\s*[:=] [^\]\n]{1,200} \]
     | (?<![\w$])\{\{?\s*(?:image|img|picture|photo)[\s_:-]*\d*\s*\}"""
 )
 
 _HINT = re.compile(  # each of the above has it, and it takes a tenth of their time
-    r"(?i)[<\[{;＜!](?:(?<=!)\[|[|\s]*\w*(?:im_|image|img|picture|photo|figure"
-    rf"|{_OTHER}))"
+    r"(?i)[<\[{;＜!](?:(?<=!)\[|[|\s]*\w*(?:im_|image|img|pic|photo|figure|graphic|vis|vid|frame"
+    rf"|图|ｉｍａｇｅ|{_OTHER}))"
 )
 
 
@@ -356,6 +360,8 @@ def _cut(text: str, i: int) -> list[str | _Pic]:
         raise row_error("unsupported", f"{said}; leave the row out, or say it in words")
     items, at = [], 0
     for m in _MARK.finditer(text):
+        if text[m.start() - 1 : m.start() + 1] == "![" and text[m.end() :].startswith("("):
+            continue  # markdown, whose picture is not read
         number, inside = m["a"] or m["b"], (m["inside"] or "").strip()
         named = bool(inside) and not inside.startswith("<")
         picture = picture_in(inside, f"turn {i}: <img>") if named else None

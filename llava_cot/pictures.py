@@ -26,7 +26,7 @@ from urllib.parse import unquote
 import numpy as np
 from datasets import Image as Stored
 from datasets import List
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from .cot import InputError, Problem
 from .files import DataError, ZipImages, first_line, read_bytes, row_error
@@ -73,7 +73,10 @@ def _upright(image: Image.Image) -> Image.Image:
 # %% ../nbs/06_pictures.ipynb #pictures-scaled
 def _scaled(image: Image.Image) -> Image.Image:
     "A grey picture of mode I or F, in RGB. Raises `PictureError` where it holds no number."
-    values = np.asarray(image).astype(np.float64)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
+        values = values.view(np.uint32)  # a TIFF of 32 bits without a sign
+    values = values.astype(np.float64)
     clear = values == image.info.get("transparency", np.nan)
     numbers = values[np.isfinite(values) & ~clear]
     if not len(numbers) and not clear.any():
@@ -81,7 +84,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     low, high = (numbers.min(), numbers.max()) if len(numbers) else (0, 0)
     scale = 255 / (high - low) if high > low else 0
     grey = (np.nan_to_num(values, nan=low).clip(low, high) - low) * scale
-    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
+    if tags.get(262) == 0:  # a TIFF whose 0 is white
         grey = 255 - grey
     grey[clear] = 255
     return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
@@ -225,10 +228,23 @@ def _as_stored(picture: dict | bytes | str | os.PathLike) -> dict:
     return {"bytes": None, "path": os.fspath(picture)}
 
 # %% ../nbs/06_pictures.ipynb #pictures-unknown
+_KINDS = (  # where a sign stands, the sign, and what such a file is
+    (8, (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1"), "a HEIC picture"),
+    (4, (b"ftypisom", b"ftypmp4", b"ftypqt", b"ftypM4V", b"ftyp3g"), "a video"),
+    (0, (b"\xff\x0a", b"\0\0\0\x0cJXL "), "a JPEG XL picture"),
+    (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "a TIFF of a rare kind, or a damaged one"),
+    (0, (b"%PDF", b"%!PS"), "a page that is to be drawn first"),
+    (0, (b"\x93NUMPY", b"PK\3\4", b"\x1f\x8b"), "an array or a packed file"),
+)
+
+
 def _unknown(head: bytes) -> str:
     "What a file is that is no image, from its first bytes."
     if not head:
         return "the file is empty"
+    for at, signs, kind in _KINDS:
+        if head[at:].startswith(signs):
+            return f"not an image that is read here, but {kind}; convert it to PNG or JPEG"
     if head.startswith(b"version https://git-lfs"):
         return "not an image, but a pointer of git-lfs; git lfs pull fetches the file"
     if head.lstrip().startswith(b"<"):
@@ -293,6 +309,11 @@ def opened(
             except Image.UnidentifiedImageError:
                 file.seek(0)
                 raise PictureError(_unknown(file.read(64))) from None
+            if image.format == "EPS" or isinstance(image, ImageFile.StubImageFile):
+                said = (
+                    f"a drawing or data ({image.format}), which other programs would have to draw"
+                )
+                raise PictureError(f"{said}; convert it to PNG")
             with image:
                 check_pixels(*image.size)
                 yield image
@@ -305,7 +326,7 @@ def _check_png(raw: bytes) -> None:
     "Raises `PictureError` for a PNG whose chunks are damaged or missing; Pillow looks at few."
     if raw[:8] != _PNG:
         return
-    at, kind = 8, b""
+    at, kind, palette = 8, b"", raw[25:26] != b"\3"
     while kind != b"IEND":
         if at + 12 > len(raw):
             raise PictureError("it is cut short")
@@ -315,6 +336,9 @@ def _check_png(raw: bytes) -> None:
             raise PictureError(f"it is cut short, or damaged inside, at byte {at:,}")
         if zlib.crc32(raw[at + 4 : end]) != int.from_bytes(raw[end : end + 4], "big"):
             raise PictureError(f"it is damaged inside: a checksum differs at byte {at:,}")
+        palette = palette or kind == b"PLTE"
+        if kind == b"IDAT" and not palette:
+            raise PictureError("its palette is missing")
         at = end + 4
 
 # %% ../nbs/06_pictures.ipynb #pictures-read
@@ -566,7 +590,9 @@ class StoredPath(str):
     "A path that `datasets` wrote into a table: absolute, or the URL of a zip's member."
 
 
-_BASE64 = re.compile(r"(?:iVBORw0K|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A)[A-Za-z0-9+/\s]{60,}=*\s*")
+_BASE64 = re.compile(
+    r"(?:iVBORw0K|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA..Z0eX)[A-Za-z0-9+/\s]{60,}=*\s*"
+)
 
 
 _FILE = re.compile(
@@ -578,7 +604,8 @@ _FILE = re.compile(
 def _decoded(text: str, key: str) -> bytes:
     "The bytes of base64. Raises `DataError`."
     try:
-        raw = base64.b64decode("".join(text.split()), validate=True)
+        plain = "".join(text.split()).translate(str.maketrans("-_", "+/"))  # or safe in a URL
+        raw = base64.b64decode(plain, validate=True)
     except ValueError:
         raw = b""
     if not raw:

@@ -31,15 +31,32 @@ from . import cot
 from .cot import CoTFormat, Problem
 from .files import DataError, ImagePaths, find_images, first_line, read_bytes, row_error
 from .layouts import ReadRow, check_columns, is_row, meaning, read_row
-from .pictures import StoredPath
+from .pictures import StoredPath, shown
 
 # %% ../nbs/08_rows.ipynb #c010
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    "An object of JSON. Raises `DataError` where a key says two things, of which one would be lost."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if repr(value) != repr(found[key]):
+                said = f"the key {key[:60]!r} stands there twice, with {shown(value)} and"
+                raise row_error("json", f"{said} {shown(found[key])}; leave one of them out")
+    return found
+
+
+_DECODE = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _row(raw: bytes) -> dict:
     "One line of the file, read. Raises `DataError`."
     try:
-        row = json.loads(raw.removeprefix(b"\xef\xbb\xbf").strip().decode("utf-8"))
+        row = _DECODE.decode(raw.removeprefix(b"\xef\xbb\xbf").strip().decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise row_error("json", f"byte {e.start + 1} of the line is not UTF-8")
+        why = f"byte {e.start + 1} of the line is not UTF-8"
+        raise row_error("json", f"{why}; write the file as UTF-8") from None
+    except DataError:
+        raise
     except json.JSONDecodeError as e:
         where = f"not JSON from character {e.pos + 1} of {len(e.doc)} on"
         raise row_error("json", f"{where} ({e.msg.removesuffix(' at')}); is the line cut?")
@@ -63,7 +80,7 @@ def _list_rows(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise DataError(f"{file.name}: byte {e.start + 1} is not UTF-8") from None
+        raise DataError(f"{file.name}: byte {e.start + 1} is not UTF-8; write it so") from None
     start = re.match(r"\s*\[\s*(\]\s*\Z)?", text)
     if not start:
         raise DataError(f"{file.name}: expected a JSON list of rows, found {text.strip()[:20]!r}")
@@ -89,11 +106,13 @@ def _object_rows(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
         text, values, at = file.read_text("utf-8-sig").strip(), [], 0
         while at < len(text):
-            value, end = json.JSONDecoder().raw_decode(text, at)
+            value, end = _DECODE.raw_decode(text, at)
             values.append(value)
             at = re.compile(r"[\s,]*").match(text, end).end()
     except UnicodeDecodeError as e:
-        raise DataError(f"{file.name}: byte {e.start + 1} is not UTF-8") from None
+        raise DataError(f"{file.name}: byte {e.start + 1} is not UTF-8; write it so") from None
+    except DataError as e:
+        raise DataError(f"{file.name}: {e}") from None
     except (ValueError, RecursionError) as e:
         at = getattr(e, "pos", at)
         raise DataError(
@@ -350,10 +369,16 @@ def long_cells() -> Iterator[None]:
 def _read_csv(path: Path) -> Dataset:
     "A CSV or TSV file, its cells as texts. Raises `DataError`."
     with long_cells(), open(path, newline="", encoding="utf-8-sig") as f:
-        header = f.readline()
-        f.seek(0)
-        lines = csv.reader(f, delimiter=max(",;\t", key=header.count))
-        names, *rows = [line for line in lines if line] or [[]]
+        try:
+            header = f.readline()
+            f.seek(0)
+            lines = csv.reader(f, delimiter=max(",;\t|", key=header.count), strict=True)
+            names, *rows = [line for line in lines if line] or [[]]
+        except csv.Error as e:
+            todo = 'a quotation mark inside a text is written twice, ""'
+            raise DataError(f"{path.name}:{lines.line_num}: {e}; {todo}") from None
+        except UnicodeDecodeError as e:
+            raise DataError(f"{path.name} is not UTF-8 ({e.reason}); write it as UTF-8") from None
     for i, row in enumerate(rows):
         if len(row) != len(names):
             found = f"{len(row)} fields where the header has {len(names)}"
@@ -386,8 +411,15 @@ def open_rows(
 
 
 _UTF16 = "is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+_UTF32 = "is UTF-32; write it as UTF-8 (iconv -f UTF-32 -t UTF-8)"
 _SIGNS = {  # how a file begins that is no file of rows → what to do
     b"\x1f\x8b": "is packed by gzip; unpack it first (gunzip)",
+    b"BZh": "is packed by bzip2; unpack it first (bunzip2)",
+    b"\xfd7zXZ": "is packed by xz; unpack it first (unxz)",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it first (unzstd)",
+    b"\xff\xfe\0\0": _UTF32,
+    b"\0\0\xfe\xff": _UTF32,
+    bytes(64): "begins with nothing but zeros; it was not written whole: download it again",
     b"PK\3\4": "is a zip; take the rows out, and leave the pictures in an image.zip beside them",
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
@@ -398,8 +430,12 @@ _SIGNS = {  # how a file begins that is no file of rows → what to do
 
 def _open_file(path: Path, images, columns: dict[str, str]) -> JsonRows | TableRows:
     "The rows of one file."
+    if not path.is_file():
+        raise DataError(f"{path}: a pipe or a device, expected a file; write the rows into one")
     with open(path, "rb") as f:
-        head = f.read(64)
+        head = f.read(512)
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path.name} is a tar; unpack it first (tar -xf)")
     for sign, why in _SIGNS.items():
         if head.startswith(sign):
             raise DataError(f"{path.name} {why}")
@@ -456,6 +492,7 @@ def _table(
     except DataError:
         raise
     except Exception as e:  # datasets raises what its builders raise
+        e = e.__cause__ or e  # what a builder met
         raise DataError(f"{path}: {why}{type(e).__name__}: {first_line(e)}") from None
     if isinstance(ds, DatasetDict):
         if "train" not in ds and len(ds) != 1:

@@ -15,6 +15,13 @@ QWEN_LIKE = CoTFormat(
 )
 
 
+def test_what_a_row_holds_never_breaks_the_line_of_a_message():
+    odd = "a\nb\x1b[31m\u2028\r"
+    for said in (Problem("x", None, odd), InputError(odd), InputWarning(odd), CoTError(odd)):
+        assert str(said) == r"a\nb\x1b[31m\u2028\r" == str(pickle.loads(pickle.dumps(said)))
+    assert one_line("é 漢字 \u00a0") == "é 漢字 \u00a0"
+
+
 def test_a_format_is_its_fields():
     for form in (*FORMATS.values(), QWEN_LIKE):
         assert format_of(form.to_dict()) == form == format_of(name_or_fields(form)) and hash(form)

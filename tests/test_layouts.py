@@ -54,6 +54,7 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
             " <|vision_start|><|image_pad|><|vision_end|> <im_start><image><im_end> <img>a.png</img>"
             " <Img><ImageHere></Img> <image_soft_token> [image~1] <image></image> <image:1> <photo>"
             " [img-1] <IMG_CONTEXT> <im_start><im_patch><im_end> <image>a.png</image> [Photo~#1]"
+            " <<image>>"
         ).split()
     )
     for mark in MARKS:
@@ -94,6 +95,11 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
         "{{ image_1 }}",
         "&lt;image&gt;",
         "<figure 1>",
+        "![image](x.png)",
+        "[Image: x.png]",
+        "<pic>",
+        "<图像>",
+        "<visual_1>",
     ):
         read = ask(text, "a.png")
         assert read.example["messages"][0]["content"][1]["text"] == text

@@ -207,6 +207,10 @@ def bad_forms():
         "a bomb": (png((60_000, 60_000), 1, 0, b""), "the limit"),
         "without width": (png((0, 9), 8, 0, b""), ""),
         "no numbers": (saved(empty, "TIFF"), "none of its values"),
+        "no palette": (png((8, 1), 8, 3, b"\0" + bytes(range(8))), "palette is missing"),
+        "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC picture; convert it"),
+        "tiff of halves": (b"II*\0" + bytes(99), "TIFF of a rare kind"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS"),
     }
 
 
@@ -367,6 +371,13 @@ def test_deep_greys_are_scaled_by_their_range_whatever_holds_them():
         rgb(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
     white_is_zero = saved(Image.fromarray(ramp16.astype(np.uint16)), "TIFF", tiffinfo={262: 0})
     assert pixels(read_picture(white_is_zero))[0, 0, 0] == 255
+    ramp = np.linspace(0, 2**32 - 1, 256).round().reshape(16, 16)
+    fields = ((256, 16), (257, 16), (258, 32), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16))
+    fields += ((279, 1024), (339, 1))
+    table = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in fields)
+    unsigned = b"II*\0" + struct.pack("<I", 1032) + ramp.astype("<u4").tobytes()  # 32 bits, no sign
+    unsigned += struct.pack("<H", len(fields)) + table + bytes(4)
+    assert np.array_equal(pixels(read_picture(unsigned))[..., 0].ravel(), np.arange(256))
 
 
 def test_limits_are_stated_and_lifted_and_pillow_keeps_its_own():
@@ -656,6 +667,7 @@ def test_a_picture_is_understood_in_every_form_or_refused_by_the_name_of_its_key
         text,
         text[:80] + "\n" + text[80:],
         f"data:image/png;base64,{text}",
+        f"data:image/png;base64,{base64.urlsafe_b64encode(raw).decode()}",
         f"DATA:image/png;charset=utf-8;base64,{text}",
         {"bytes": raw, "path": "a.png"},
         {"bytes": text},
