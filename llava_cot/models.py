@@ -598,7 +598,12 @@ def _merged_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
             f"{name}: its LoRA adapter does not fit its base: adapter_model.safetensors {wrong[0]}"
             f" ({len(wrong)} such); take the base that it was trained over"
         )
-    return wrapped.merge_and_unload()
+    try:
+        return wrapped.merge_and_unload()
+    except NotImplementedError as e:  # of kinds of LoRA that depend on what is asked
+        raise ModelError(
+            f"{name}: {first_sentence(e)} Give a plain LoRA, or the model merged"
+        ) from e
 
 
 def _adapter_processor(name: str, base: str, config: PreTrainedConfig) -> ProcessorMixin:

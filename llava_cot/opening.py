@@ -128,10 +128,10 @@ def _refuse_quantised(name: str, found: dict) -> None:
     how = found.get("quantization_config")
     if not how:
         return
+    method = how.get("quant_method", "a method not named") if isinstance(how, dict) else how
     try:
         AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment()
     except Exception as e:
-        method = how.get("quant_method", "a method not named")
         raise ModelError(
             f"{name}: its weights are quantised ({method}), and cannot be opened here"
             f" ({first_sentence(e)}); install what is missing, or take the weights as they were"
@@ -221,11 +221,17 @@ def weight_files(
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
+    if whole.is_symlink() or whole.is_dir():
+        what = (
+            "a folder" if whole.is_dir() else f"a link to {os.readlink(whole)}, which is not there"
+        )
+        raise ModelError(f"{whole}: {what}; download the file again")
     if not index.is_file():
         nothing = "no weights in it; expected model.safetensors, as `save_pretrained` writes it"
         raise ModelError(f"{folder}: {_instead(folder) or nothing}")
     listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
+    named = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
+    if not named or not listed:
         raise ModelError(f"{folder}: its {index.name} lists no weights; download it again")
     shards = sorted(set(listed.values()))
     lacking = [name for name in shards if not (folder / name).is_file()]
@@ -264,12 +270,26 @@ def stored_weights(
     "What the headers list. Raises `ModelError` for a file that is cut off, empty or damaged."
     found = {}
     for path in weight_files(folder):
-        try:
-            found |= header_of(path)
-        except (SafetensorError, OSError, ValueError) as e:
-            size = f"{path.stat().st_size:,} bytes"
-            reason = f"{size}, cut off or damaged ({first_sentence(e)})"
-            raise ModelError(f"{path}: {reason}; download it again") from e
+        found |= _readable(path)
+    return found
+
+
+def _readable(path: Path) -> dict[str, torch.Tensor]:
+    "`header_of` a file. Raises `ModelError` where it is cut off, empty or damaged."
+    try:
+        with safe_open(path, framework="pt") as f:
+            kinds = {name: f.get_slice(name).get_dtype() for name in f.keys()}
+        found = header_of(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        reason = f"{path.stat().st_size:,} bytes, cut off or damaged ({first_sentence(e)})"
+        raise ModelError(f"{path}: {reason}; download it again") from e
+    whole = [n for n, kind in kinds.items() if n.endswith((".weight", ".bias")) and "F" not in kind]
+    if whole:
+        raise ModelError(
+            f"{path}: {len(whole)} weights are stored as {kinds[whole[0]]}, such as {whole[0]}, and"
+            " config.json names no quantisation by which they could be read; take the weights in"
+            " float32, float16 or bfloat16"
+        )
     return found
 
 # %% ../nbs/20_opening.ipynb #op-adapter
@@ -297,6 +317,7 @@ def adapter_base(
             f"{name}: an adapter without adapter_model.safetensors (found {found}); save it again,"
             " in safetensors"
         )
+    _readable(root / "adapter_model.safetensors")
     seen = [place for place in (root / str(base), Path(str(base))) if place.is_dir()]
     others = [str(place) for place in seen if place.resolve() != root.resolve()]
     if others:
@@ -380,7 +401,11 @@ def check_weights(
         with torch.device("meta"):
             return transformers.AutoModelForImageTextToText.from_config(config)
     stored = stored_weights(folder)
-    model, said = opened_without_numbers(config, stored)
+    try:
+        model, said = opened_without_numbers(config, stored)
+    except Exception as e:  # what building layers of such sizes meets
+        why = f"its config.json describes no model that can be built ({first_sentence(e)})"
+        raise ModelError(f"{folder}: {why}; take the config that was saved with it") from e
     why = fault_in_names(said["missing_keys"], said["unexpected_keys"])
     if why:
         raise ModelError(f"{folder}: {why}")

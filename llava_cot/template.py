@@ -212,7 +212,8 @@ def _closing(
         if found:
             return literal, found.end()
     if tokenizer.eos_token is None:
-        raise TokensError("neither the chat template nor the tokenizer has an end token")
+        found = "neither the chat template nor the tokenizer has an end token"
+        raise TokensError(f"{found}; write eos_token into the model's tokenizer_config.json")
     return tokenizer.eos_token + literal, len(tokenizer.eos_token)
 
 # %% ../nbs/24_template.ipynb #c029

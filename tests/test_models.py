@@ -231,6 +231,26 @@ def unnamed(folder):
     edited("tokenizer_config.json", chat_template=two)(folder)
 
 
+def unlinked(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+def backwards(folder):
+    "Layers of a size that cannot be."
+    said = json.loads((folder / "config.json").read_text())
+    edited("config.json", text_config=said["text_config"] | dict(hidden_size=-4))(folder)
+
+
+def integers(kept):
+    return {n: w.to(torch.int8) for n, w in kept.items()}
+
+
+def numbered(folder):
+    sharded(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+
+
 def bits(n):
     return {"quant_method": "awq", "bits": n}
 
@@ -519,6 +539,14 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
         gguf=(moved(W, "model.gguf"), "llama.cpp.*take the folder of safetensors"),
         unlisted=(moved(W, "weights.safetensors"), "weights.safetensors, which nothing points at"),
         void=(written(W, b""), f"{W}: 0 bytes, cut off or damaged.*download it again"),
+        linked=(unlinked, f"{W}: a link to nowhere, which is not there; download"),
+        integer=(
+            restored(integers),
+            f"{W}: .* weights are stored as I8, such as .*names no quantisation",
+        ),
+        unsized=(backwards, "no model that can be built"),
+        methodless=(edited("config.json", quantization_config="x"), r"quantised \(x\)"),
+        numbers=(numbered, "model.safetensors.index.json lists no weights"),
         noise=(written(W, b"x" * 5000), f"{W}: 5,000 bytes, cut off or damaged"),
         awq=(edited("config.json", quantization_config=bits(4)), r"quantised \(awq\).*install"),
         adapter=(written("adapter_config.json", b"{}"), "a whole model and an adapter.*of its own"),
