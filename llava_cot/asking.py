@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 
 from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
 from . import cot, search
 from .cot import CoTFormat
@@ -18,7 +19,6 @@ from .engine import Engine, Piece, left_as_found
 from .models import check_preprocessing
 from .search import Answer, Question, Score, as_answer, drive
 from .tokens import encode
-from transformers import PreTrainedModel, ProcessorMixin
 
 # %% ../nbs/77_asking.ipynb #asking-06
 def picture_question(

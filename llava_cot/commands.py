@@ -10,6 +10,7 @@ __all__ = ['CliError', 'Interrupted', 'say', 'format_of', 'policy_of', 'setting_
 import inspect
 import json as json_module
 import os
+import re
 import sys
 import time
 from dataclasses import fields
@@ -541,6 +542,8 @@ def ask(
 
     if question is None and not chat:
         raise CliError("ask: --question is missing; give it, or --chat")
+    if re.match("https?://", str(image)):
+        raise CliError(f"image: {image} is a URL, and pictures are not fetched; download it first")
     drawn = dict(n=n, keep=keep, scorer=scorer, temperature=temperature, seed=seed)
     searched = asked_method(method, max_new_tokens, **drawn)
     fmt, picture, found = format_of(fmt), read_picture(image), {}

@@ -290,6 +290,12 @@ def check_pixels(width: int, height: int) -> None:
         raise PictureError(f"{said}, and {most:,} is the limit (picture_pixels)")
 
 
+def _refuse_endless(path: str) -> None:
+    "Raises `PictureError` for what is there and no file: a pipe or a device may never end."
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise PictureError("a pipe or a device, expected a file")
+
+
 @contextlib.contextmanager
 def opened(
     picture: dict | bytes | str | os.PathLike,  # {bytes, path}, its bytes, its path or URL
@@ -299,6 +305,7 @@ def opened(
     stored = _as_stored(picture)
     path = stored.get("path") or ""
     with _named(place_of(stored)), _pillows_limits():
+        _refuse_endless(path)
         local = not whole and stored.get("bytes") is None and path and "://" not in path
         with open(path, "rb") if local else io.BytesIO(_content(stored)) as file:
             if whole:

@@ -74,6 +74,8 @@ def test_a_picture_is_asked_about_as_it_is_written_by_search_and_turn_by_turn():
         assert np.array_equal(row["images"][0], read_picture(picture))
         with pytest.raises(CliError, match="--question is missing"):
             ask("tiny_llava", picture)
+        with pytest.raises(CliError, match="https://x.y/a.png is a URL"):
+            ask("tiny_llava", "https://x.y/a.png", "How many?")
         with pytest.raises(SearchError, match="greedy takes no 'n'"):
             ask("tiny_llava", picture, "How many?", n=2)
 

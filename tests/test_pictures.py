@@ -422,6 +422,9 @@ def test_limits_are_stated_and_lifted_and_pillow_keeps_its_own():
         with pytest.raises(InputError, match="pixels"):
             with limits(pixels=bad):
                 pass
+    for endless in ("/dev/zero", "/dev/full"):
+        with pytest.raises(PictureError, match=f"'{endless}' cannot be used: a pipe or a device"):
+            read_picture(endless)
 
 
 def test_damage_is_found_and_a_whole_picture_is_not_refused():
