@@ -49,6 +49,7 @@ from llava_cot.template import TokensError, end_token
 from llava_cot.tiny import (
     TINY_TEXT,
     TOYS,
+    tiny_gemma3,
     tiny_llava,
     tiny_llava_next,
     tiny_mllama,
