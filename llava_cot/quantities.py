@@ -10,6 +10,7 @@ __all__ = ['Quantity', 'plainly', 'has_decimal_comma', 'quantities', 'whole_quan
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import takewhile
 
 # %% ../nbs/61_quantities.ipynb #quanti-05
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -18,6 +19,7 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _COUNTS = {word: n for n, word in enumerate(_ONES.split())}
 _COUNTS |= {word: 10 * n for n, word in enumerate(_TENS, 2)}
 _TIMES = dict(dozen=12, hundred=1e2, thousand=1e3, million=1e6, billion=1e9, trillion=1e12)
+_TIMES |= dict(lakh=1e5, crore=1e7, mn=1e6, bn=1e9)
 _PARTS = {"half": 1 / 2, "third": 1 / 3, "quarter": 1 / 4, "fifth": 1 / 5}
 _SHORT = dict(k=1e3, K=1e3, M=1e6, mn=1e6, B=1e9, bn=1e9)
 
@@ -89,7 +91,7 @@ _NUMERAL = re.compile(
     r"|(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:\s?[×x*]\s?10\s?\^?\s?\{?(?P<ten>[-+]?\d+)\}?|[eE](?P<exp>[-+]?\d+))?)"
     r"(?P<short>(?:k|K|M|mn|B|bn)(?![\w]))?"
-    r"(?:\s+(?P<times>dozen|hundred|thousand|million|billion|trillion)s?\b)?"
+    r"(?:\s+(?P<times>dozen|hundred|thousand|million|billion|trillion|lakh|crore|mn|bn)s?\b)?"
 )
 
 
@@ -116,6 +118,8 @@ def _unit_after(text: str, end: int) -> str:
 
 # %% ../nbs/61_quantities.ipynb #quanti-13
 _POINTS = {"the", "this", "that", "no", "each", "every", "any", "some", "another", "which", "other"}
+_POINTS |= {"several", "few", "many"}
+_ALONE = {"hundred", "thousand", "million", "billion"}  # say one of their own
 
 
 def _begins(words: list[str], i: int) -> bool:
@@ -126,6 +130,8 @@ def _begins(words: list[str], i: int) -> bool:
         return not _POINTS & set(before)
     if word in ("a", "an"):
         return after in _TIMES or after in _PARTS
+    if word in _TIMES and word != "dozen":
+        return word in _ALONE and not _POINTS & set(before)
     return word in _COUNTS or word in ("dozen", "half", "none")
 
 
@@ -159,7 +165,14 @@ def _counted(words: list[str]) -> tuple[float, int]:
         ):
             break
         k += 1
+    digits = "".join(str(_COUNTS[w]) for w in takewhile(_is_digit, words[k + 1 :]))
+    if words[k : k + 1] == ["point"] and digits:  # four point two
+        return float(f"{total + (part or 0):.0f}.{digits}"), k + 1 + len(digits)
     return total + (part or 0), k
+
+
+def _is_digit(word: str) -> bool:
+    return _COUNTS.get(word, 10) < 10
 
 
 def _special(words: list[str]) -> tuple[float, int]:
@@ -267,6 +280,20 @@ def _same_text(a: str, b: str) -> bool:
     return a == b
 
 
+_BOUND_BEFORE = re.compile(
+    r"(?i)(?:\b(?:not|more than|less than|fewer than|greater than|at least|at most)|[<>≤≥≠])"
+    r"\s*[$€£¥]?$"
+)
+_BOUND_AFTER = re.compile(r"(?i)^\s?(?:\+(?![\d\w])|or (?:more|less|fewer|above|below)\b)")
+
+
+def _is_bound(text: str, said: Quantity, decimal_comma: bool) -> bool:
+    "Whether a text says more than a number, or less, or that it is not this one."
+    plain = _with_point(plainly(text)) if decimal_comma else plainly(text)
+    before, after = plain[: said.start], plain[said.end :]
+    return bool(_BOUND_BEFORE.search(before) or _BOUND_AFTER.match(after))
+
+
 def relaxed_number(
     text: str,  # an answer's conclusion
     reference: str,
@@ -280,6 +307,8 @@ def relaxed_number(
         return _same_text(text, reference)
     said = said_quantity(text, comma)
     if said is None or said.value in (float("inf"), float("-inf")):
+        return False
+    if _is_bound(text, said, comma):
         return False
     is_year = re.fullmatch(r"[12]\d{3}", wanted.written) and not wanted.unit
     return same_quantity(said, wanted, 0.0 if years == "exact" and is_year else tolerance)
