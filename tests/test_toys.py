@@ -11,6 +11,7 @@ from llava_cot.models import check_preprocessing
 from llava_cot.toys import (
     tiny_idefics3,
     tiny_internvl,
+    tiny_llama4,
     tiny_llava_onevision,
     tiny_mistral3,
     tiny_smolvlm,
@@ -58,9 +59,10 @@ def test_a_processor_of_other_tiles_is_refused():
             check_preprocessing(toy, own)
 
 
-def test_mistral_3_is_refused_in_one_line_where_torchvision_is_missing():
-    if is_torchvision_available():
-        assert tiny_mistral3()[0].config.model_type == "mistral3"
-    else:
-        with pytest.raises(ImportError, match="PixtralProcessor requires the Torchvision library"):
-            tiny_mistral3()
+def test_where_torchvision_is_missing_two_families_are_refused_in_one_line():
+    for make, kind in ((tiny_mistral3, "mistral3"), (tiny_llama4, "llama4")):
+        if is_torchvision_available():
+            assert make()[0].config.model_type == kind
+            continue
+        with pytest.raises(ImportError, match="requires the Torchvision library"):
+            make()
