@@ -16,6 +16,7 @@ from transformers.models.idefics3 import processing_idefics3 as idefics3
 from transformers.models.internvl import processing_internvl as internvl
 from transformers.models.llama4 import processing_llama4 as llama4
 from transformers.models.llava_onevision import processing_llava_onevision as onevision
+from transformers.utils import requires_backends
 
 from llava_cot.towers import (
     CLIP,
@@ -371,6 +372,12 @@ _MISTRAL3 = Family(
 class Llama4Processor(llama4.Llama4Processor):
     "transformers' own; it knows all tokens that it writes for a picture."
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        "Raises `ImportError`, by name, where torchvision is missing."
+        requires_backends(cls, "torchvision")
+        return super().from_pretrained(*args, **kwargs)
+
     @property
     def image_token_ids(self) -> list[int]:
         marks = self.start_of_img_token, self.end_of_img_token, self.tile_token
@@ -412,6 +419,15 @@ def _llama4_join(module, kept, *_, **__):
     return BaseModelOutputWithPooling(last_hidden_state=module.vision_adapter(states))
 
 
+def _in_its_type(module, given):
+    return given[0].to(module.linear.weight.dtype)
+
+
+def _llama4_prepare(model):
+    "Pixels in the type of the weights: other towers see to that themselves."
+    model.vision_model.patch_embedding.register_forward_pre_hook(_in_its_type)
+
+
 def _llama4_features(model, inputs):
     return [model.multi_modal_projector(model.vision_model(**inputs).last_hidden_state)]
 
@@ -449,6 +465,7 @@ _LLAMA4 = Family(
     _llama4_batch,
     _BY_TILES,
     "Llama4Processor",
+    prepare=_llama4_prepare,
     shares=_llama4_shares,
     features=_llama4_features,
     alone=_llama4_alone,
