@@ -642,6 +642,7 @@ def test_two_processes_that_find_their_batch_are_one():
     assert all_small(apart((5, 9), "tiny_llava-found"))
 
 
+@pytest.mark.slow
 def test_two_processes_read_by_tokens_what_one_reads():
     read_alike("tokens")
 
@@ -756,6 +757,7 @@ def test_fsdp2_in_bf16_is_as_exact_as_one_process_in_another_family():
     as_exact("tiny_mllama")
 
 
+@pytest.mark.slow
 def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
     gaps = apart(RATES, "tiny_mllama-ddp")  # with adapters, too, two processes are one
     assert all_small(gaps)
