@@ -161,7 +161,7 @@ def find_dtype(
 def _processor(name: str, config: PreTrainedConfig) -> ProcessorMixin:
     "The processor of a folder or hub name, checked against its fingerprint and its model's config."
     family, root = family_of(config), root_of(name)
-    check_processor_files(name, root, config.model_type)
+    check_processor_files(name, root, family.reads)
     try:
         how = dict(backend="pil", trust_remote_code=False)  # the same pixels on every machine
         processor = family.processor.from_pretrained(name, **how)

@@ -31,7 +31,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
@@ -574,10 +573,9 @@ def restore(
 def check_processor_files(
     name: str,  # what to call it
     root: Path,  # where its small files lie
-    kind: str,  # `config.model_type`
+    expected: str,  # the class that reads for its family
 ) -> None:
     "Raise `ModelError` for a processor that transformers does not have, or another family's."
-    expected = PROCESSOR_MAPPING_NAMES[kind]
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         found = read_json(root / file)
         _refuse_own_code(name, file, found)

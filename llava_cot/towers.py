@@ -102,12 +102,14 @@ class Family:
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
     stored: Callable = _as_named  # config, name of a weight -> its name in a file
     shares: Callable = _as_it_is  # processor, ids -> tiles of each picture, where all lie in a line
-    features: Callable = (
-        _pooled  # model, inputs of its pictures -> what stands in the text for each
-    )
-    alone: Callable = (
-        _any_length  # config -> from so many tokens on, padding before a row changes it
-    )
+    features: Callable = _pooled  # model, inputs of pictures -> what the text has in their place
+    alone: Callable = _any_length  # config -> tokens from which padding before a row changes it
+    tower: str = ""  # `vision_config.model_type`, where that makes it another family
+
+    @property
+    def name(self) -> str:
+        "What it is called in the table."
+        return self.tower or self.model_type
 
     @property
     def needs_torchvision(self) -> bool:

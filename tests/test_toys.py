@@ -16,6 +16,7 @@ from llava_cot.toys import (
     tiny_llama4,
     tiny_llava_onevision,
     tiny_mistral3,
+    tiny_pixtral,
     tiny_smolvlm,
 )
 
@@ -61,8 +62,9 @@ def test_a_processor_of_other_tiles_is_refused():
             check_preprocessing(toy, own)
 
 
-def test_where_torchvision_is_missing_two_families_are_refused_in_one_line():
-    for make, reader in ((tiny_mistral3, PixtralProcessor), (tiny_llama4, Llama4Processor)):
+def test_where_torchvision_is_missing_three_families_are_refused_in_one_line():
+    readers = {tiny_mistral3: PixtralProcessor, tiny_pixtral: PixtralProcessor}
+    for make, reader in (*readers.items(), (tiny_llama4, Llama4Processor)):
         if is_torchvision_available():
             assert reader.__name__ == type(make()[1]).__name__
             continue
