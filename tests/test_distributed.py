@@ -576,7 +576,9 @@ def test_an_engine_that_is_not_the_one_asked_for_is_refused():
 
 
 def test_no_unit_mixes_parts():
-    vectors = {"model.image_newline", "model.vision_model.class_embedding"}  # one each
+    bare = ("class_embedding", "positional_embedding_vlm")  # beside the modules of a tower
+    vectors = {"model.image_newline", "model.vision_model.class_embedding"}
+    vectors |= {f"vision_model.{name}" for name in bare}
     for tiny in (*TOYS, tiny_base):
         model, _ = tiny()
         owner = {id(p): part for part, named in parts(model).items() for _, p in named}

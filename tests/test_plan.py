@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Llama4Config,
     LlamaConfig,
     LlavaConfig,
     MllamaConfig,
@@ -425,6 +426,27 @@ def test_layers_of_a_part_and_three_families():
             assert p.requires_grad == requires_grad and torch.equal(p, old)
         assert plan(model.config, "two_phase", **how) == planned
         assert planned[1].flops > planned[0].flops > 0
+
+
+def test_experts_are_counted_whole_as_they_are_held_and_computed():
+    def a_mixture(n):
+        width = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        tower = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+        tower |= dict(projector_input_dim=32, projector_output_dim=32, vision_output_dim=32)
+        return Llama4Config(
+            vision_config=tower | dict(image_size=24, patch_size=6),
+            text_config=width | heads | dict(vocab_size=512, num_local_experts=n),
+            **dict(boi_token_index=1, eoi_token_index=2, image_token_index=3),
+        )
+
+
+    how = dict(batch_size=1, length=256, checkpointing="none")
+    one_expert, eight = (plan(a_mixture(n), "two_phase", **how) for n in (1, 8))
+    seven = 2 * 7 * (3 * 128 * 64 + 64)  # in each of two layers: gate, in and out, a row of the router
+    assert eight.parameters["language"] - one_expert.parameters["language"] == seven
+    more = eight[-1].flops - one_expert[-1].flops
+    assert more == 6 * 256 * seven  # two forward and four backward, for each token
 
 
 def test_plan_plots_prints_and_serialises():
