@@ -7,7 +7,6 @@ __all__ = ['picture_parameters', 'is_sharded', 'reach_all', 'blank_beside']
 
 # %% ../nbs/33_blank.ipynb #blank-imports
 import contextlib
-import inspect
 from collections.abc import Iterator
 
 import torch
@@ -48,10 +47,7 @@ def reach_all(
 # %% ../nbs/33_blank.ipynb #blank-c3
 def _look(model: PreTrainedModel, blank: dict) -> torch.Tensor:
     "Vision and projector run on blank pictures: zero, that depends on them."
-    look = model.model.get_image_features
-    known = inspect.signature(look).parameters
-    seen = look(**{k: v for k, v in blank.items() if k in known}, return_dict=True)
-    return sum(features[:0].sum() for features in seen.pooler_output)
+    return sum(features[:0].sum() for features in family_of(model).features(model, blank))
 
 
 @contextlib.contextmanager

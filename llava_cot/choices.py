@@ -8,7 +8,7 @@ __all__ = ['unmarked', 'lettered', 'mcq', 'circular', 'yes_no', 'hallusion_score
 # %% ../nbs/60_choices.ipynb #choice-02
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # %% ../nbs/60_choices.ipynb #choice-05
 _SET = re.compile(
@@ -37,17 +37,39 @@ def lettered(
 
 def _words(text: str) -> str:
     "What two spellings of an option have in common."
-    text = re.sub(r"\s+", " ", unmarked(text).casefold()).strip(" .,;:!'")
+    text = re.sub(r"\s+", " ", unmarked(text).casefold()).strip(" .,;:!'。、")
     return re.sub(r"^(?:a|an|the) (?=\S)", "", text)
+
+
+_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), range(11)))
+_COUNT = re.compile(rf"\b(?:{'|'.join(word for word in _NUMBERS if word != 'one')})\b")
+
+
+def _counted(text: str) -> str:
+    "The same with its numbers in figures: `five dogs` and `5 dogs`, `5.0` and `5` are one."
+    words = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s*(?=°)", "", _words(text))
+    words = re.sub(r"\s*\bdegrees?\b", "°", words)
+    words = re.sub(r"(\d\.\d*?)0+(?![\d.])", r"\1", words)  # 0.50 is 0.5
+    words = re.sub(r"(?<=\d)\.(?!\d)", "", words)
+    if words in _NUMBERS:
+        return str(_NUMBERS[words])
+    return _COUNT.sub(lambda m: str(_NUMBERS[m[0]]), words)  # `one` may be a pronoun
+
+
+def _measures(text: str, option: str) -> bool:
+    "Whether both are the same number, and one of them leaves the unit out: `3` and `3 cm`."
+    value = r"[$€£]?(-?[\d.]+)\s*([a-zµ°%²³/]*)"
+    a, b = (re.fullmatch(value, _counted(t)) for t in (text, option))
+    return bool(a and b and a[1] == b[1] and not (a[2] and b[2]))
 
 # %% ../nbs/60_choices.ipynb #choice-10
 _ANNOUNCED = (
     r"(?<![a-z])(?:answers?|ans|correct|options?|choices?|letters?|choose|chose|select(?:ed)?"
     r"|pick(?:ed)?"
-    r"|go(?:ing)? with|答案|选)"
+    r"|go(?:ing)? with|答案|选择?)"
     r"(?:\s+(?:is|are|would be|should be|must be|to (?:this|the) question is|option|choice"
     r"|letter|answer"
-    r"|therefore|thus|the|correct|of))*[.]?\s*(?:[:：=是为]\s*)*"
+    r"|therefore|thus|the|correct|of)){0,8}[.]?\s*(?:[:：=是为项]\s*|[-–—]\s+)*"
 )
 _OPEN, _CLOSE = r"[(\[]?", r"[)\]]?"
 _GOES_ON = r"\s+(?:because|since|as|due|for|and|or|but|which|given|from|is|was)\b"
@@ -58,7 +80,7 @@ def _forms(letters: str) -> list[str]:
     one = rf"(?P<letter>[{letters}])"
     small = rf"(?P<small>[{letters.lower()}])(?={_CLOSE}\s*(?:[.;!]|$|\n))"
     front = r"(?:[.):]|\s[-–—]|\s*,(?=\s*(?:because|since|as)\b))"
-    ends = r"(?=\s*(?:[.!;,]|$|\n))"
+    ends = r"(?=\s*(?:[.!;,。]|$|\n))"
     judged = (
         r"(?:is|would be|must be|seems)\s+(?:the\s+)?(?:most\s+)?"
         r"(?:correct|right|best|answer|likely)\b"
@@ -67,8 +89,10 @@ def _forms(letters: str) -> list[str]:
         rf"(?i:{_ANNOUNCED}){_OPEN}(?:{one}(?![\w'’])|{small})",
         rf"[(\[](?P<letter>[{letters}{letters.lower()}])[)\]]",
         rf"(?:^|\n)\s*{one}{front}(?=\s|$)",
-        rf"(?i:\b(?:is|be|it['’]s|are|=|say)\s+){one}{ends}",
+        rf"(?i:\b(?:is|be|it['’]s|are|=|say|definitely|probably|clearly)\s+){one}{ends}",
+        rf"[:：]\s*{_OPEN}{one}{_CLOSE}[.!。]?\s*(?:$|\n)",
         rf"(?<![\w'’]){one}{_CLOSE}\s+{judged}",
+        rf"(?<!\w){one}\s*(?:选项|项)",
     ]
 
 
@@ -91,10 +115,12 @@ def _given_letters(text: str, letters: str) -> list[tuple[int, str]]:
 
 # %% ../nbs/60_choices.ipynb #choice-13
 _REFUSED_BEFORE = re.compile(
-    r"(?i)(?:\bnot|n['’]t(?: be)?|\bneither|\bnor|\brather than|\binstead of|\bexclude[sd]?"
+    r"(?i)(?:\b(?:can)?not(?: be)?|n['’]t(?: be)?|\bneither|\bnor|\brather than|\binstead of"
+    r"|\bexclude[sd]?"
     r"|\beliminate[sd]?"
-    r"|\brule[sd]? out|\breject(?:s|ed)?|\bexcept|\bconsidered|\bwhy)\s+(?:the\s+)?"
+    r"|\brule[sd]? out|\breject(?:s|ed)?|\bexcept|\bconsidered|\bwhy)\s+(?:(?:the|an?)\s+)?"
     r"(?:option\s+|answer\s+|choice\s+)?[(\[]?$"
+    r"|\bnot\s+(?:(?!but|so|and|or|the answer)[\w'-]+\s+){1,3}[(\[]$"  # not a cat (A)
 )
 _REFUSED_AFTER = re.compile(
     r"(?i)^[)\].,:;]?\s*(?:,?\s*but|,?\s*which)?\s*(?:it\s+|that\s+|this\s+)?"
@@ -132,18 +158,62 @@ def _by_letter(text: str, letters: str) -> set[str]:
     return {letter for _, letter in found}
 
 
-def _by_words(text: str, options: Mapping[str, str]) -> set[str]:
+def _by_words(text: str, options: Mapping[str, str], spell: Callable = _words) -> set[str]:
     "The options whose own words stand in a text, longer ones first."
-    rest, found = f" {_words(text)} ", set()
-    for letter, option in sorted(options.items(), key=lambda item: -len(_words(item[1]))):
-        if not _words(option):
+    rest, found = f" {spell(text)} ", set()
+    for letter, option in sorted(options.items(), key=lambda item: -len(spell(item[1]))):
+        if not spell(option):
             continue
-        pattern = rf"(?<![\w.,/-]){re.escape(_words(option))}(?![\w/]|[.,]\d)"
+        pattern = rf"(?<![\w.,/-]){re.escape(spell(option))}(?![\w/]|[.,]\d)"
         places = [m.start() for m in re.finditer(pattern, rest)]
         if any(not _REFUSED_BEFORE.search(rest[:at].rstrip() + " ") for at in places):
             found.add(letter)
         rest = re.sub(pattern, " \0 ", rest)
     return found
+
+
+def _said(text: str, options: Mapping[str, str]) -> set[str]:
+    "The one option whose words stand in a text's last word, in all of it, or behind its `=`."
+    last = [m[0] for m in re.finditer(_LAST_WORD, text)]
+    for part in (*last[-1:], text, text.rpartition("=")[2] if text.count("=") == 1 else ""):
+        for spell in (_words, _counted):
+            found = _by_words(part, options, spell)
+            if len(found) == 1:
+                return found
+    return set()
+
+# %% ../nbs/60_choices.ipynb #choice-15a
+_LOOK = r"(?i:image|figure|picture|photo|graph|diagram|shape|panel|plot|chart)"
+
+
+def _is_letter(text: str, letters: str) -> str | None:
+    "The letter, if a text is nothing else."
+    bare = set(re.findall(r"\w+", text.upper().removesuffix("选项")))
+    return bare.pop() if len(bare) == 1 and bare <= {*letters} else None
+
+
+def _of_lines(text: str, letters: str) -> set[str]:
+    "The letters that its first line, or its last, consists of."
+    lines = [line for line in text.splitlines() if line.strip()]
+    return {_is_letter(line, letters) for line in lines[:1] + lines[-1:]} - {None}
+
+
+def _beside(text: str, options: Mapping[str, str], letters: str) -> set[str] | None:
+    "The option whose words stand beside its letter; None where no option's words do so."
+    front = r"(?:[).:\]]\s*[-–—:]?|\s+[-–—:]?)\s*(?P<rest>\S.*)$"
+    found = re.match(rf"[(\[]?(?P<letter>[{letters}]){front}", text, re.S)
+    behind = re.search(rf"[(\[](?P<letter>[{letters}])[)\]][.!]?$", text)
+    if found and not _is_a_word(text, found.start("letter")):
+        words = found["rest"].strip("()[] ")
+    elif behind:
+        found, words = behind, text[: behind.start()]
+    else:
+        return None
+    for spell in (_words, _counted):
+        its = {letter for letter, own in options.items() if spell(own) == spell(words) != ""}
+        if its:
+            return its & {found["letter"]}
+    return None
 
 # %% ../nbs/60_choices.ipynb #choice-16
 def mcq(
@@ -155,20 +225,22 @@ def mcq(
     letters = "".join(letter for letter in options if letter.isalnum() and len(letter) == 1)
     if not letters:
         return None
-    bare = plain.strip(" .,:;!()[]'\n")
-    if bare.upper() in options:
-        return bare.upper()
-    same = [letter for letter, own in options.items() if _words(own) == _words(plain) != ""]
+    if _is_letter(plain, letters):
+        return _is_letter(plain, letters)
+    for spell in (_words, _counted):
+        same = [letter for letter, own in options.items() if spell(own) == spell(plain) != ""]
+        if same:
+            return same[0] if len(same) == 1 else None
+    same = [letter for letter, own in options.items() if _measures(plain, own)]
     if same:
         return same[0] if len(same) == 1 else None
-    front = re.match(rf"[(\[]?([{letters}])(?:[).:\]]\s*[-–—:]?|\s+[-–—:]?)\s*(\S.*)$", plain, re.S)
-    if front and not _is_a_word(plain, front.start(1)):
-        letter, rest = front[1], _words(front[2])
-        its = [other for other, own in options.items() if _words(own) == rest]
-        if its:
-            return letter if letter in its else None
-    found = _by_letter(plain, letters) or _by_words(plain, options)
-    return found.pop() if len(found) == 1 else None
+    named = re.fullmatch(rf"(?:[Tt]he\s+)?{_LOOK}\s+([{letters}])[.!]?", plain)
+    if named:
+        return named[1]
+    found = _beside(plain, options, letters)
+    if found is None:
+        found = _of_lines(plain, letters) or _by_letter(plain, letters) or _said(plain, options)
+    return [*found][0] if len(found) == 1 else None
 
 # %% ../nbs/60_choices.ipynb #choice-22
 def circular(

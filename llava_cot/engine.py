@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Proces
 from transformers.cache_utils import DynamicLayer
 
 from .batches import context_of
+from .families import FAMILIES
 from .memory import Ledger
 from .sampling import Sampling, SearchError, choose, draws, whole
 from .template import end_token
@@ -162,7 +163,7 @@ def _ready(model: PreTrainedModel, batch: dict) -> dict:
 
 
 def _has_shift(model: PreTrainedModel) -> bool:
-    return hasattr(model.model, "rope_deltas")
+    return hasattr(model.base_model, "rope_deltas")
 
 # %% ../nbs/50_engine.ipynb #engine-29
 def _look(model: PreTrainedModel, batch: dict) -> list[_Kept]:
@@ -172,7 +173,7 @@ def _look(model: PreTrainedModel, batch: dict) -> list[_Kept]:
     shifted = _has_shift(model) and "pixel_values" in batch
     places = {} if shifted else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     out = model(**batch, **places, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    shifts = model.model.rope_deltas.flatten().tolist() if shifted else [0] * len(mask)
+    shifts = model.base_model.rope_deltas.flatten().tolist() if shifted else [0] * len(mask)
     found = []
     for row, n in enumerate(mask.sum(-1).tolist()):
         kept = _Kept([], n, out.logits[row, -1].clone(), shift=int(shifts[row]))
@@ -361,6 +362,8 @@ class Engine:
         whole("rows", rows)
         self.model, self.processor, self.rows, self.most = model, processor, rows, rows
         self.context = context_of(model) or math.inf
+        family = FAMILIES.get(model.config.model_type)
+        self.alone = family.alone(model.config) if family else math.inf
         self.ends = end_tokens(model, processor)
         never = sorted(never_written(model, processor, self.ends, words))
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
@@ -412,12 +415,14 @@ def look(
     "Prompts as pieces: each picture is looked at once, whatever follows."
     if not prompts:
         return []
-    start = time.perf_counter()
+    start, kept = time.perf_counter(), None
     try:
-        kept = _look(self.model, self.collate(list(prompts)))
+        if len(prompts) == 1 or max(len(p["input_ids"]) for p in prompts) < self.alone:
+            kept = _look(self.model, self.collate(list(prompts)))
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
             raise
+    if kept is None:
         half = len(prompts) // 2
         cuts = slice(half), slice(half, None)
         return [
@@ -562,11 +567,14 @@ def _fitting(self: Engine, going: list[_Row]) -> int:
     "How many rows there is memory for, should each get as long as it may."
     free = free_memory(self.model.device)
     rows = [*going, *islice(self.queue, max(0, self.rows - len(going)))]
+    most = max((row.what.after.kept.length + row.what.limit for row in rows), default=0)
+    if most >= self.alone:
+        return 1
     if free is None or not rows:
         return self.rows
     roots = [row.what.after.root().kept for row in rows]
     token = sum(s[:, :1].nbytes for states in roots[0].states if states for s in states)
-    longest = max(row.what.after.kept.length + row.what.limit for row in rows) + _Block.room
+    longest = most + _Block.room
     seen = max(sum(s.nbytes for pair in root.cross.values() for s in pair) for root in roots)
     choice = 48 * roots[0].logits.shape[-1]  # scores and probabilities, sorted and summed
     fit = 0.8 * (free + self._held()) // (2 * (token * longest + seen) + choice)

@@ -42,6 +42,7 @@ from llava_cot.opening import (
     fault_in_names,
     first_sentence,
     holds_weights,
+    is_product,
     need_template,
     opened_in_nf4,
     packed_layers,
@@ -160,7 +161,7 @@ def find_dtype(
 def _processor(name: str, config: PreTrainedConfig) -> ProcessorMixin:
     "The processor of a folder or hub name, checked against its fingerprint and its model's config."
     family, root = family_of(config), root_of(name)
-    check_processor_files(name, root, config.model_type)
+    check_processor_files(name, root, family.reads)
     try:
         how = dict(backend="pil", trust_remote_code=False)  # the same pixels on every machine
         processor = family.processor.from_pretrained(name, **how)
@@ -221,11 +222,11 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
 _STEPS = "do_resize do_center_crop do_rescale do_normalize do_convert_rgb do_pad do_image_splitting"
 _NUMBERS = "image_mean image_std size crop_size rescale_factor resample pad_size max_image_size"
 _TILES = "max_image_tiles image_grid_pinpoints min_pixels max_pixels min_patches max_patches"
-_PATCHES = "patch_size temporal_patch_size merge_size"
+_PATCHES = "patch_size temporal_patch_size merge_size resize_to_max_canvas"
 _IMAGE_FIELDS = f"{_NUMBERS} {_STEPS} {_TILES} {_PATCHES}".split()
 _OF_A_TILE = "num_additional_image_tokens num_image_tokens image_seq_length image_seq_len"
 _OF_TEXT = "patch_size spatial_merge_size vision_feature_select_strategy vision_aspect_ratio"
-_PROCESSOR_FIELDS = f"{_OF_TEXT} {_OF_A_TILE}".split()
+_PROCESSOR_FIELDS = f"{_OF_TEXT} {_OF_A_TILE} downsample_ratio".split()
 
 
 def _plain(value):
@@ -427,9 +428,7 @@ def linear_layers(
     "selector -> full names of the linear layers in it that adapters can stand on."
     picked, never = select(model, selectors), without_gradient(model)
     output = model.get_output_embeddings()
-    linear = {
-        n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output
-    }
+    linear = {n for n, m in model.named_modules() if is_product(m) and m is not output}
     found = {}
     for selector, named in picked.items():
         owners = [n.removesuffix(".weight") for n, _ in named if n not in never]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_files', 'header_of', 'folder_of_weights',
            'stored_weights', 'adapter_base', 'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type',
-           'need_bitsandbytes', 'nf4_layers', 'nf4_config', 'packed_layers', 'whole_weight', 'check_blocks',
-           'count_numbers', 'opened_in_nf4', 'as_packed', 'quantise', 'packed_tensors', 'restore',
+           'need_bitsandbytes', 'is_product', 'nf4_layers', 'nf4_config', 'packed_layers', 'whole_weight',
+           'check_blocks', 'count_numbers', 'opened_in_nf4', 'as_packed', 'quantise', 'packed_tensors', 'restore',
            'check_processor_files', 'check_tokens', 'chat_template_of', 'need_template']
 
 # %% ../nbs/20_opening.ipynb #opening-imports
@@ -31,7 +31,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
@@ -450,6 +449,13 @@ def need_bitsandbytes():
     return bitsandbytes
 
 
+def is_product(module: torch.nn.Module) -> bool:
+    "Whether a module is a linear layer and nothing more: a router of experts also chooses."
+    kind = type(module)
+    own = kind.forward is torch.nn.Linear.forward or hasattr(module, "quant_state")
+    return issubclass(kind, torch.nn.Linear) and own
+
+
 def nf4_layers(
     model: PreTrainedModel,  # of a family in `FAMILIES`; in 4 bits already or not
 ) -> dict[str, torch.nn.Linear]:
@@ -457,7 +463,7 @@ def nf4_layers(
     output, found = model.get_output_embeddings(), {}
     inside = tuple(f"{path}." for path in family_of(model).parts["language"])
     for name, m in model.named_modules():
-        is_linear = isinstance(m, torch.nn.Linear) and m is not output
+        is_linear = is_product(m) and m is not output
         if is_linear and name.startswith(inside) and ".lora_" not in name:
             found[name] = m
     return found
@@ -592,10 +598,9 @@ def restore(
 def check_processor_files(
     name: str,  # what to call it
     root: Path,  # where its small files lie
-    kind: str,  # `config.model_type`
+    expected: str,  # the class that reads for its family
 ) -> None:
     "Raise `ModelError` for a processor that transformers does not have, or another family's."
-    expected = PROCESSOR_MAPPING_NAMES[kind]
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         found = read_json(root / file)
         _refuse_own_code(name, file, found)

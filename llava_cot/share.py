@@ -16,9 +16,10 @@ import yaml
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import AutoConfig
 
 from .cot import InputError, format_of, render
-from .families import FAMILIES
+from .families import FAMILIES, Family, family_of
 from .files import write_file
 from .report import run_info
 
@@ -155,13 +156,10 @@ print(processor.decode(answer, skip_special_tokens=True))
 ```"""
 
 
-def _use(kind: str, repo: str | None, settings: dict) -> str:
+def _use(family: Family, repo: str | None, settings: dict) -> str:
     "Code that asks the model, what it needs, and the form of an answer."
     needs = "torch, pillow and transformers 5 or 4.57"
-    needs += (
-        ", and torchvision, which this family's processor asks for"
-        * FAMILIES[kind].needs_torchvision
-    )
+    needs += ", and torchvision, which this family's processor asks for" * family.needs_torchvision
     fmt = format_of(settings["fmt"])
     shape = render({stage: "…" for stage in fmt.stages}, fmt)
     form = f"An answer has this form:\n\n```text\n{shape}\n```"
@@ -199,7 +197,7 @@ def model_card(
         raise ShareError(f"{run}: no recipe.yaml and model/ in it; expected a run that is finished")
     info = run_info(folder)
     recipe = info["recipe"]
-    kind = json.loads(config.read_text(encoding="utf-8"))["model_type"]
+    family = family_of(AutoConfig.from_pretrained(config.parent, trust_remote_code=False))
     file = folder / "report.json"
     scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     front = yaml.safe_dump(
@@ -207,9 +205,9 @@ def model_card(
     )
     versions = _table(("package", "version"), list(recipe["versions"].items()))
     page = [f"---\n{front}---", f"# {_plain((repo or folder.absolute().name).split('/')[-1])}"]
-    page.append(_summary(kind, info))
+    page.append(_summary(family.model_type, info))
     for title, text in (
-        ("How to use it", _use(kind, repo, recipe["settings"])),
+        ("How to use it", _use(family, repo, recipe["settings"])),
         ("Training", _training(info)),
         ("Data", _data(recipe)),
         ("Scores", _scores(scores)),

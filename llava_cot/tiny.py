@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOYS', 'TINY', 'llava_processor', 'build_llava', 'tiny_llava', 'tiny_mllama', 'tiny_llava_next', 'tiny_qwen2_vl',
            'tiny_qwen2_5_vl', 'tiny_qwen3_vl', 'tiny_gemma3', 'tiny_base', 'open_model', 'open_skeleton',
-           'open_processor', 'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llava_onevision',
-           'tiny_mistral3', 'tiny_smolvlm']
+           'open_processor', 'TINY_TEXT', 'train_tokenizer', 'tiny_idefics3', 'tiny_internvl', 'tiny_llama4',
+           'tiny_llava_onevision', 'tiny_mistral3', 'tiny_pixtral', 'tiny_smolvlm']
 
 # %% ../nbs/23_tiny.ipynb #tiny-imports
 from importlib.resources import files
@@ -59,8 +59,10 @@ from llava_cot.toys import (
     special_ids,
     tiny_idefics3,
     tiny_internvl,
+    tiny_llama4,
     tiny_llava_onevision,
     tiny_mistral3,
+    tiny_pixtral,
     tiny_smolvlm,
     train_tokenizer,
 )
@@ -71,8 +73,10 @@ _all_ = [
     "train_tokenizer",
     "tiny_idefics3",
     "tiny_internvl",
+    "tiny_llama4",
     "tiny_llava_onevision",
     "tiny_mistral3",
+    "tiny_pixtral",
     "tiny_smolvlm",
 ]
 
@@ -449,8 +453,8 @@ TOYS = (
     tiny_smolvlm,
     tiny_llava_onevision,
     tiny_gemma3,
-    *((tiny_mistral3,) if is_torchvision_available() else ()),  # its processor needs that
-)  # one of each family
+    *((tiny_pixtral, tiny_mistral3, tiny_llama4) if is_torchvision_available() else ()),
+)  # one of each family; the last three need torchvision
 
 # %% ../nbs/23_tiny.ipynb #c104
 def tiny_base() -> tuple[PreTrainedModel, LlavaProcessor]:

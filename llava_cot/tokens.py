@@ -184,6 +184,8 @@ def _pictures(images: list, row: _Row, name: str) -> tuple[dict, list[int], list
     found.pop("attention_mask", None)
     final = found.pop("input_ids")[0].tolist()
     for key, value in found.items():
+        if value.is_floating_point():
+            found[key] = value.float()  # some are made in 16 bits
         if value.shape == (1, len(final)):
             found[key] = value[0]  # a number for each token has no batch axis
     where = spread(row.ids, row.offsets, marked, final, reader.tokenizer, name)

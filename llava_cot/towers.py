@@ -9,8 +9,9 @@ __all__ = ['BUDGET', 'Qwen2VLProcessor', 'Qwen2_5_VLProcessor', 'Qwen3VLProcesso
 
 # %% ../nbs/17_towers.ipynb #towers-imports
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -45,6 +46,18 @@ def _none_unused(config: PreTrainedConfig) -> str:
 
 def _as_it_is(*_, **__) -> None:
     "Nothing to mend, or to know."
+
+
+def _pooled(model, inputs: dict) -> Sequence[torch.Tensor]:
+    "By the model's own method: vision and projector run on pictures."
+    look = model.model.get_image_features
+    known = inspect.signature(look).parameters
+    told = {name: value for name, value in inputs.items() if name in known}
+    return look(**told, return_dict=True).pooler_output
+
+
+def _any_length(config: PreTrainedConfig) -> float:
+    return math.inf
 
 # %% ../nbs/17_towers.ipynb #px-budget
 BUDGET = ("max_pixels", "min_pixels", "max_tiles")  # what may be asked of pictures
@@ -89,6 +102,14 @@ class Family:
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
     stored: Callable = _as_named  # config, name of a weight -> its name in a file
     shares: Callable = _as_it_is  # processor, ids -> tiles of each picture, where all lie in a line
+    features: Callable = _pooled  # model, inputs of pictures -> what the text has in their place
+    alone: Callable = _any_length  # config -> tokens from which padding before a row changes it
+    tower: str = ""  # `vision_config.model_type`, where that makes it another family
+
+    @property
+    def name(self) -> str:
+        "What it is called in the table."
+        return self.tower or self.model_type
 
     @property
     def needs_torchvision(self) -> bool:

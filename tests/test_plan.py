@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Llama4Config,
     LlamaConfig,
     LlavaConfig,
     MllamaConfig,
@@ -35,14 +36,7 @@ from llava_cot.pixels import adopt, with_budget
 from llava_cot.plan import PlanError
 from llava_cot.schedule import PRESETS, Phase, Schedule
 from llava_cot.settings import RunError, Settings
-from llava_cot.tiny import (
-    TOYS,
-    tiny_llava,
-    tiny_llava_next,
-    tiny_mllama,
-    tiny_qwen2_5_vl,
-    tiny_qwen3_vl,
-)
+from llava_cot.tiny import tiny_llava, tiny_llava_next, tiny_mllama, tiny_qwen2_5_vl, tiny_qwen3_vl
 from llava_cot.tokens import image_tokens
 
 def small_llava(vocabulary=4096):
@@ -417,13 +411,13 @@ def test_adapters_are_counted():
     assert plan(llava, "lora", length=256, gpus=2).setting["engine"] == "ddp"
 
 
-def test_layers_of_a_part_and_all_families():
+def test_layers_of_a_part_and_three_families():
     last = Schedule([Phase("top", train={"language.layers[-1:]": 1e-5})])
     every = Schedule([Phase("whole", train={"language": 1e-5})])
     some, whole = (plan(small_llava(), which, length=256)[0] for which in (last, every))
     assert 0 < some.gradients < whole.gradients / 4
     assert some.peak < whole.peak and some.flops < whole.flops
-    for tiny in TOYS:
+    for tiny in (tiny_llava, tiny_mllama, tiny_qwen2_5_vl):
         model, _ = tiny()
         before = [(p.requires_grad, p.detach().clone()) for p in model.parameters()]
         how = dict(batch_size=2, length=1200, tiles=1)
@@ -432,6 +426,27 @@ def test_layers_of_a_part_and_all_families():
             assert p.requires_grad == requires_grad and torch.equal(p, old)
         assert plan(model.config, "two_phase", **how) == planned
         assert planned[1].flops > planned[0].flops > 0
+
+
+def test_experts_are_counted_whole_as_they_are_held_and_computed():
+    def a_mixture(n):
+        width = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        tower = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+        tower |= dict(projector_input_dim=32, projector_output_dim=32, vision_output_dim=32)
+        return Llama4Config(
+            vision_config=tower | dict(image_size=24, patch_size=6),
+            text_config=width | heads | dict(vocab_size=512, num_local_experts=n),
+            **dict(boi_token_index=1, eoi_token_index=2, image_token_index=3),
+        )
+
+
+    how = dict(batch_size=1, length=256, checkpointing="none")
+    one_expert, eight = (plan(a_mixture(n), "two_phase", **how) for n in (1, 8))
+    seven = 2 * 7 * (3 * 128 * 64 + 64)  # in each of two layers: gate, in and out, a row of the router
+    assert eight.parameters["language"] - one_expert.parameters["language"] == seven
+    more = eight[-1].flops - one_expert[-1].flops
+    assert more == 6 * 256 * seven  # two forward and four backward, for each token
 
 
 def test_plan_plots_prints_and_serialises():
@@ -510,7 +525,15 @@ def test_advice_fits_and_the_next_batch_does_not():
         GPUS["test-card"] = Gpu(memory=0.05, flops=1e14)
         nothing = advise(llava, "two_phase", "test-card", batch_size=2, **tight)
         assert nothing.best is None and "does not fit: align: one row takes" in str(nothing)
-        seeing = tiny_qwen2_5_vl()[0]
+    finally:
+        del GPUS["test-card"]
+
+
+@pytest.mark.slow
+def test_advice_takes_fewer_pixels_where_one_row_does_not_fit():
+    seeing = tiny_qwen2_5_vl()[0]
+    every = Schedule([FINETUNE])
+    try:
         large, less = (
             plan(seeing, every, batch_size=1, length=64 + n, max_pixels=576 * n)[0] for n in (1024, 256)
         )
@@ -522,7 +545,7 @@ def test_advice_fits_and_the_next_batch_does_not():
         assert fewer.best.plan.peak <= 1.2 * less.peak < large.peak
         assert f"max_pixels {fewer.best.setting['max_pixels']:,}" in str(fewer)
     finally:
-        del GPUS["test-card"]
+        GPUS.pop("test-card", None)
 
 
 def test_the_configs_of_the_recipes_have_the_published_numbers_of_parameters():

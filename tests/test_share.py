@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available
 
 from llava_cot import data, models, shapes, train
+from llava_cot.families import family_of
 from llava_cot.schedule import Phase, Schedule
 from llava_cot.share import ShareError, _use, model_card, push
 from llava_cot.tiny import TOYS, tiny_llava, tiny_mllama
@@ -155,7 +156,7 @@ def test_a_card_names_torchvision_where_opening_asks_for_it():
                 opens = bool(AutoProcessor.from_pretrained(d))
             except (ImportError, ValueError):
                 opens = False
-            said = _use(toy.config.model_type, None, dict(fmt="llava_cot"))
+            said = _use(family_of(toy), None, dict(fmt="llava_cot"))
             assert opens != ("and torchvision, which this family" in said)
 
 

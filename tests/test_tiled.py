@@ -7,15 +7,28 @@ from types import MethodType
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers.utils import is_torchvision_available
 
 from llava_cot.families import ModelError, budget_fields, example_batch, family_of, without_gradient
 from llava_cot.loss import token_losses
 from llava_cot.pixels import with_budget
 from llava_cot.template import TokensError
-from llava_cot.tiny import tiny_idefics3, tiny_internvl, tiny_llava_onevision, tiny_smolvlm
+from llava_cot.tiny import (
+    tiny_idefics3,
+    tiny_internvl,
+    tiny_llama4,
+    tiny_llava_onevision,
+    tiny_smolvlm,
+)
 from llava_cot.tokens import Collator, encode, image_tokens
 
-TILED_TOYS = (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision)
+TILED_TOYS = (
+    tiny_internvl,
+    tiny_idefics3,
+    tiny_smolvlm,
+    tiny_llava_onevision,
+    *((tiny_llama4,) if is_torchvision_available() else ()),
+)
 
 
 def picture(size=(48, 48), colour="red"):
@@ -52,7 +65,7 @@ def test_what_stands_for_a_picture_is_never_learned_and_rows_do_not_mix():
             assert said.startswith("<SUMMARY> I will count the circles. </SUMMARY>")
             first = learned.nonzero()[0].item()
             assert learned[first:][:-1].all() and not learned[:first].any()
-            assert not learned[row["input_ids"] == processor.image_token_id].any()
+            assert not learned[row["input_ids"] == model.config.image_token_id].any()
         together, _ = token_losses(model, Collator(processor)(rows))
         alone = [token_losses(model, Collator(processor)([row]))[0] for row in rows]
         assert (together - torch.cat(alone)).abs().max() < 1e-5
@@ -106,8 +119,9 @@ def test_a_budget_bounds_what_a_picture_costs():
             batch = example_batch(model.config, 2, 200, **asked)
             reader = with_budget(processor, **asked)
             rows = [encode(example(s), reader) for s in sizes]
-            own = [int((row["input_ids"] == reader.image_token_id).sum()) for row in rows]
-            assert max(own) == (batch["input_ids"][0] == reader.image_token_id).sum(), (tiny, most)
+            image = model.config.image_token_id
+            own = [int((row["input_ids"] == image).sum()) for row in rows]
+            assert max(own) == (batch["input_ids"][0] == image).sum(), (tiny, most)
             tiles = [row["pixel_values"].flatten(0, -4).shape[0] for row in rows]
             assert max(tiles) == batch["pixel_values"].flatten(0, -4).shape[0] // 2
             assert token_losses(model, batch)[0].isfinite().all()

@@ -4,15 +4,19 @@ from llava_cot.toys import *
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PixtralProcessor
 from transformers.utils import is_torchvision_available
 
 from llava_cot.families import ModelError
 from llava_cot.models import check_preprocessing
+from llava_cot.tiled import Llama4Processor
 from llava_cot.toys import (
     tiny_idefics3,
     tiny_internvl,
+    tiny_llama4,
     tiny_llava_onevision,
     tiny_mistral3,
+    tiny_pixtral,
     tiny_smolvlm,
 )
 
@@ -58,9 +62,12 @@ def test_a_processor_of_other_tiles_is_refused():
             check_preprocessing(toy, own)
 
 
-def test_mistral_3_is_refused_in_one_line_where_torchvision_is_missing():
-    if is_torchvision_available():
-        assert tiny_mistral3()[0].config.model_type == "mistral3"
-    else:
-        with pytest.raises(ImportError, match="PixtralProcessor requires the Torchvision library"):
-            tiny_mistral3()
+def test_where_torchvision_is_missing_three_families_are_refused_in_one_line():
+    readers = {tiny_mistral3: PixtralProcessor, tiny_pixtral: PixtralProcessor}
+    for make, reader in (*readers.items(), (tiny_llama4, Llama4Processor)):
+        if is_torchvision_available():
+            assert reader.__name__ == type(make()[1]).__name__
+            continue
+        for use in (make, lambda: reader.from_pretrained("a folder")):
+            with pytest.raises(ImportError, match="requires the Torchvision library"):
+                use()

@@ -801,6 +801,7 @@ def test_all_options_together_and_a_resumed_run_in_every_family():
     all_options_resumed(tiny_llava_next, 11)
 
 
+@pytest.mark.slow
 def test_a_run_by_length_or_by_tokens_goes_on_as_it_was_whatever_reads_ahead():
     goes_on_as_it_was(dict(group_by_length=True, batch_size=4), (1, 5))
     goes_on_as_it_was(dict(batch_tokens=400), (0, 8))
@@ -914,6 +915,7 @@ def test_rows_in_memory_beyond_the_context_or_with_control_tokens_are_refused_or
         assert not (dropping_.out / "skipped_rows.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_what_a_phase_has_of_its_own_survives_an_interruption():
     def every_part(**more):
         return dict(train=dict(vision=1e-3, projector=1e-3, language=1e-3), **more)

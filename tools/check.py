@@ -5,9 +5,10 @@
 It looks at columns, statements a line and names nobody binds (ruff), at the order of the
 notebooks (a module imports only modules of notebooks before its own, and adds no method to their
 classes; each has a number of its own), at the size of modules, for names of model families outside
-their table and toys, at the form of test names, for cells committed with an error, and
-at leaks: a cell of the story that reads a name which a proof has bound again, so that its output is
-not what a reader gets.
+their table and toys, at the form of test names, for cells committed with an error, for notebooks
+committed without their outputs, for names that the changelog sends a reader to and that are not
+there, and at leaks: a cell of the story that reads a name which a proof has bound again, so that
+its output is not what a reader gets.
 """
 
 import ast
@@ -205,11 +206,49 @@ def errors(path: Path) -> list[str]:
     return found
 
 
+def speaks(source: str) -> bool:
+    "Whether a cell prints, or ends in a value that a notebook shows."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return False
+    shows = bool(body) and isinstance(body[-1], ast.Expr)
+    return shows or any(name.id == "print" for name in names(source))
+
+
+def never_executed(path: Path) -> list[str]:
+    "A numbered notebook whose story shows values, none of which is committed."
+    story = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        code = cell["cell_type"] == "code" and speaks(re.sub(r"(?m)^\s*[%!].*$", "", source))
+        if code and not re.search(r"(?m)^#\|\s*(test|hide|export|default_exp)", source):
+            story.append(cell)
+    if path.name[0].isdigit() and story and not any(cell["outputs"] for cell in story):
+        return [f"{path.relative_to(ROOT)}: no cell has its output; run tools/execute.py on it"]
+    return []
+
+
+def moved() -> list[str]:
+    "Rows of the changelog's table that send a reader to a name that is not there."
+    found = []
+    for line in (ROOT / "CHANGELOG.md").read_text().splitlines():
+        place = re.fullmatch(r"\| `[\w.]+` \| `(\w+)\.(\w+)` \|", line)
+        if not place:
+            continue
+        module = ROOT / "llava_cot" / f"{place[1]}.py"
+        source = module.read_text() if module.exists() else ""
+        bound = {n.id for n in names(source) if isinstance(n.ctx, ast.Store)}
+        if place[2] not in bound | defined(source):
+            found.append(f"CHANGELOG.md: `{place[1]}.{place[2]}` is not there: {line}")
+    return found
+
+
 def main() -> None:
     os.chdir(ROOT)
-    found = lines() + lengths() + order() + same_numbers() + patches() + family_names()
+    found = lines() + lengths() + order() + same_numbers() + patches() + family_names() + moved()
     for path in notebooks():
-        found += leaks(path) + test_names(path) + errors(path)
+        found += leaks(path) + test_names(path) + errors(path) + never_executed(path)
     print("\n".join(found) or "tools/check.py: nothing found")
     sys.exit(bool(found))
 
