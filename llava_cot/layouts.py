@@ -40,7 +40,8 @@ KEYS = {  # what a row may say → its names, in lower case and without _ and -
     "video": "video videos videopath videofile videourl",
     "audio": "audio audios audiopath audiofile audiourl",
     "tools": "tools functions toolcalls functioncall",
-    "noted": "options choices chosen rejected context hint passage rationale reasoning thinking",
+    "noted": "options choices chosen rejected context hint passage rationale reasoning thinking"
+    " lecture explanation maxpixels minpixels",
 }
 SECOND = {  # names that count where none of those above holds anything
     "image": "imageurl imageurls imgurl filename filenames imagename imagenames",
@@ -226,7 +227,7 @@ def _content(given: str | list | dict, i: int, role: str | None) -> list[str | _
 _WHO_SAYS, _WHAT = ("from", "role", "speaker"), ("value", "content", "text")
 _LEARN = re.compile(r"loss\w*|weights?|train(able|ed|ing)?|learn(ed|able)?|supervised?")
 _LEAVE = re.compile(r"(skip|ignore|exclude|mask)(p?ed|d|s)?")
-_APART = ("reasoning", "reasoningcontent", "thinking", "refusal")
+_APART = ("reasoning", "reasoningcontent", "thinking", "thought", "thoughts", "refusal")
 
 
 def _learned(key: str) -> int | None:

@@ -189,6 +189,8 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         ("context", "c"),
         ("answer", "another"),
         ("history", [["q", "r"]]),
+        ("lecture", "l"),
+        ("max_pixels", 9),
     ):
         [note] = row_of(**{key: value}).notes
         assert note.message.startswith(f"{key} is not read"), note
@@ -207,6 +209,7 @@ def test_what_would_change_the_training_is_never_dropped_in_silence():
         ("weight", "0"),
         ("tool_calls", [{}]),
         ("reasoning_content", "hm"),
+        ("thought", "hm"),
         ("audio", "x"),
         ("image", "b.png"),
         ("shot", "b.png"),
