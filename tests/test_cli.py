@@ -978,7 +978,7 @@ def test_memory_that_is_full_is_one_line_for_every_command():
         planned = ["--model", "tiny_llava", "--length", 64]
         errors = FULL, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")
         for word, place, words in (
-            ("ask", "llava_cot.asking.Dialogue.ask", asked),
+            ("ask", "llava_cot.search.answer", asked),
             ("eval", "llava_cot.evaluate.answer", scored),
             ("plan", "llava_cot.plan.plan", planned),
         ):
