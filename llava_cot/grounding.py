@@ -8,10 +8,11 @@ __all__ = ['stems', 'ungrounded', 'contradicted', 'unsupported']
 # %% ../nbs/64_grounding.ipynb #ground-02
 import re
 from collections.abc import Iterator
+from math import isfinite
 
 from .choices import mcq
 from .metrics import options_in
-from .quantities import quantities, whole_quantity
+from .quantities import plainly, quantities, said_quantity
 from .steps import equations, in_signs, steps
 
 # %% ../nbs/64_grounding.ipynb #ground-05
@@ -45,18 +46,34 @@ def _content(*texts: str) -> set[str]:
     return found - _EMPTY or found
 
 # %% ../nbs/64_grounding.ipynb #ground-08
-_KNOWN = frozenset([*range(11), 60, 90, 100, 180, 360, 1000, 0.5])
+_KNOWN = frozenset([*range(13), 24, 32, 50, 60, 90, 100, 180, 360, 365, 1000, 30, 31])
+_KNOWN |= {0.2, 0.25, 1 / 3, 0.5, 2 / 3, 0.75, 3.14, 3.14159, 9.8, 9.81, 273}
 _LOOKS = frozenset(
     """red orange yellow green blue purple violet pink brown black white grey gray cyan magenta
     circle square triangle star rectangle hexagon pentagon cube ball sphere cylinder cone
-    diamond""".split()
+    diamond turquoise teal beige maroon crimson""".split()
 )
 _AREA = re.compile(
-    r"(?i)\bsquare (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
-    r"|km|m)\w*)"
+    r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
+    r"|km|m|face|both|of (?:a|the) (?:number|side|length|leg))\w*)"
+    r"|^(?:an?|all|every) (?:\w+ )?\w+ (?:has|have|is a|are) [^.]*"  # what is true of every square
+)
+_TALK = frozenset(
+    """total altogether sum difference number left remaining more following way case reason outcome
+    possibility option choice answer step part kind type value need pair picture image photo
+    scene diagram chart graph figure table evidence sign indication clue detail information
+    thing object item element people person side several different various visible present clear
+    clearly""".split()
+)
+_COMMON = frozenset(
+    """i ok usa us uk eu un tv dna led gps celsius fahrenheit kelvin roman arabic latin english
+    christmas halloween easter internet earth monday tuesday wednesday thursday friday saturday
+    sunday january february march april may june july august september october november
+    december""".split()
 )
 _SEES = re.compile(
-    r"(?i)\b(?:there (?:is|are|was|were)(?: also)?|(?:also )?(?:shows?|contains?|includes?"
+    r"(?i)(?<!which )(?<!that )\b(?:there (?:is|are|was|were)(?: also)?"
+    r"|(?:also )?(?:shows?|contains?|includes?"
     r"|depicts?)"
     r"|(?:next to|beside|behind|near|above|below|under) (?:it|them|this|that) (?:is|are"
     r"|stands?|lies)"
@@ -64,36 +81,123 @@ _SEES = re.compile(
 )
 
 
-def _strange_numbers(step: str, known: set[float]) -> list[float]:
-    "The numbers of a step that are not known; what its equations hold counts from then on as"
-    " known."
+def _numbers_in(text: str) -> set[float]:
+    "The numbers of a text, as they count and as they are written: `$1.2M`, `9/5`."
+    said = quantities(text)
+    written = {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", plainly(text))}
+    return {abs(q.value) for q in said} | written
+
+
+def _follows(n: float, seen: set[float]) -> bool:
+    "Whether one operation makes a number of known ones: sum, share, percent, mean, square."
+    if any(_near(n, m * by) for m in seen | _KNOWN for by in (1, 100, 0.01)):
+        return True
+    if any(_near(n, m * m) or _near(n * n, m) for m in seen | _KNOWN if m > 1):
+        return True
+    own = sorted(seen)[:40]
+    for a in own:
+        for b in [*own, 2, 10]:
+            ways = (a + b, abs(a - b), a * b, (a + b) / 2, a / b if b else a)
+            ways += (100 * (a - b) / b if b else a,)
+            if any(_near(n, abs(way)) or _near(n, abs(way) * 100) for way in ways):
+                return True
+    return False
+
+
+def _near(a: float, b: float) -> bool:
+    "Whether two numbers are equal, or one is the other rounded to two places."
+    if not (isfinite(a) and isfinite(b)):
+        return a == b
+    return abs(a - b) <= (1e-9 * abs(b) if b == int(b) else 0.005)
+
+
+_ROUGHLY = re.compile(
+    r"(?i)(?:about|around|approximately|roughly|nearly|almost|estimated?|close to|~|≈)\s*[$€£]?$"
+)
+
+
+def _strange_numbers(step: str, seen: set[float]) -> list[float]:
+    "The numbers of a step that are not known and do not follow; those that do are known then."
+    text = in_signs(step).replace("**", "^")
     given = {side for e in equations(step) for side in (abs(e.value), abs(e.said))}
-    there = {abs(q.value) for q in quantities(in_signs(step))}
-    strange = sorted(there - given - known)
-    known |= given if strange else given | there
+    firm = [q for q in quantities(text) if not _ROUGHLY.search(text[: q.start])]
+    there = {abs(q.value) for q in firm}
+    for q in firm:
+        if "/" in q.written:  # 5/8 is made of 5 and 8
+            there -= {abs(q.value)}
+            there |= {float(n) for n in re.findall(r"\d+", q.written)}
+    strange = []
+    for n in sorted(there - given - seen - _KNOWN):
+        if _follows(n, seen | given):
+            seen.add(n)
+        else:
+            strange.append(n)
+    seen |= given if strange else given | there
     return strange
+
+
+def _is_common(name: str, step: str) -> bool:
+    "Whether a name says where something is from, or whose law it is: *Japanese*, *Ohm's law*."
+    word = re.sub(r"['’]s$", "", name)
+    its = re.search(
+        rf"\b{re.escape(name)}(?:\s+\w+)?\s+(?:theorem|law|rule|formula|equation)", step
+    )
+    ends = re.search(r"(?:ean|ian|can|man|ese|ish|ic|ism|ist)s?$", word)
+    return bool(its or ends or word.lower() in _COMMON or len(word) == 1)
+
+
+def _is_known(name: str, known: set[str]) -> bool:
+    "Whether a name stands there, or its beginning: *Thursday* where there is *Thu*."
+    stem = _stem(name)
+    return (
+        stem in known
+        or name.lower() in known
+        or any(
+            len(k) > 2
+            and k not in _EMPTY
+            and (stem.startswith(k) or k.startswith(stem) and len(stem) > 2)
+            for k in known
+        )
+    )
+
+
+_USUAL = re.compile(r"(?i)\b(?:typically|usually|often|generally|commonly|normally|tends?)\b")
+_THERE = re.compile(
+    r"(?i)\d|\b(?:reads?|says?|labell?ed|sign|signed|stamp|written|named|stands?|lies|beside"
+    r"|next to|near|behind|left|right|above|below|see|shows?|there)\b"
+)
+_VISIBLE = re.compile(
+    r"(?i)\b(?:an?|another|some)\s+(?P<what>[^.;:!?,]{1,40}?)\s+(?:is|are) (?:also )?"
+    r"(?:visible|seen|shown|depicted)\b"
+)
 
 
 def _strange_words(step: str, known: set[str]) -> list[str]:
     "Names, looks, and things that are claimed to be seen, which are not known."
+    if _USUAL.search(step):
+        return []  # of such things in general
     found = [
-        name for name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", step) if _stem(name) not in known
+        name
+        for name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", step)
+        if _THERE.search(step) and not _is_known(name, known) and not _is_common(name, step)
     ]
-    for m in _SEES.finditer(step):
+    for m in (*_SEES.finditer(step), *_VISIBLE.finditer(step)):
         phrase = re.split(r",|\b(?:which|that|because)\b", m["what"])[0]
-        words = [w for w in re.findall(r"[^\W\d_]{2,}", phrase) if w.lower() not in _EMPTY]
-        new = [w for w in words if _stem(w) not in known]
-        if 2 * len(new) >= len(words):
+        words = [w for w in re.findall(r"[^\W\d_]{2,}", phrase) if _stem(w) not in _EMPTY]
+        new = [w for w in words if not _is_known(w, known) and _stem(w) not in _TALK]
+        if new and 2 * len(new) >= len(words) and not re.match(r"(?:no|not|nothing)\b", phrase):
             found += new
     looks = [w for w in re.findall(r"[a-z]+", _AREA.sub("", step).lower()) if _stem(w) in _LOOKS]
-    return found + [w for w in looks if _stem(w) not in known]
+    return found + [w for w in looks if not any(k.endswith(_stem(w)) for k in known)]
 
 
 def ungrounded(reasoning: str, caption: str, question: str) -> Iterator[tuple[int, str]]:
     "Place and message of each step that uses what stands neither in the question nor in the"
     " caption."
-    known = stems(caption, question)
-    numbers = {abs(q.value) for t in (caption, question) for q in quantities(t)} | _KNOWN
+    known = stems(caption, question) | {
+        w.lower() for w in re.findall(r"\w+", f"{caption} {question}")
+    }
+    numbers = _numbers_in(caption) | _numbers_in(question)
     for step in steps(reasoning):
         strange = [f"{n:g}" for n in _strange_numbers(step.text, numbers)]
         strange += _strange_words(step.text, known)
@@ -101,16 +205,24 @@ def ungrounded(reasoning: str, caption: str, question: str) -> Iterator[tuple[in
             yield step.start, f"{strange[0]} stands neither in the question nor in the caption"
 
 # %% ../nbs/64_grounding.ipynb #ground-12
+_NUMBERED = frozenset(
+    """step label row column question option figure angle side page day line point group section
+    part case stage level phase round week year chapter item number statement answer""".split()
+)  # Step 2 is no other number of a step than 1
+
+
 def _claims(text: str) -> dict[str, list[tuple[float, int]]]:
     "Name → the numbers said of it, with their places; only from clauses with one name and"
     " one number."
     found = {}
     for step in steps(text):
-        for clause in re.split(r",|;| and ", step.text):
-            if re.search(r"\d\s*[-+*/×=<>]", clause):
+        for clause in re.split(r",(?!\d)|;| and ", step.text):
+            if re.search(r"\d\s*[-+*/×=<>]|\bdays?\b", clause):
                 continue
             names = {
-                w for w in re.findall(r"\b[A-Z][a-z]{2,}\b", clause) if w.lower() not in _EMPTY
+                w
+                for w in re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
+                if w.lower() not in _EMPTY | _NUMBERED
             }
             numbers = {q.value for q in quantities(clause)}
             if len(names) == len(numbers) == 1:
@@ -128,37 +240,67 @@ def contradicted(reasoning: str, caption: str) -> Iterator[tuple[int, str]]:
                 yield start, f"{name} is {value:g} here and {min(first):g} before"
 
 # %% ../nbs/64_grounding.ipynb #ground-16
+_ENDS = re.compile(r"(?i)\b(?:so|thus|therefore|hence|overall|answer|belongs)\b")
+
+
 def _not_its_number(conclusion: str, its: list) -> str:
     "What is wrong with a conclusion that is a number."
-    wanted = whole_quantity(conclusion).value
-    for step in its[:-3:-1]:
-        found = equations(step.text)
-        values = [found[-1].said] if found else [q.value for q in quantities(step.text)]
-        if values:
-            ok = any(abs(value - wanted) <= 1e-9 * max(1, abs(value)) for value in values)
-            return "" if ok else f"the last step gives {values[-1]:g}, the conclusion {wanted:g}"
-    return ""
+    said, given = said_quantity(conclusion), []
+    wanted = {abs(said.value)} | (set() if "/" in said.written else _numbers_in(said.written))
+    computing = False
+    for step in reversed(its):
+        values = results = [abs(e.said) for e in equations(step.text)]
+        if not results and not computing:  # before a computation stand what it takes
+            values = [abs(q.value) for q in quantities(step.text)]
+        computing |= bool(results)
+        given += values
+        if values and _ENDS.search(step.text) or len(given) > len(values) > 0:
+            break  # the last two steps that give something, or the one that concludes
+    told = " ".join((conclusion, *(step.text for step in its)))
+    scales = {1, *((100, 0.01) if "%" in told or "percent" in told else ())}
+    scales |= {1e3} if "thousand" in told else set()
+    scales |= {1e6} if "million" in told else set()
+    if not given or any(_near(v * by, w) for v in given for w in wanted for by in scales):
+        return ""
+    return f"the last step gives {given[0]:g}, the conclusion {said.value:g}"
 
 
-def _not_its_words(conclusion: str, last: str) -> str:
+def _held(words: set[str], text: str) -> int:
+    "How many of some stems a text has, or words that begin like them: *happiness*, *happy*."
+    there = stems(text)
+    return sum(any(w == t or len(w) > 3 and w[:4] == t[:4] for t in there) for w in words)
+
+
+def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
+    "Whether a conclusion is a name or a colour, of which reasoning names others, too."
+    name = conclusion.strip(" .").split()[-1]
+    return name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", whole) or bool(words & _LOOKS)
+
+
+def _not_its_words(conclusion: str, its: list, question: str) -> str:
     "What is wrong with a conclusion that is words."
-    words, clause = (
-        _content(conclusion),
-        re.split(
-            r",|\b(?:[Ss]o|[Tt]hus|[Tt]herefore"
-            r"|[Hh]ence)\b",
-            last,
-        )[-1],
-    )
-    said = _content(clause)
+    last, whole = its[-1].text, " ".join(step.text for step in its)
+    if not stems(conclusion):  # a time, a ratio
+        strange = _numbers_in(conclusion) - _numbers_in(whole)
+        return f"no step speaks of {min(strange):g}" if strange else ""
+    clause = re.split(r",|\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b", last)[-1]
+    words, said = _content(conclusion), _content(clause)
     if {"yes"} == words or {"no"} == words:
         other = {"yes": "no", "no": "yes"}[min(words)]
-        return "the last step says the opposite" if said == {other} else ""
+        denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
+        opposed = denied and words == {"yes"} and _content(denied[1]) <= stems(question)
+        return "the last step says the opposite" if said == {other} or opposed else ""
+    words = words - {"yes", "no"} or words
     bare = not re.search(r"\b(?:is|are|was|were|has|have|to)\b", clause)
+    names = {_stem(w) for w in re.findall(r"(?<=\S )[A-Z]\w+", conclusion)}
     if bare and len(said) <= 2 and len(words) <= 2 and said & words:
         ok = said == words
+    elif _ENDS.search(last) or _is_one_of_several(words, conclusion, f"{question} {whole}"):
+        ok = 2 * _held(words, last) >= len(words)
     else:
-        ok = len(words & stems(last)) >= (len(words) if len(words) <= 3 else len(words) / 2)
+        ok = 2 * _held(words, whole) >= len(words)
+    ok |= len(words) > 3 and _held(words - stems(question), whole) > 0  # a sentence of its own
+    ok &= names <= stems(whole, question)
     return "" if ok else f"the last step does not speak of {conclusion[:40]}"
 
 
@@ -168,12 +310,20 @@ def unsupported(conclusion: str, reasoning: str, question: str) -> Iterator[tupl
     if not its:
         return
     last, letter = its[-1], conclusion.strip(" .()").upper()
+    if len(its) > 1 and re.match(
+        r"(?i)\W*(?:\w+ ){0,3}(?:supports?|confirms?|fits?|agrees?)\b", last.text
+    ):
+        last = its[-2]  # of which it says no more than that it is so
     if letter in options:
         ok = _content(options[letter]) <= stems(last.text) or mcq(last.text, options) == letter
+        others = (_content(own) for key, own in options.items() if key != letter)
+        named = sum(own <= stems(last.text) for own in others)
+        if not ok and named != 1:  # the last names none of them, or rules them out
+            ok = _content(options[letter]) <= stems(reasoning)
         why = "" if ok else f"the last step does not speak of {letter}, {options[letter]}"
-    elif whole_quantity(conclusion):
+    elif said_quantity(conclusion) and not re.search(r"\d:\d", conclusion):
         why = _not_its_number(conclusion, its)
     else:
-        why = _not_its_words(conclusion, last.text)
+        why = _not_its_words(conclusion, [*its[: its.index(last)], last], question)
     if why:
         yield last.start, why

@@ -86,8 +86,8 @@ def _with_point(text: str) -> str:
 _NUMERAL = re.compile(
     r"(?:(?<=^)|(?<=[^\w.]))(?P<sign>(?:-|minus |negative"
     r" )\s?)?(?P<money>(?:US)?[$€£¥])?\s?(?P<inner>-)?"
-    r"(?:(?P<whole>\d+)\s+(?P<up>\d+)\s?/\s?(?P<down>[1-9]\d*)(?![\d./])"
-    r"|(?P<num>\d+)\s?/\s?(?P<den>[1-9]\d*)(?![\d./])"
+    r"(?:(?P<whole>\d+)\s+(?P<up>\d+)\s?/\s?(?P<down>[1-9]\d*)(?![\d/]|\.\d)"
+    r"|(?P<num>\d+)\s?/\s?(?P<den>[1-9]\d*)(?![\d/]|\.\d)"
     r"|(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:\s?[×x*]\s?10\s?\^?\s?\{?(?P<ten>[-+]?\d+)\}?|[eE](?P<exp>[-+]?\d+))?)"
     r"(?P<short>(?:k|K|M|mn|B|bn)(?![\w]))?"

@@ -62,9 +62,15 @@ _EQUATION = re.compile(rf"(?<![\w.])({_EXPRESSION})(?={_EQUALS}({_EXPRESSION}))"
 _OPERATION = re.compile(r"\d\S*\s*(?:\*\*|[-+*/])\s*[($€£]*\d")
 
 
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_DIGITS = re.compile(rf"(?i)\b(?:{'|'.join(_ONES)})\b")
+
+
 def in_signs(text: str) -> str:
     "A text with its operations as signs: *plus* as `+`, `×` as `*`."
     text = plainly(text)
+    if re.search(r"\b(?:plus|minus|times)\b", text):
+        text = _DIGITS.sub(lambda m: str(_ONES.index(m[0].lower())), text)
     for said, sign in _SAID:
         text = re.sub(said, sign, text)
     return text
@@ -94,10 +100,15 @@ def _worth(node: ast.AST) -> float:
     return float("nan")
 
 
+_LETTER = re.compile(r"π|\d(?:[a-fj-kn-rt-z](?![a-zA-Z%])|[a-z]\s?\*\*)")  # 2x, 25π, 3a; but 3 m
+
+
 def computed(
     expression: str,  # numbers, `+ - * / **`, brackets, and units
 ) -> float | None:
     "What an expression is worth; `None` where it cannot be computed."
+    if _LETTER.search(expression):
+        return None
     text = re.sub(r"(?<=\d),(?=\d{3})", "", expression)
     text = re.sub(r"(?<=[a-zA-Z])\*\*[23]|/[a-z]+", "", text)
     text = re.sub(r"[^\d.+*/()\- ]", "", text).strip()
@@ -126,6 +137,11 @@ def equations(text: str) -> list[Equation]:
     "The equations of numbers in a text; of a chain each link."
     text, found = in_signs(text), []
     for m in _EQUATION.finditer(text):
+        if re.search(r"[\w)°%]\s*[-+*/]\s*$", text[max(0, m.start() - 20) : m.start()]):
+            continue  # the rest of something longer: x + 115 = 180
+        before, after = text[max(0, m.start() - 20) : m.start()], text[m.end(3) : m.end(3) + 20]
+        if re.search(r"\d(?:\s+:\s*|:)$", before) or re.match(r"(?:\s+:\s*|:)\d", after):
+            continue  # a ratio
         left, sign, right = m[1], m[2], m[3]
         value, said = computed(left), computed(right)
         if value is None or said is None:
@@ -141,6 +157,8 @@ def _agrees(e: Equation) -> bool:
     decimals = max((len(d) for d in re.findall(r"\.(\d+)", e.right)), default=0)
     exact = decimals == 0 and e.value.is_integer() and e.sign != "≈"
     loose = 1e-9 if exact else 0.5 * 10.0**-decimals * (1 + 1e-6)
+    if "/" in e.right and e.sign != "≈":
+        loose = 1e-6 * abs(e.value)  # a fraction is not rounded
     if e.sign == "≈":
         loose = max(loose, 0.01 * abs(e.value))
     either = {e.value}

@@ -12,6 +12,7 @@ from types import MethodType, SimpleNamespace
 
 import torch
 from transformers import PixtralProcessor
+from transformers.image_utils import SizeDict
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.idefics3 import processing_idefics3 as idefics3
 from transformers.models.internvl import processing_internvl as internvl
@@ -385,6 +386,19 @@ class Llama4Processor(llama4.Llama4Processor):
         marks = self.start_of_img_token, self.end_of_img_token, self.tile_token
         written = self.image_token, self.img_patch_token, self.tile_global_token, *marks
         return self.tokenizer.convert_tokens_to_ids(written)
+
+    def _get_num_multimodal_tokens(self, image_sizes, **kwargs) -> dict:
+        "As other processors tell it: tokens of pictures of these sizes, without looking at one."
+        from transformers.models.llama4 import image_processing_llama4 as cut  # wants torchvision
+
+        pixels, tile = self.image_processor, SizeDict(**dict(self.image_processor.size))
+        grids = torch.tensor(cut.find_supported_resolutions(pixels.max_patches, tile))
+        own, found = (tile.height // self.patch_size) ** 2 // self.downsample_ratio, []
+        for size in image_sizes:
+            grid = cut.get_best_fit(size, grids, pixels.resize_to_max_canvas) // tile.height
+            n = int(grid.prod())
+            found.append((n + 1) * own + n if n > 1 else own)  # each tile ends in a separator
+        return {"num_image_tokens": found}
 
 # %% ../nbs/18_tiled.ipynb #td-l4-see
 def _llama4_tokens(config):

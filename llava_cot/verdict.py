@@ -110,18 +110,18 @@ def fit_weights(
 
 # %% ../nbs/67_verdict.ipynb #verdic-16
 WEIGHTS = {
-    "sound": 3.48,
-    "format": 6.62,
-    "arithmetic": 6.03,
-    "repetition": 6.62,
-    "ungrounded": 6.62,
-    "contradiction": 5.64,
-    "unsupported": 6.62,
-    "copied": 5.64,
-    "truncated": 5.64,
-    "missing step": 6.52,
-    "order": 6.07,
-    "other": 5.64,
+    "sound": 3.46,
+    "format": 6.66,
+    "arithmetic": 6.1,
+    "repetition": 6.66,
+    "ungrounded": 6.66,
+    "contradiction": 5.74,
+    "unsupported": 6.66,
+    "copied": 5.74,
+    "truncated": 5.74,
+    "missing step": 6.66,
+    "order": 6.5,
+    "other": 5.74,
 }
 
 # %% ../nbs/67_verdict.ipynb #verdic-19

@@ -22,8 +22,18 @@ def test_what_was_made_up_is_found():
         "Red cubes: 4. Blue balls: 3. Comparing them, 4 - 3 = 1.",
         "There are 4 cubes, and there are also balls. 4 + 3 = 7. Then 7 things stand on the floor.",
         "The angles add up to 180 degrees. 180 - 3 = 177. The area is 9 × 4 = 36 square centimetres.",
+        "There are 4 + 3 = 7 things in total. There is no evidence of others. About 57% are cubes.",
+        "By the Pythagorean theorem, 3² + 4² = 9 + 16 = 25. A cube has six square faces.",
     ):
         assert not list(ungrounded(sound, seen, asked)), sound
+    table = "Mon 15, Tue 22, Thu 31; Q1 $1.2M, Q2 $1.5M; from 19:30 to 21:45; a fifth of 250."
+    for sound in (
+        "Thursday has 31, which is 9 more than Tuesday. Q2 is 0.3 above Q1, 25% more.",
+        "From 19:30 to 21:30 it is 2 hours, and 15 minutes until 21:45. A fifth is 50.",
+    ):
+        assert not list(ungrounded(sound, table, "")), sound
+    for made_up in ("Friday has 27.", "Q3 is 0.9.", "In Q1 it was 1.4.", "There is also Sunday."):
+        assert list(ungrounded(f"It rises. The value of {made_up}", table, "")), made_up
 
 
 def test_another_number_than_before_is_found():
@@ -47,6 +57,15 @@ def test_a_conclusion_that_its_reasons_do_not_give_is_found():
         ("winter", "Together they point to winter."),
     ]
     for end, why in supported_:
+        assert not list(unsupported(end, why, "")), end
+    for end, why in (
+        ("$2.7M", "Adding these gives 1.2 + 1.5 = 2.7 million dollars."),
+        ("25%", "As a share this is 50 / 200 = 0.25, i.e. 25%."),
+        ("5/8", "So 8 - 3 = 5 are left. That is 5/8."),
+        ("Autumn", "Orange leaves are typical of autumn. Fallen ones support this."),
+        ("inversely related", "The curve describes an inverse relationship."),
+        ("a wooden spoon", "He holds a wooden spoon. It is likely that he is stirring soup."),
+    ):
         assert not list(unsupported(end, why, "")), end
     for end, why in zip("42;160 cm²;3;left;Turin;Prof. L. Vance;no;a drought".split(";"), supported_):
         assert list(unsupported(end, why[1], "")), end

@@ -45,7 +45,8 @@ def test_relaxed_numbers_are_those_of_a_careful_reader():
         " 1234_dollars|$1,234 1,200,000|1.2_million 60_degrees|60° Blue|blue Team_3|Team_3"
         " 1.5_hours|90_minutes"
         " There_are_5_dogs.|5 52-13=39|39 seventy_five|75 1.234,5|1.234,5"
-        " four_point_two|4.2 5_bn|5_billion 2.5_crore|25000000 hundred|100 exactly_5|5 about_5|5"
+        " four_point_two|4.2 5_bn|5_billion 2.5_crore|25000000 hundred|100"
+        " exactly_5|5 about_5|5 5/8.|0.625"
     )
     apart = (
         "-5|5 0.01|0 10_cm|10_m 5_dogs_and_3_cats|5 3|Team_3 10:31|10:30 2010|2010-2012 $5|€5"

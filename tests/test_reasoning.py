@@ -2,8 +2,11 @@
 import pytest
 from llava_cot.reasoning import *
 
+import json
 import random
 import tempfile
+from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_cot import shapes
-from llava_cot.cot import DIRECT, LLAMAV_O1, LLAVA_COT, THINK, CoT, parse, render, said, to_format
+from llava_cot.cot import (
+    DIRECT,
+    LLAMAV_O1,
+    LLAVA_COT,
+    STAGES,
+    THINK,
+    CoT,
+    parse,
+    render,
+    said,
+    to_format,
+)
 from llava_cot.data import answer_text, question
 from llava_cot.metrics import EvaluateError, is_right, reference
 from llava_cot.search import Answer
@@ -80,6 +94,23 @@ def test_soundness_finds_a_planted_fault_and_says_where():
 
 
     holds()
+
+
+def test_sound_answers_in_free_prose_raise_few_alarms():
+    alarms, missed, n = [], [], Counter()
+    file = files("llava_cot") / "assets" / "prose_answers.jsonl"
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        text = "".join(f"<{k}> {row.get(k.lower(), 'Look.')} </{k}>\n\n" for k in STAGES).strip()
+        user = dict(role="user", content=[dict(type="text", text=row["question"])])
+        problems = soundness(dict(messages=[user]), text)
+        n[row["fault"] is None] += 1
+        if problems and row["fault"] is None:
+            alarms.append(row["question"])
+        if row["fault"] and not problems:
+            missed.append(row["question"])
+    assert n[True] == 165 and n[False] == 84
+    assert len(alarms) <= 0.05 * n[True], alarms
+    assert len(missed) <= 0.2 * n[False], missed
 
 
 def test_faults_in_shapes_are_found_with_the_scene_hidden():
