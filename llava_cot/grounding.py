@@ -56,7 +56,6 @@ _LOOKS = frozenset(
 _AREA = re.compile(
     r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
     r"|km|m|face|both|of (?:a|the) (?:number|side|length|leg))\w*)"
-    r"|^(?:an?|all|every) (?:\w+ )?\w+ (?:has|have|is a|are) [^.]*"  # what is true of every square
 )
 _TALK = frozenset(
     """total altogether sum difference number left remaining more following way case reason outcome

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rapidfuzz import fuzz
 
-from .quantities import plainly, quantities
+from .quantities import in_figures, plainly, quantities
 
 # %% ../nbs/63_steps.ipynb #steps-05
 @dataclass(frozen=True)
@@ -62,15 +62,11 @@ _EQUATION = re.compile(rf"(?<![\w.])({_EXPRESSION})(?={_EQUALS}({_EXPRESSION}))"
 _OPERATION = re.compile(r"\d\S*\s*(?:\*\*|[-+*/])\s*[($€£]*\d")
 
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_DIGITS = re.compile(rf"(?i)\b(?:{'|'.join(_ONES)})\b")
-
-
 def in_signs(text: str) -> str:
     "A text with its operations as signs: *plus* as `+`, `×` as `*`."
     text = plainly(text)
     if re.search(r"\b(?:plus|minus|times)\b", text):
-        text = _DIGITS.sub(lambda m: str(_ONES.index(m[0].lower())), text)
+        text = in_figures(text)
     for said, sign in _SAID:
         text = re.sub(said, sign, text)
     return text

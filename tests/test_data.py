@@ -1146,14 +1146,13 @@ def test_mix_weighs_and_keeps_ids_unique():
                 mix(*bad)
 
 
-def test_a_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
+def test_two_hundred_mutated_rows_are_loaded_and_trained_on_or_refused_in_one_line():
     with tempfile.TemporaryDirectory() as home, warnings.catch_warnings(action="ignore"):
         home = Path(home)
         (home / "p").mkdir()
         (home / "p/a.png").write_bytes(RED)
-        counts, left = survive(home, 100, seed=0)
-        loaded = [counts["loaded", kind] for kind in (".jsonl", "")]
-        assert min(loaded) > 0 and sum(loaded) > 6 and counts["fields"] > 10
+        counts, left = survive(home, 200, seed=0)
+        assert counts["loaded", ".jsonl"] > 3 and counts["loaded", ""] > 3 and counts["fields"] > 10
         assert math.isfinite(first_update(left[:16], home)["loss"])
 
 

@@ -16,6 +16,8 @@ def test_what_was_made_up_is_found():
         "It stands beside Norwood & Co.",
         "The depth is 23 cm.",
         "The green ones count, too.",
+        "All balls are green.",
+        "A ball has green dots.",
     ):
         assert list(ungrounded(f"Red cubes: 4. {made_up} 4 - 3 = 1.", seen, asked)), made_up
     for sound in (

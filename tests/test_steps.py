@@ -28,12 +28,13 @@ def test_arithmetic_is_done_again():
         " 275 km|It is 5 o'clock"
         "|So 2x = 8|x + 115° = 180°|3y² = 27|the area is 25π = 78.5|- 3 + 4 = 7"
         ""
-        "|Five plus four makes nine|3/12 + 4/12 = 7/12"
+        "|Five plus four makes nine|Thirty-five plus five is 40|3/12 + 4/12 = 7/12"
         "|multiply and add 32: 25 × 9/5 = 45|the ratio 36 : 4 = 9 : 1"
     )
     false_ = (
         "52 - 13 = 38|24% + 15% = 38%|9 × 18 = 163|20% of 50 is 12|10 / 3 = 3.5|2 plus 2"
-        " gives 5|3 = 4|5 is more than 7|Five plus four makes ten|3/12 + 4/12 = 8/12"
+        " gives 5|3 = 4|5 is more than 7"
+        "|Five plus four makes ten|Thirty-five plus five is 41|3/12 + 4/12 = 8/12"
     )
     for text in true_.split("|"):
         assert not list(false_arithmetic(text)), text
