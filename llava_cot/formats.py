@@ -238,7 +238,10 @@ def _why_no_separators(fmt: CoTFormat) -> str | None:
         for stage, one in zip(fmt.stages, each):
             if one and not _is_line(one):
                 return f"{name}: found {one!r}, expected one line without blanks around it"
-            if "{n}" in one and stage not in fmt.repeatable:
+            counts = one.replace("{stage}", stage).count("{n}")
+            if counts > 1:
+                return f"{name}: {one!r} of {stage!r} counts {counts} times, expected one {{n}}"
+            if counts and stage not in fmt.repeatable:
                 return f"{name}: {one!r} counts, but {stage} is not repeatable"
     silent = [stage for stage in fmt.stages if not fmt.opening(stage)]
     if silent and (silent != [fmt.stages[-1]] or not all(map(fmt.closing, fmt.stages[:-1]))):

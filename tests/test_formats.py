@@ -51,6 +51,8 @@ def test_a_format_is_its_fields():
         dict(stages=("a", "b"), close="<{stage}>"),
         dict(stages=("a", "b"), tags=False, repeatable=("a",)),
         dict(stages=("a", "b"), open=" <{stage}>"),
+        dict(stages=("a", "b"), open=("<a {n} of {n}>", "<b>"), repeatable=("a",)),
+        dict(stages=("{n}", "b"), open=("<{stage} {n}>", "<b>"), repeatable=("{n}",)),
     ]
     for wrong in IMPOSSIBLE:
         with pytest.raises(CoTError, match="mine"):
