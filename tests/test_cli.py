@@ -799,27 +799,31 @@ import contextlib, io, sys
 from llava_cot import cli, commands
 with contextlib.redirect_stdout(io.StringIO()):
     try: {}
-    except SystemExit: pass
+    except SystemExit as e: assert not e.code, e
 print(*sorted({{m.split('.')[0] for m in sys.modules}} & set('{}'.split())))
 """
+
+
+    def loaded(does, among=large):
+        "Which of these libraries a new Python has loaded after that."
+        words = [sys.executable, "-c", script.format(does, among)]
+        p = subprocess.run(words, capture_output=True, text=True)
+        assert p.returncode == 0, (does, p.stderr)
+        return p.stdout.strip()
+
+
     for does in (
         "commands.recipes()",
         "cli.main(['--help'])",
         "cli.main(['train', '--help'])",
         "cli.main(['plan', '--help'])",
     ):
-        p = subprocess.run(
-            [sys.executable, "-c", script.format(does, large)], capture_output=True, text=True
-        )
-        assert p.returncode == 0 and p.stdout.strip() == "", (does, p.stdout, p.stderr)
+        assert loaded(does) == "", does
     with tempfile.TemporaryDirectory() as d:
         row = {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "2"}]}
         (Path(d) / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        does = f"print(cli.main(['check', {str(Path(d) / 'rows.jsonl')!r}, '--fmt', 'none']))"
-        p = subprocess.run(
-            [sys.executable, "-c", script.format(does, "torch")], capture_output=True, text=True
-        )
-        assert p.returncode == 0 and p.stdout.strip() == "", (does, p.stdout, p.stderr)
+        words = ["check", str(Path(d) / "rows.jsonl"), "--fmt", "none"]
+        assert loaded(f"assert cli.main({words}) == 0", "torch datasets") == "datasets"
 
 
 def test_wrong_input_is_one_line_and_writes_nothing():

@@ -123,9 +123,9 @@ def test_the_beginning_of_a_file_says_its_layout():
                 file = Path(home) / f"train{suffix}"
                 file.write_text(text, encoding="utf-8")
                 source = JsonRows(file, find_images(Path(home)))
-                read = [r for portion in source.portions(2) for r in source.examples(portion)]
-                assert [r.id for r in read] == ["0", "1", "2"], (suffix, text[:40])
-                assert all(r.example for r in read)
+                of_layout = [r for portion in source.portions(2) for r in source.examples(portion)]
+                assert [r.id for r in of_layout] == ["0", "1", "2"], (suffix, text[:40])
+                assert all(r.example for r in of_layout)
 
 
 def test_workers_give_results_in_order_and_pass_errors_on():
