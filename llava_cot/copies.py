@@ -48,7 +48,7 @@ def phash(image: PILImage.Image) -> int:  # 64 bits, the slowest frequency first
     return int(_signs(_WAVES @ _thumbnail(image).astype(float) @ _WAVES.T)[0])
 
 # %% ../nbs/11_copies.ipynb #copies-kept
-@dataclass
+@dataclass(slots=True)
 class PictureHash:
     "What is kept of a picture that could be decoded."
 

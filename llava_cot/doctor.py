@@ -177,7 +177,7 @@ def _placement(
     return "end" if with_image[0][-1] == "image" else "inside"
 
 # %% ../nbs/12_doctor.ipynb #d064
-@dataclass
+@dataclass(slots=True)
 class _RowSurvey:
     "What one row says of itself, sent back from a worker."
 

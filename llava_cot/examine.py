@@ -61,11 +61,11 @@ def check(
 # %% ../nbs/81_examine.ipynb #px-processor
 def _processor(model: str | None, budget: dict):
     "The processor of a model under a pixel budget; None without a model."
-    from llava_cot.pixels import with_budget
-    from llava_cot.tiny import open_processor
-
     asked = next((name for name, found in budget.items() if found is not None), None)
     if model:
+        from llava_cot.pixels import with_budget
+        from llava_cot.tiny import open_processor
+
         return with_budget(open_processor(model), **budget)
     if asked:
         raise CliError(f"{asked}: found no model whose pictures it could be for; give --model, too")

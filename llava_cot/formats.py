@@ -272,7 +272,8 @@ def _either(fmt: CoTFormat, written) -> str:
     "What matches any of the separators, the longest first: `k3` is the third, `n3` its number."
     known = known_separators(fmt)
     order = sorted(range(len(known)), key=lambda i: -len(known[i][2]))
-    either = [f"(?P<k{i}>{written(known[i][2], f'(?P<n{i}>[0-9]{{1,4}})')})" for i in order]
+    # the group is empty and stands last: a pattern that begins with letters is found faster
+    either = [f"{written(known[i][2], f'(?P<n{i}>[0-9]{{1,4}})')}(?P<k{i}>)" for i in order]
     return "|".join(either) or "(?!)"
 
 

@@ -561,13 +561,15 @@ def flaws(
     if max(spread) <= _BLANK:
         least = ", ".join(str(low) for low, _ in image.getextrema())
         return [("blank_image", f"is blank: no value is over {max(spread)} from {least}")]
+    if not deep:
+        return []
     values = np.asarray(image)
     ends = {"darkest": (values <= 1).mean(), "brightest": (values >= 254).mean()}
     end = max(ends, key=ends.get)
-    if deep and ends[end] >= _END:
+    if ends[end] >= _END:
         said = f"has more than 8 bits, and {ends[end]:.1%} of it fall on the {end} of 8"
         return [("clipped_image", said)]
-    if deep and values.max() < 32:
+    if values.max() < 32:
         return [("clipped_image", f"has 16 bits, and its brightest of 8 is {values.max()} of 255")]
     return []
 

@@ -812,6 +812,14 @@ print(*sorted({{m.split('.')[0] for m in sys.modules}} & set('{}'.split())))
             [sys.executable, "-c", script.format(does, large)], capture_output=True, text=True
         )
         assert p.returncode == 0 and p.stdout.strip() == "", (does, p.stdout, p.stderr)
+    with tempfile.TemporaryDirectory() as d:
+        row = {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "2"}]}
+        (Path(d) / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        does = f"print(cli.main(['check', {str(Path(d) / 'rows.jsonl')!r}, '--fmt', 'none']))"
+        p = subprocess.run(
+            [sys.executable, "-c", script.format(does, "torch")], capture_output=True, text=True
+        )
+        assert p.returncode == 0 and p.stdout.strip() == "", (does, p.stdout, p.stderr)
 
 
 def test_wrong_input_is_one_line_and_writes_nothing():
