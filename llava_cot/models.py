@@ -30,7 +30,7 @@ from transformers import (
 
 from .cot import SEPARATORS
 from .families import FAMILIES as FAMILIES
-from .families import family_of, parts, select, without_gradient
+from .families import check_template, family_of, parts, select, without_gradient
 from .files import whole_folder, write_file
 from llava_cot.opening import (
     adapter_base,
@@ -99,7 +99,8 @@ def load_processor(
     "The processor alone, without weights; what is wrong with it is a `ModelError`, as in `load`."
     name, config = str(name_or_path), load_config(name_or_path)
     base = adapter_base(name, root_of(name))
-    return _adapter_processor(name, base, config) if base else _processor(name, config)
+    found = _adapter_processor(name, base, config) if base else _processor(name, config)
+    return check_template(found, chat_template_of(found), name, root_of(name))
 
 # %% ../nbs/21_models.ipynb #mo-skeleton
 def load_skeleton(

@@ -137,9 +137,9 @@ def read_config(
     root: Path,  # where its small files lie: `root_of(name)`
 ) -> PreTrainedConfig:
     "The config of a folder or hub name; every way this can fail is a `ModelError` of one line."
-    check_pointers(root)
     if not (root / "config.json").is_file():
-        raise ModelError(_no_config(root))
+        raise ModelError(_no_config(root))  # before any other file is read: it may have no end
+    check_pointers(root)
     found = read_json(root / "config.json")
     kind = found.get("model_type")
     family_of(SimpleNamespace(model_type=kind), name)

@@ -234,6 +234,11 @@ def unnamed(folder):
     edited("tokenizer_config.json", chat_template=two)(folder)
 
 
+def broken_in_tokenizer(folder):
+    (folder / "chat_template.jinja").unlink()
+    edited("tokenizer_config.json", chat_template="{% if %}")(folder)
+
+
 def unlinked(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("nowhere")
@@ -510,6 +515,7 @@ def test_weights_are_never_made_up():
 
 def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
     W, PC, TC = "model.safetensors", "processor_config.json", "tokenizer_config.json"
+    CT = "chat_template.jinja"
     kinds = dict(
         added=(more_tokens, "tokenizer has 2 tokens beyond.*<SUM>.*resize_token_embeddings"),
         image=(edited("config.json", image_token_index=9), "looks for id 9.*take the tokenizer"),
@@ -554,6 +560,11 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
         awq=(edited("config.json", quantization_config=bits(4)), r"quantised \(awq\).*install"),
         adapter=(written("adapter_config.json", b"{}"), "a whole model and an adapter.*of its own"),
         broken=(written("processor_config.json", b"{"), "processor_config.json cannot be read"),
+        uncompiled=(written(CT, b"{{ 1 }}\n{% for m in %}"), f"in its {CT} .*line 2: Expected"),
+        undefined=(written(CT, b"{{ messages[0].who.name }}"), f"in its {CT} .*no attribute 'who'"),
+        textual=(written(CT, b"{{ messages[0].content + '.' }}"), f"in its {CT} .*put the {CT}"),
+        stopping=(written(CT, b"{{ raise_exception('no pictures') }}"), f"in its {CT} .*no pictures"),
+        elsewhere=(broken_in_tokenizer, "the chat template in its tokenizer_config.json .*line 1"),
         silent=(moved("chat_template.jinja", "t.jinja"), "no chat template; put.*into its folder"),
     )
     toy, own = tiny_llava()
