@@ -569,9 +569,8 @@ def flaws(
     if ends[end] >= _END:
         said = f"has more than 8 bits, and {ends[end]:.1%} of it fall on the {end} of 8"
         return [("clipped_image", said)]
-    if values.max() < 32:
-        return [("clipped_image", f"has 16 bits, and its brightest of 8 is {values.max()} of 255")]
-    return []
+    said = f"has 16 bits, and its brightest of 8 is {values.max()} of 255"
+    return [("clipped_image", said)] if values.max() < 32 else []
 
 # %% ../nbs/06_pictures.ipynb #given-small
 def is_empty(value: object) -> bool:
