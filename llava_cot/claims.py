@@ -29,19 +29,13 @@ from .cot import InputError
 from .families import FAMILIES, Family, family_of
 from .files import first_line
 from .models import load, load_config, load_processor, load_skeleton
-from llava_cot.opening import (
-    chat_template_of,
-    holds_weights,
-    need_template,
-    quietly,
-    read_json,
-    root_of,
-)
+from .opening import chat_template_of, holds_weights, need_template, read_json, root_of
 from .shapes import examples
 from .show import count_text, table_html
 from .template import conversation, end_token, layout
 from .tiny import TINY, open_model
 from .tokens import encode, lengths
+from .towers import quietly
 
 # %% ../nbs/57_claims.ipynb #conf-check
 @dataclass(frozen=True)

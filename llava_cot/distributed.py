@@ -37,12 +37,12 @@ from transformers import (
 from . import models
 from . import tiny as toys
 from .cot import InputError
-from .families import ModelError, family_of, part_modules
+from .families import family_of, part_modules
 from .files import locked
 from llava_cot.opening import (
     adapter_base,
     check_weights,
-    first_sentence,
+    finite,
     folder_of_weights,
     header_of,
     in_type,
@@ -53,6 +53,7 @@ from llava_cot.opening import (
 )
 from .pixels import budget_of
 from .settings import RunError, Settings
+from .towers import ModelError, first_sentence
 
 # %% ../nbs/41_distributed.ipynb #l011
 def launch_configs() -> dict[str, Path]:
@@ -285,7 +286,7 @@ class Unread:
         file, key = self.places[name]
         try:
             with safe_open(file, framework="pt") as f:
-                return f.get_tensor(key).to(dtype)
+                return finite(f.get_tensor(key), f"{file}: {key}").to(dtype)
         except (SafetensorError, OSError) as e:
             reason = f"{key} cannot be read ({first_sentence(e)})"
             raise ModelError(f"{file}: {reason}; was it changed or removed?") from e

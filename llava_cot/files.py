@@ -20,6 +20,7 @@ import shutil
 import socket
 import struct
 import time
+import traceback
 import unicodedata
 import warnings
 import zipfile
@@ -181,6 +182,10 @@ def writing(
         known = isinstance(e, (OSError, RuntimeError, SafetensorError))
         if not known and "(os error " not in str(e):  # as tokenizers says it
             raise
+        seen = e
+        while seen:  # a writer that failed holds its file, and the room it takes
+            traceback.clear_frames(seen.__traceback__)
+            seen = seen.__context__
         raise FileError(
             f"{what} could not be written ({_reason(e)}; {_free(Path(out))} free); all that was"
             f" saved before is whole. Make room, then go on with: llava-cot train --resume {out}"

@@ -30,30 +30,31 @@ from transformers import (
 
 from .cot import SEPARATORS
 from .families import FAMILIES as FAMILIES
-from .families import ModelError, family_of, parts, select, without_gradient
+from .families import check_template, family_of, parts, select, without_gradient
 from .files import whole_folder, write_file
 from llava_cot.opening import (
     adapter_base,
     as_packed,
     chat_template_of,
+    check_finite,
+    check_opened,
     check_processor_files,
     check_tokens,
     check_weights,
     fault_in_names,
-    first_sentence,
     holds_weights,
     is_product,
     need_template,
     opened_in_nf4,
     packed_layers,
     quantise,
-    quietly,
     read_config,
     read_json,
     root_of,
     weight_files,
     whole_weight,
 )
+from .towers import ModelError, first_sentence, quietly
 
 # what a user of models looks for here, too
 _all_ = ["FAMILIES", "parts", "select"]
@@ -80,7 +81,7 @@ def load(
         model = _weights(name, load_config(name), found)
         family_of(model).prepare(model)
     remember_preprocessing(model, processor, name)
-    return model.to(at).eval(), processor
+    return check_opened(model.to(at), base or name).eval(), processor
 
 
 def load_config(
@@ -98,7 +99,8 @@ def load_processor(
     "The processor alone, without weights; what is wrong with it is a `ModelError`, as in `load`."
     name, config = str(name_or_path), load_config(name_or_path)
     base = adapter_base(name, root_of(name))
-    return _adapter_processor(name, base, config) if base else _processor(name, config)
+    found = _adapter_processor(name, base, config) if base else _processor(name, config)
+    return check_template(found, chat_template_of(found), name, root_of(name))
 
 # %% ../nbs/21_models.ipynb #mo-skeleton
 def load_skeleton(
@@ -203,6 +205,8 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
     "The model of a config, with every weight from the file."
     if Path(name).is_dir():
         weight_files(Path(name))  # there must be some
+    if dtype == "nf4":  # in which NaN would be some number
+        check_finite(name)
     how = dict(config=config, use_safetensors=True, trust_remote_code=False)
     how |= opened_in_nf4(config, find_device("auto")) if dtype == "nf4" else dict(dtype=dtype)
     try:
@@ -579,6 +583,7 @@ def _merged_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     root = root_of(name)
+    check_finite(root / "adapter_model.safetensors")
     try:
         how = PeftConfig.from_pretrained(str(root))
         how.base_model_name_or_path = model.name_or_path  # as it is called here

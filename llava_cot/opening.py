@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['root_of', 'check_pointers', 'read_config', 'holds_weights', 'weight_files', 'header_of', 'folder_of_weights',
-           'stored_weights', 'adapter_base', 'opened_without_numbers', 'fault_in_names', 'check_weights', 'in_type',
-           'need_bitsandbytes', 'is_product', 'nf4_layers', 'nf4_config', 'packed_layers', 'whole_weight',
-           'check_blocks', 'count_numbers', 'opened_in_nf4', 'as_packed', 'quantise', 'packed_tensors', 'restore',
-           'check_processor_files', 'check_tokens', 'chat_template_of', 'need_template']
+           'stored_weights', 'finite', 'check_finite', 'check_opened', 'adapter_base', 'opened_without_numbers',
+           'fault_in_names', 'check_weights', 'in_type', 'need_bitsandbytes', 'is_product', 'nf4_layers', 'nf4_config',
+           'packed_layers', 'whole_weight', 'check_blocks', 'count_numbers', 'opened_in_nf4', 'as_packed', 'quantise',
+           'packed_tensors', 'restore', 'check_processor_files', 'check_tokens', 'chat_template_of', 'need_template']
 
 # %% ../nbs/20_opening.ipynb #opening-imports
-import contextlib
 import copy
 import json
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,30 +31,10 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
-from .families import ModelError, family_of
+from .families import family_of
+from .towers import ModelError, first_sentence, quietly
 
 # %% ../nbs/20_opening.ipynb #op-plumbing
-def first_sentence(e: Exception) -> str:
-    "What an error says first."
-    return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    "While inside, transformers shows no bar, gives no advice and warns of nothing."
-    heard, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(heard)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def read_json(path: Path) -> dict:
     "A JSON file's object; none for a file that is not there. Raises `ModelError`."
     try:
@@ -160,9 +137,9 @@ def read_config(
     root: Path,  # where its small files lie: `root_of(name)`
 ) -> PreTrainedConfig:
     "The config of a folder or hub name; every way this can fail is a `ModelError` of one line."
-    check_pointers(root)
     if not (root / "config.json").is_file():
-        raise ModelError(_no_config(root))
+        raise ModelError(_no_config(root))  # before any other file is read: it may have no end
+    check_pointers(root)
     found = read_json(root / "config.json")
     kind = found.get("model_type")
     family_of(SimpleNamespace(model_type=kind), name)
@@ -290,6 +267,49 @@ def _readable(path: Path) -> dict[str, torch.Tensor]:
             " float32, float16 or bfloat16"
         )
     return found
+
+# %% ../nbs/20_opening.ipynb #op-finite
+def finite(
+    w: torch.Tensor,  # a weight, on any device
+    where: str,  # its file and name
+) -> torch.Tensor:  # the same
+    "Raise `ModelError` for a weight that holds NaN or an infinite number."
+    if not w.is_floating_point():
+        return w
+    its = w if w.itemsize > 1 else w.bfloat16()  # of 8 bits there is no sum
+    if its.sum().isfinite() or its.isfinite().all():
+        return w
+    n = its.numel() - its.isfinite().sum().item()
+    raise ModelError(
+        f"{where} holds NaN or infinite numbers ({n:,} of {its.numel():,}), expected none: did its"
+        " training diverge? Take an earlier checkpoint of it, or download the file again"
+    )
+
+
+def check_finite(
+    name: str | Path,  # a folder, a name on the hub, or a file of safetensors
+) -> None:
+    "Raise `ModelError` for a weight that is not finite, by its file and name there."
+    one = Path(name)
+    for path in [one] if one.is_file() else weight_files(folder_of_weights(str(name))):
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():
+                finite(f.get_tensor(key), f"{path}: {key}")
+
+
+def check_opened(
+    model: PreTrainedModel,  # where it is to be used: each weight is looked at there, once
+    name: str,  # where its weights lie, as for `check_finite`
+) -> PreTrainedModel:  # the same
+    "`check_finite`, the files being read again only where the model has such a weight."
+    try:
+        for own, w in model.state_dict().items():
+            finite(w, own)
+    except ModelError as e:
+        check_finite(name)
+        todo = f"{own} holds numbers too large for {w.dtype}; open it in bfloat16 or float32"
+        raise ModelError(f"{name}: {todo}") from e
+    return model
 
 # %% ../nbs/20_opening.ipynb #op-adapter
 def adapter_base(

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from fastcore.basics import patch
 
@@ -71,6 +72,34 @@ def _row(raw: bytes) -> dict:
             raise row_error("json", "a text holds half of a surrogate pair")
     return row
 
+# %% ../nbs/08_rows.ipynb #rows-none
+def _no_rows(name: str, found: str) -> DataError:
+    "What is raised for a file without rows."
+    todo = "was it written whole? Write it again, or give another"
+    return DataError(f"{name} holds no rows (found {found}), expected at least one; {todo}")
+
+
+def _blank(file: Path) -> str:
+    "What is found in a file that holds no character to see."
+    size = os.path.getsize(file)
+    return f"{size:,} bytes, all blank" if size else "0 bytes"
+
+
+def _refuse_empty(path: Path) -> None:
+    "Raise `DataError` for a table without a row, or a folder with one."
+    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        if not os.path.getsize(file):
+            raise _no_rows(file.name, _blank(file))
+        try:
+            head = pq.read_schema(file) if not pq.read_metadata(file).num_rows else None
+        except (pa.ArrowException, OSError):  # it is none: `datasets` says why
+            return
+        if head is not None:
+            raise _no_rows(file.name, f"the columns {', '.join(head.names)}"[:300])
+    for state in (*path.glob("state.json"), *path.glob("*/state.json")):
+        if json.loads(state.read_text("utf-8")).get("_data_files") == []:
+            raise _no_rows(path.name, f"no data files by {state.name}")
+
 # %% ../nbs/08_rows.ipynb #d031
 _GAP = re.compile(r"\s*([,\]]?)\s*")  # what stands between two rows of a list
 
@@ -81,6 +110,8 @@ def _list_rows(file: Path) -> Iterator[tuple[int, bytes]]:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{file.name}: byte {e.start + 1} is not UTF-8; write it so") from None
+    if not text.strip():
+        raise _no_rows(file.name, _blank(file))
     start = re.match(r"\s*\[\s*(\]\s*\Z)?", text)
     if not start:
         raise DataError(f"{file.name}: expected a JSON list of rows, found {text.strip()[:20]!r}")
@@ -374,6 +405,8 @@ def _read_csv(path: Path) -> Dataset:
             f.seek(0)
             lines = csv.reader(f, delimiter=max(",;\t|", key=header.count), strict=True)
             names, *rows = [line for line in lines if line] or [[]]
+            if not rows and not any(map(str.strip, names)):
+                raise _no_rows(path.name, _blank(path))
         except csv.Error as e:
             todo = 'a quotation mark inside a text is written twice, ""'
             raise DataError(f"{path.name}:{lines.line_num}: {e}; {todo}") from None
@@ -487,6 +520,8 @@ def _table(
     why: str = "cannot be read as a dataset: ",
 ) -> TableRows:
     "What `datasets` opens: the split `train`, or the only one. Raises `DataError`."
+    if path.exists() and path.suffix.lower() not in (".csv", ".tsv"):
+        _refuse_empty(path)
     try:
         ds = opening()
     except DataError:

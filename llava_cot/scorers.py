@@ -34,10 +34,10 @@ from .data import question
 from .engine import SearchError, whole
 from .judge import Judge
 from .metrics import METRICS, EvaluateError, metric_for
-from .opening import quietly
 from .reasoning import findings, soundness
 from .search import Candidate, mean_logprob
 from .shapes import read_key, read_question, solve, verify
+from .towers import quietly
 from .verdict import soundness_score
 
 # %% ../nbs/68_scorers.ipynb #scorer-09

@@ -8,10 +8,12 @@ __all__ = ['BUDGET', 'Qwen2VLProcessor', 'Qwen2_5_VLProcessor', 'Qwen3VLProcesso
            'older_name', 'last_hidden_state', 'laid_in_line', 'part_paths']
 
 # %% ../nbs/17_towers.ipynb #towers-imports
+import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.models.qwen2_5_vl import processing_qwen2_5_vl as qwen2_5
 from transformers.models.qwen2_vl import processing_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import processing_qwen3_vl as qwen3
+from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
 from .cot import InputError
@@ -28,6 +31,27 @@ from .cot import InputError
 # %% ../nbs/17_towers.ipynb #c010
 class ModelError(InputError):
     "A model or processor that cannot be used: what was found, what was expected, what to do."
+
+# %% ../nbs/17_towers.ipynb #to-said
+def first_sentence(e: Exception) -> str:
+    "What an error says first."
+    return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    "While inside, transformers shows no bar, gives no advice and warns of nothing."
+    heard, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(heard)
+        if bars:
+            logging.enable_progress_bar()
 
 # %% ../nbs/17_towers.ipynb #c013s
 @dataclass(frozen=True)

@@ -816,7 +816,7 @@ def test_csv_files_keep_their_texts_and_what_is_no_file_of_rows_is_named():
             ("a.json", b"<!DOCTYPE html>", "web page"),
             ("a.csv", b"question,answer\na,b,c", "3 fields"),
             ("a.csv", b"question,question\na,b", "same name"),
-            ("a.csv", b"", "no column"),
+            ("a.csv", b"", "found 0 bytes"),
             ("a.csv", b"question,answer\n\xff,b", "not UTF-8"),
             ("a.csv", b'question,answer\n"a \\"b\\" c",d', "a.csv:2: .* is written twice"),
             ("a.csv", b'question,answer\n"a,d', "a.csv:2: .* is written twice"),

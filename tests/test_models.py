@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.auto import image_processing_auto
 
 from llava_cot.cot import SEPARATORS
+from llava_cot.distributed import open_unread
 from llava_cot.families import ModelError, family_of, select, without_gradient
 from llava_cot.models import _adapter_state
 from llava_cot.opening import nf4_layers, packed_layers, quantise, whole_weight
@@ -231,6 +232,11 @@ def unnamed(folder):
     (folder / "chat_template.jinja").unlink()
     two = [dict(name=name, template="x") for name in "ab"]
     edited("tokenizer_config.json", chat_template=two)(folder)
+
+
+def broken_in_tokenizer(folder):
+    (folder / "chat_template.jinja").unlink()
+    edited("tokenizer_config.json", chat_template="{% if %}")(folder)
 
 
 def unlinked(folder):
@@ -509,6 +515,7 @@ def test_weights_are_never_made_up():
 
 def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
     W, PC, TC = "model.safetensors", "processor_config.json", "tokenizer_config.json"
+    CT = "chat_template.jinja"
     kinds = dict(
         added=(more_tokens, "tokenizer has 2 tokens beyond.*<SUM>.*resize_token_embeddings"),
         image=(edited("config.json", image_token_index=9), "looks for id 9.*take the tokenizer"),
@@ -553,6 +560,11 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
         awq=(edited("config.json", quantization_config=bits(4)), r"quantised \(awq\).*install"),
         adapter=(written("adapter_config.json", b"{}"), "a whole model and an adapter.*of its own"),
         broken=(written("processor_config.json", b"{"), "processor_config.json cannot be read"),
+        uncompiled=(written(CT, b"{{ 1 }}\n{% for m in %}"), f"in its {CT} .*line 2: Expected"),
+        undefined=(written(CT, b"{{ messages[0].who.name }}"), f"in its {CT} .*no attribute 'who'"),
+        textual=(written(CT, b"{{ messages[0].content + '.' }}"), f"in its {CT} .*put the {CT}"),
+        stopping=(written(CT, b"{{ raise_exception('no pictures') }}"), f"in its {CT} .*no pictures"),
+        elsewhere=(broken_in_tokenizer, "the chat template in its tokenizer_config.json .*line 1"),
         silent=(moved("chat_template.jinja", "t.jinja"), "no chat template; put.*into its folder"),
     )
     toy, own = tiny_llava()
@@ -576,6 +588,59 @@ def test_a_package_that_a_processor_lacks_is_to_be_installed():
         opened = mock.patch.object(AutoProcessor, "from_pretrained", side_effect=lacks)
         with opened, pytest.raises(ModelError, match=r"requires the Vision library\); install that$"):
             load_processor(f"{d}/m")
+
+
+def test_weights_that_are_not_finite_are_refused_by_file_and_name():
+    def with_number(x, dtype):
+        "A spoiler: one number of one weight, in a type."
+
+        def change(kept):
+            kept = {n: w.to(dtype) for n, w in kept.items()}
+            (stored,) = [n for n in kept if n.endswith("layers.1.mlp.down_proj.weight")]
+            kept[stored][3, 5] = x
+            return kept
+
+        return restored(change)
+
+
+    toy, own = tiny_llava(hidden=64)
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "whole")
+        found = "-00..1-of-00003.safetensors: .*layers.1.mlp.down_proj.weight holds NaN or inf"
+        for i, (x, dtype) in enumerate(
+            ((torch.nan, torch.float32), (torch.inf, torch.float16), (-torch.inf, torch.bfloat16))
+        ):
+            shutil.copytree("whole", f"m{i}")
+            with_number(x, dtype)(Path(f"m{i}"))
+            sharded(Path(f"m{i}"))
+            with pytest.raises(ModelError, match=f"^m{i}/model{found}.* .1 of 8,192.") as e:
+                load(f"m{i}", ("auto", "bfloat16")[i % 2])
+            assert "\n" not in str(e.value)
+            empty, _ = open_unread(f"m{i}", torch.float32)
+            with pytest.raises(ModelError, match=f"^m{i}/model{found}"):
+                for its_name, w in empty.named_parameters():
+                    empty.unread.read(its_name, w.dtype)
+        shutil.copytree("whole", "wide")
+        with_number(7e4, torch.bfloat16)(Path("wide"))
+        assert load("wide")[0].dtype == torch.float32
+        with pytest.raises(ModelError, match="^wide: .*down_proj.weight .*float16; open it in bfloat"):
+            load("wide", "float16")
+
+
+def test_weights_that_are_not_finite_are_refused_before_they_become_four_bits():
+    pytest.importorskip("bitsandbytes")
+    toy, own = tiny_llava(hidden=64)
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "m", dtype=torch.bfloat16)
+        load("m", "nf4")
+
+        def spoil(kept):
+            kept["language_model.model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+            return kept
+
+        restored(spoil)(Path("m"))
+        with pytest.raises(ModelError, match="^m/model.safetensors: .*down_proj.weight holds NaN"):
+            load("m", "nf4")
 
 
 def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
@@ -869,6 +934,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
             ("less", {}, dict(list(kept.items())[1:]), "safetensors lacks .*lora_A"),
             ("more", {}, kept | {"base_model.model.x.lora_A.weight": torch.ones(1)}, "has .*no place"),
             ("wide", {"r": 3}, kept, "does not fit its base"),
+            ("nan", {}, {n: w / 0 for n, w in kept.items()}, "adapter_model.safetensors: .*holds NaN"),
             ("where", {"target_modules": ["elsewhere"]}, kept, "does not fit its base.*elsewhere"),
             ("lost", {}, None, "without adapter_model.safetensors .found adapter_model.bin"),
         ):

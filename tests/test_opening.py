@@ -17,6 +17,16 @@ from llava_cot.families import ModelError
 from llava_cot.tiny import TOYS, tiny_llava
 
 
+def test_of_a_folder_without_a_config_nothing_is_read():
+    with tempfile.TemporaryDirectory() as d:
+        Path(d, "kmsg").write_text("without an end")
+        Path(d, "round").symlink_to(d)
+        no_read = mock.patch.object(Path, "read_bytes", side_effect=TimeoutError)
+        for place in (d, "/proc", "/dev"):
+            with no_read, pytest.raises(ModelError, match="no (config.json in it|such folder)"):
+                models.load(place)
+
+
 def test_every_family_opens_without_numbers_and_misses_what_is_missing():
     for tiny in TOYS:
         toy, own = tiny()

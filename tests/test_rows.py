@@ -5,7 +5,9 @@ import json
 import tempfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +128,36 @@ def test_the_beginning_of_a_file_says_its_layout():
                 of_layout = [r for portion in source.portions(2) for r in source.examples(portion)]
                 assert [r.id for r in of_layout] == ["0", "1", "2"], (suffix, text[:40])
                 assert all(r.example for r in of_layout)
+
+
+def test_a_file_without_rows_is_one_line_that_says_what_is_in_it():
+    asked = Features({"question": Value("string"), "answer": Value("string")})
+    none = Dataset.from_dict({"question": [], "answer": []}, features=asked)
+    with tempfile.TemporaryDirectory() as d:
+        at = Path(d)
+        for kind in ("csv", "tsv", "json", "parquet", "arrow"):
+            (at / f"void.{kind}").write_bytes(b"")
+            (at / f"blank.{kind}").write_bytes(b"\xef\xbb\xbf \n\n")
+        pq.write_table(none.data.table, at / "rows.parquet")
+        (at / "shards").mkdir()
+        pq.write_table(none.data.table, at / "shards/train-1.parquet")
+        (at / "nothing").mkdir()
+        (at / "nothing/train.csv").write_bytes(b"")
+        none.save_to_disk(at / "disk")
+        DatasetDict(train=none).save_to_disk(at / "dict")
+        both = "found the columns question, answer"
+        wanted = {
+            f"void.{kind}": "found 0 bytes" for kind in ("csv", "tsv", "json", "parquet", "arrow")
+        }
+        wanted |= {f"blank.{kind}": "found 6 bytes, all blank" for kind in ("csv", "tsv", "json")}
+        wanted |= {"rows.parquet": both, "shards": f"train-1.parquet holds no rows .{both}"}
+        wanted |= {"disk": "disk holds no rows", "dict": "dict holds no rows"}
+        wanted["nothing"] = "train.csv holds no rows .found 0 bytes"
+        for name, found in wanted.items():
+            with pytest.raises(DataError, match=f"{found}.*expected at least one; was it wri") as e:
+                source = open_rows(at / name)
+                list(source.portions(9))
+            assert "\n" not in str(e.value), name
 
 
 def test_workers_give_results_in_order_and_pass_errors_on():
