@@ -27,7 +27,7 @@ from .tokens import MaskView, encode, seen, show_mask
 # %% ../nbs/27_preview.ipynb #c052d
 def _without_mask(head: str, what: str, why: str) -> MaskView:
     "A row that does not become tokens."
-    said = f'<p style="color:#b00"><b>{what}:</b> {html.escape(why)}</p>'
+    said = f'<p style="color:#cf222e"><b>{what}:</b> {html.escape(why)}</p>'
     return MaskView(f"<section>{head}{said}</section>", {})
 
 
@@ -145,9 +145,9 @@ def _diff(before: str, after: str) -> str:
             out.append(gone)
             continue
         if gone:
-            out.append(f'<del style="color:#a33">{gone}</del>')
+            out.append(f'<del style="color:#cf222e">{gone}</del>')
         if come:
-            out.append(f'<ins style="color:#060;font-weight:bold">{come}</ins>')
+            out.append(f'<ins style="color:#1a7f37;font-weight:bold">{come}</ins>')
     return "".join(out)
 
 # %% ../nbs/27_preview.ipynb #c059b

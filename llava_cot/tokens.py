@@ -376,7 +376,7 @@ def _style(kind: str | int | None) -> str:
     if isinstance(kind, int):
         return f"background:{stage_colour(kind)};color:#222;box-shadow:inset -1px 0 #fff"
     folded = ";border:1px dashed #bbb;border-radius:3px" if kind else ""
-    return "color:#999" + folded
+    return "color:#757575" + folded
 
 # %% ../nbs/25_tokens.ipynb #c046
 def show_mask(
@@ -391,7 +391,7 @@ def show_mask(
         if kind != "pad":
             counts[names[1 + kind] if isinstance(kind, int) else names[0]] += len(ids)
         body.append(_span(text, _style(kind), "" if len(ids) > 4 else " ".join(map(str, ids))))
-    legend = [_span(f"{names[0]} {counts[names[0]]} ", "color:#999")]
+    legend = [_span(f"{names[0]} {counts[names[0]]} ", "color:#757575")]
     for number, name in enumerate(fmt.stage_names):
         colour = f"background:{stage_colour(number)};color:#222"
         legend.append(_span(f" {name} {counts[name]} ", colour))

@@ -7,8 +7,9 @@ notebooks (a module imports only modules of notebooks before its own, and adds n
 classes; each has a number of its own), at the size of modules, for names of model families outside
 their table and toys, at the form of test names, for cells committed with an error, for notebooks
 committed without their outputs, for names that the changelog sends a reader to and that are not
-there, and at leaks: a cell of the story that reads a name which a proof has bound again, so that
-its output is not what a reader gets.
+there, at leaks: a cell of the story that reads a name which a proof has bound again, so that its
+output is not what a reader gets; and at what stops Run All: a name read before it is bound, and
+slow cells without their switch.
 """
 
 import ast
@@ -145,17 +146,21 @@ def patches() -> list[str]:
 # Proofs
 
 
-def names(source: str) -> list[ast.Name]:
-    "Names that a cell binds or reads itself, outside its functions and comprehensions."
+def parsed(source: str) -> list[ast.AST]:
+    "All that a cell holds; nothing where it is more than Python."
     try:
-        tree = ast.parse(source)
+        return list(ast.walk(ast.parse(source)))
     except SyntaxError:
         return []
-    inner = set()
-    for node in ast.walk(tree):
+
+
+def names(source: str) -> list[ast.Name]:
+    "Names that a cell binds or reads itself, outside its functions and comprehensions."
+    inner, nodes = set(), parsed(source)
+    for node in nodes:
         if isinstance(node, FUNCTIONS + COMPREHENSIONS):
             inner |= {id(child) for child in ast.walk(node) if child is not node}
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in inner]
+    return [n for n in nodes if isinstance(n, ast.Name) and id(n) not in inner]
 
 
 def defined(source: str) -> set[str]:
@@ -184,6 +189,53 @@ def leaks(path: Path) -> list[str]:
         for name in stored:
             taken.pop(name, None)
     return [f"{path.relative_to(ROOT)} {text}" for text in dict.fromkeys(found)]
+
+
+def binds(source: str) -> set[str]:
+    "Names that a cell leaves to the cells after it."
+    found = {n.id for n in names(source) if isinstance(n.ctx, ast.Store)} | defined(source)
+    for node in parsed(source):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return found
+
+
+def reads(source: str) -> set[str]:
+    "Names of others that a cell reads when it runs; nothing where its functions run later."
+    if directive(source, "(exports?|exporti|testmod)"):
+        return set()
+    nodes = parsed(source)
+    used = [node for node in nodes if isinstance(node, ast.Name)]
+    own = {node.id for node in used if isinstance(node.ctx, ast.Store)} | binds(source)
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {node.name for node in nodes if isinstance(node, (*FUNCTIONS[:3], ast.ExceptHandler))}
+    return {node.id for node in used} - own
+
+
+def early(path: Path) -> list[str]:
+    "Cells that read what only a later cell binds, or one that Run All leaves out."
+    cells = list(code_cells(path))
+    later = set().union(*(binds(source) for _, source in cells))
+    found, run, left_out = [], set(), set()
+    for i, source in cells:
+        slow = directive(source, "(slow|long)")
+        missing = (reads(source) & later) - run - (left_out if slow else set())
+        for name in sorted(missing):
+            found.append(f"{path.relative_to(ROOT)} cell {i}: reads {name!r} before it is bound")
+        if slow:
+            left_out |= binds(source)
+        else:
+            run |= binds(source)
+    return found
+
+
+def switch(path: Path) -> list[str]:
+    "A notebook with slow cells and without the switch that leaves them out of Run All."
+    sources = [source for _, source in code_cells(path)]
+    slow = any(directive(source, "slow") for source in sources)
+    if slow and not any(re.search(r"(?m)^slow_cells\(run=False\)", source) for source in sources):
+        return [f"{path.relative_to(ROOT)}: has slow cells; expected slow_cells(run=False) before"]
+    return []
 
 
 def test_names(path: Path) -> list[str]:
@@ -247,7 +299,8 @@ def main() -> None:
     os.chdir(ROOT)
     found = lines() + lengths() + order() + same_numbers() + patches() + family_names() + moved()
     for path in notebooks():
-        found += leaks(path) + test_names(path) + errors(path) + never_executed(path)
+        found += leaks(path) + early(path) + switch(path) + test_names(path)
+        found += errors(path) + never_executed(path)
     print("\n".join(found) or "tools/check.py: nothing found")
     sys.exit(bool(found))
 
