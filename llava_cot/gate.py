@@ -349,7 +349,7 @@ def __str__(self: GateReport):
 
 @patch
 def _repr_html_(self: GateReport):
-    "A table, one line a transform: the share allowed and bounded in each source, and reasons."
+    "One line a transform: the share allowed and bounded in each source; then the reasons."
 
     def share(source, t):
         free, held = self.share(source, t, "allowed"), self.share(source, t, "bounded")
@@ -358,9 +358,11 @@ def _repr_html_(self: GateReport):
         return " ".join(parts) or "–"
 
     sources = [f"{source} ({n:,})" for source, n in self.n.items()]
-    lines = [[t, *(share(s, t) for s in self.n), self._reasons(t, 2)] for t in TRANSFORMS]
-    table = table_html(["transform", *sources, "why not, or not more"], lines)
-    return table + "<p>Rows allowed, +bounded; the rest is refused.</p>"
+    lines = [[t, *(share(s, t) for s in self.n)] for t in TRANSFORMS]
+    shares = table_html(["transform", *sources], lines)
+    why = [[t, self._reasons(t, 2)] for t in TRANSFORMS if self.why[t]]
+    reasons = table_html(["transform", "why not, or not more"], why)
+    return f"{shares}<p>Rows allowed, +bounded; the rest is refused.</p>{reasons}"
 
 # %% ../nbs/15_gate.ipynb #c058g
 @patch

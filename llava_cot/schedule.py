@@ -18,7 +18,6 @@ import torch
 import yaml
 from fastcore.basics import patch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from .cot import InputError
 from .families import BUDGET, NAMED, PARTS, ModelError, part_of
@@ -371,6 +370,8 @@ def _curve(
 ):  # a function from the step, counted from 0, to a factor in [0, 1]
     "Transformers' own learning rate curve."
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    from transformers import get_scheduler  # late: it brings the whole trainer
+
     return get_scheduler(decay, optimizer, warmup, steps).lr_lambdas[0]
 
 # %% ../nbs/31_schedule.ipynb #c048

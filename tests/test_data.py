@@ -912,7 +912,7 @@ def test_rows_that_were_read_before_are_the_same_and_no_changed_file_is_taken_fo
         return found[:]["messages"], found["images"][:], parsed.called, [str(w.message) for w in told]
 
 
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, pytest.warns(InputWarning, match="line 2 too"):
         home = write(Path(d) / "home", [*FOUR, FOUR[0] | {"id": "a2", "note": "unread"}])
         at_first, again = read_twice(home), read_twice(home)
         assert at_first[2] and not again[2] and len(again[3]) == 1

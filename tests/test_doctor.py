@@ -446,7 +446,7 @@ def test_the_report_writes_itself():
 
 
 def test_every_layout_is_examined_and_cleaned():
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, pytest.warns(cot.InputWarning, match="line 1 too"):
         d, cache = Path(d), datasets.config.HF_DATASETS_CACHE
         datasets.config.HF_DATASETS_CACHE = d / "cache"
         try:
@@ -540,7 +540,7 @@ def test_a_crowd_of_pictures_is_one_warning():
 
 
 def test_a_cleaned_set_is_clean():
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, pytest.warns(cot.InputWarning, match="is that of line"):
         d = Path(d)
         planted = plant(d / "bad", 200, 3)
         wrong = {n: kind for kind, n in planted if kind not in WARNINGS}

@@ -158,5 +158,7 @@ def test_reasons_are_counted():
     assert opened and "images" not in opened  # no picture is opened
     assert len(r.plot().axes) == len(TRANSFORMS)
     page = r._repr_html_()
-    assert page.count("<tr>") == 1 + len(TRANSFORMS) and "PISC (2)" in page and "50%" in page
+    shares, _, reasons = page.partition("the rest is refused")
+    assert shares.count("<tr>") == 1 + len(TRANSFORMS) and "PISC (2)" in shares and "50%" in shares
+    assert reasons.count("<tr>") == 1 + sum(bool(r.why[t]) for t in TRANSFORMS)
     assert "&lt;b&gt;" in gate_report([{**rows[0], "source": "<b>"}])._repr_html_()

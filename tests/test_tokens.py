@@ -56,6 +56,7 @@ from llava_cot.tiny import (
     tiny_qwen2_5_vl,
 )
 from llava_cot.tokens import _shorter
+from llava_cot.towers import quietly
 
 ANSWER = render(
     {
@@ -1020,7 +1021,8 @@ def test_a_picture_that_a_processor_refuses_is_named_in_every_family():
             assert (e.value.id, e.value.number) == ("odd", 2)
             assert len(encode(example(), toy)["input_ids"])
         for size in ((1, 1), (1, 3), (3, 1), (3, 40), (40, 2), (2, 2)):
-            assert "pixel_values" in encode(example(images=(Image.new("RGB", size),)), toy)
+            with quietly():  # of a channel dimension that is ambiguous
+                assert "pixel_values" in encode(example(images=(Image.new("RGB", size),)), toy)
     thin, qwen = example(images=(Image.new("RGB", (2, 500)),), name="thin"), tiny_qwen2_5_vl()[1]
     for call in (encode, lambda ex, toy: lengths([picture_less, ex], toy)):
         picture_less = example("q", "a", images=())
