@@ -569,9 +569,14 @@ def test_whatever_is_wrong_with_a_benchmark_is_one_line_that_names_the_place():
 
 
 def test_a_benchmark_is_answered_and_scored_by_the_command():
-    with tempfile.TemporaryDirectory() as d, contextlib.redirect_stdout(io.StringIO()):
+    told = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as d,
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+    ):
         folder_ = publish("ScienceQA", 1, f"{d}/science")
-        words = dict(benchmark="scienceqa", max_new_tokens=4, out=f"{d}/out")
+        words = dict(benchmark="scienceqa", max_new_tokens=4, out=f"{d}/out", json=True)
         found = eval_command("tiny_llava", str(folder_), **words)
         assert found["n"] == 2 and found["metrics"] == {"mcq": 2} and found["truncated"] == 1
         assert found["figures"]["with picture"] == 0 and found["benchmark"] == "ScienceQA"
@@ -579,7 +584,13 @@ def test_a_benchmark_is_answered_and_scored_by_the_command():
         assert held["figures"] == found["figures"] and held["licence"] == "CC BY-NC-SA 4.0"
         assert in_words(found)[0].startswith("ScienceQA   overall 0.0")
         found = eval_command(
-            "tiny_llava", str(folder_), benchmark="scienceqa", metric="exact", n=1, max_new_tokens=2
+            "tiny_llava",
+            str(folder_),
+            benchmark="scienceqa",
+            metric="exact",
+            n=1,
+            max_new_tokens=2,
+            json=True,
         )
         assert found["metrics"] == {"exact": 1}
         asked = ["How many?", "What colour?"]

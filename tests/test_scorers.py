@@ -23,6 +23,7 @@ from llava_cot.engine import Piece, Sampling, SearchError
 from llava_cot.judge import Judge, LocalModel
 from llava_cot.search import Answer, BestOfN, Question, StageBeam, answer
 from llava_cot.tiny import tiny_llava
+from llava_cot.towers import quietly
 
 def by_hand(example, *texts, logprob=-1.0, fmt=LLAVA_COT):
     "Candidates with these texts."
@@ -63,7 +64,7 @@ def test_a_reward_model_scores_in_batches_as_one_by_one():
     _, one = next(iter(shapes.examples(1)))
     said = one["messages"][-1]["content"][0]["text"]
     its = by_hand(one, said, said[:60], said[:20], said + said)
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, quietly():
         for n in (1, 3):
             with torch.random.fork_rng():
                 torch.manual_seed(n)
@@ -92,7 +93,7 @@ def test_what_a_reward_model_cannot_read_gets_no_score():
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     ids = dict(vocab_size=len(tokenizer_), pad_token_id=tokenizer_.pad_token_id, num_labels=1)
     _, one = next(iter(shapes.examples(1)))
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, quietly():
         BertForSequenceClassification(
             BertConfig(**sizes, **ids, max_position_embeddings=60)
         ).save_pretrained(d)
