@@ -33,6 +33,10 @@ class ModelError(InputError):
     "A model or processor that cannot be used: what was found, what was expected, what to do."
 
 # %% ../nbs/17_towers.ipynb #to-said
+# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
+logging.get_logger("bitsandbytes").setLevel("ERROR")
+
+
 def first_sentence(e: Exception) -> str:
     "What an error says first."
     return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
