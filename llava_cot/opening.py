@@ -29,7 +29,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import logging
 
 from .families import family_of
 from .towers import ModelError, first_sentence, quietly
@@ -453,10 +452,6 @@ def in_type(
     return model
 
 # %% ../nbs/20_opening.ipynb #op-nf4-layers
-# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
-logging.get_logger("bitsandbytes").setLevel("ERROR")
-
-
 def need_bitsandbytes():
     "The package bitsandbytes. Raises `ModelError` where it cannot be imported."
     try:

@@ -18,7 +18,6 @@ import torch
 import yaml
 from fastcore.basics import patch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from .cot import InputError
 from .families import BUDGET, NAMED, PARTS, ModelError, part_of
@@ -370,6 +369,8 @@ def _curve(
     steps: int,
 ):  # a function from the step, counted from 0, to a factor in [0, 1]
     "Transformers' own learning rate curve."
+    from transformers import get_scheduler  # brings peft and more along, which few need
+
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     return get_scheduler(decay, optimizer, warmup, steps).lr_lambdas[0]
 
