@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from llava_cot.formats import (  # noqa: F401
@@ -122,10 +123,16 @@ def _written(fmt: CoTFormat, text: str) -> list[_Mark]:
     return found
 
 # %% ../nbs/01_cot.ipynb #fm-silent
+@lru_cache(maxsize=256)
+def _all_written(fmt: CoTFormat) -> bool:
+    "Does each stage have a separator at both ends?"
+    return all(fmt.opening(stage) and fmt.closing(stage) for stage in fmt.stages)
+
+
 def _marks(fmt: CoTFormat, text: str) -> list[_Mark]:
     "The separators of a text, and marks where a stage does without."
     found = _written(fmt, text)
-    if not fmt.tags or all(fmt.opening(s) and fmt.closing(s) for s in fmt.stages):
+    if not fmt.tags or _all_written(fmt):
         return found
     done, inside = [], None
     for m in (*found, None):
@@ -336,8 +343,8 @@ def _closing(text: str, fmt: CoTFormat, m, inside, closed: set):
     if inside and inside.stage == stage:
         if not text[inside.end : at].strip():
             yield "empty", stage, at, f"{stage} is empty, expected text before {tag or 'its end'}"
-        wanted = _end(fmt, inside, True)
-        if inside.number != m.number and tag != wanted:
+        if inside.number != m.number and tag != _end(fmt, inside, True):
+            wanted = _end(fmt, inside, True)
             yield "number", stage, at, f"{tag} closes {inside.text}, expected {wanted}"
     elif stage in closed:
         yield "doubled", stage, at, f"{tag} is doubled: it stands again"

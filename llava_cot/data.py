@@ -189,32 +189,36 @@ def _as_stored(source, image, path, kept: bool) -> dict:
     return {"bytes": None if kept else source.read(image), "path": None}
 
 # %% ../nbs/09_data.ipynb #data-looked-more
+def _placed_of(source, read, as_named: bool) -> list[tuple]:
+    "Each image of a row, and where it lies."
+    images = read.example["images"] if read.example else ()
+    return [(image, image if as_named else source.find(image)) for image in images]
+
+
 def _looked(given: tuple, portion: Sequence) -> _Look:
     "In a worker: look at the rows of a portion, up to the first bad one."
     source, fmt, check = given  # what to check
-    reads, rows, wrong, seen = [], [], [], {}
-    for read in source.examples(portion):
-        example, wrong, placed = read.example, read.problems, []
-        if example:
-            as_named = check == "text" and isinstance(source, JsonRows)  # found later
-            find = (lambda image: image) if as_named else source.find
-            placed = [(image, find(image)) for image in example["images"]]
-            if check:
-                for image, path in placed if check != "text" else ():
-                    if image not in seen:
-                        seen[image] = _image_problem(source, image, path)
-                wrong = [seen[image] for image, _ in placed if seen.get(image)]
-                wrong += answer_problems(example["messages"], fmt, True) if fmt else []
+    as_named = check == "text" and isinstance(source, JsonRows)  # found later
+    reads = list(source.examples(portion))  # one step for all rows, then the next: that is faster
+    placed = [_placed_of(source, read, as_named) for read in reads]
+    pictures = dict(pair for pairs in placed for pair in pairs) if check and check != "text" else {}
+    bad = {image: _image_problem(source, image, path) for image, path in pictures.items()}
+    rows, wrong = [], []
+    for read, pairs in zip(reads, placed):
+        example, wrong = read.example, read.problems
+        if example and check:
+            wrong = [bad[image] for image, _ in pairs if bad.get(image)]
+            wrong += answer_problems(example["messages"], fmt, True) if fmt else []
         id, key = (example["id"], row_key(example)) if example else ("", b"")
-        places = [image for image, _ in placed if isinstance(image, tuple)]
+        places = [image for image, _ in pairs if isinstance(image, tuple)]
         rows.append(_Seen(read.number, read.id, id, key, places, read.notes))
         if wrong:
             break
-        reads.append((read, placed))
-    kept = bool(reads) and all(read.kept for read, _ in reads)
-    for read, placed in reads:
-        read.example["images"] = [_as_stored(source, *pair, kept) for pair in placed]
-    table = pa.Table.from_pylist([read.example for read, _ in reads], schema=FEATURES.arrow_schema)
+    good = reads[: len(rows) - bool(wrong)]
+    kept = bool(good) and all(read.kept for read in good)
+    for read, pairs in zip(good, placed):
+        read.example["images"] = [_as_stored(source, *pair, kept) for pair in pairs]
+    table = pa.Table.from_pylist([read.example for read in good], schema=FEATURES.arrow_schema)
     return _Look(table, rows, wrong, kept)
 
 # %% ../nbs/09_data.ipynb #data-listed

@@ -103,9 +103,11 @@ def is_row(given: dict) -> bool:
 # %% ../nbs/07_layouts.ipynb #rows-one
 def _one(found: dict, what: str) -> tuple[str, object]:
     "The one `(key, value)` of a meaning; the value is None where there is none."
-    pairs = found.get(what, [])
+    pairs = found.get(what)
+    if not pairs:
+        return what, None
     first = [pair for pair in pairs if _plain(pair[0]) not in _SECOND]
-    (key, value), *others = first or pairs or [(what, None)]
+    (key, value), *others = first or pairs
     for other, another in others:
         if another != value:
             say = f"say which, as by --columns {what}={key}"
@@ -259,7 +261,7 @@ def _beside(key: str, value, role: str | None, i: int) -> list:
 
 def _agreed(turn: dict, names: tuple[str, ...], i: int):
     "What the keys of these names say together. Raises `DataError` where they differ."
-    held = [name for name in names if not is_empty(turn.get(name))] or [names[0]]
+    held = [name for name in names if name in turn and not is_empty(turn[name])] or [names[0]]
     first = turn.get(held[0], turn.get(names[1]))
     for name in held[1:]:
         if turn[name] != first and (_role(first) is None or _role(turn[name]) != _role(first)):
@@ -346,14 +348,19 @@ _LIKE = re.compile(  # what may be meant as a mark, and stays a text
 )
 
 _HINT = re.compile(  # each of the above has it, and it takes a tenth of their time
-    r"(?i)[<\[{;＜!](?:(?<=!)\[|[|\s]*\w*(?:im_|image|img|pic|photo|figure|graphic|vis|vid|frame"
+    r"[<\[{;＜!](?:(?<=!)\[|[|\s]*\w*(?:im_|image|img|pic|photo|figure|graphic|vis|vid|frame"
     rf"|图|ｉｍａｇｅ|{_OTHER}))"
 )
 
 
+def _hinted(text: str) -> bool:
+    "Might a text hold any of those, in any case, Turkish İ and ı among them?"
+    return bool(_HINT.search(text.casefold().replace("i\u0307", "i").replace("ı", "i")))
+
+
 def _cut(text: str, i: int) -> list[str | _Pic]:
     "A text of turn `i`, cut where marks stand. Raises `DataError`."
-    if not _HINT.search(text):
+    if not _hinted(text):
         return [text]
     foreign = _FOREIGN.search(text)
     if foreign:
@@ -539,9 +546,9 @@ _BUDGET = ("max_pixels", "min_pixels", "resized_height", "resized_width")
 def _left(found: dict, turns: list[_Turn]) -> Iterator[Problem]:
     "Notes on what a conversation leaves unread, in the row and in its own turns."
     given = _one(found, "conversations")[1]
-    said = "".join(item for turn in turns for item in turn.items if isinstance(item, str))
     for what in ("question", "input", "answer", "history") if given is not None else ():
         for key, value in found.get(what, []):
+            said = "".join(item for turn in turns for item in turn.items if isinstance(item, str))
             if not isinstance(value, str) or _MARK.sub("", value).strip() not in said:
                 yield _not_read(key, value)
     for turn in given if isinstance(given, list) else ():
@@ -552,7 +559,7 @@ def _left(found: dict, turns: list[_Turn]) -> Iterator[Problem]:
                     yield _not_read(f"an item's {key}", item[key])
     for i, (role, _, items) in enumerate(turns, 1):
         text = "".join(item for item in items if isinstance(item, str))
-        if not _HINT.search(text):
+        if not _hinted(text):
             continue
         mark = _LIKE.search(text)
         if role != "user":

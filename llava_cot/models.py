@@ -54,7 +54,7 @@ from llava_cot.opening import (
     weight_files,
     whole_weight,
 )
-from .towers import ModelError, first_sentence, quietly
+from .towers import Family, ModelError, first_sentence, quietly
 
 # what a user of models looks for here, too
 _all_ = ["FAMILIES", "parts", "select"]
@@ -307,7 +307,7 @@ def save(
     with whole_folder(folder) as new:
         with quietly():  # what is on a GPU is copied shard by shard
             model.save_pretrained(new, state_dict=weights, max_shard_size="5GB")
-        _save_rest(processor, new, dtype)
+        _save_rest(model, processor, new, dtype)
         if packed_layers(model):
             _edit_json(new / "config.json", _without_quantisation)
 
@@ -321,13 +321,15 @@ def save_files(
     "Write all that `save` writes but the weights."
     with quietly():
         model.save_pretrained(folder, state_dict={})
-    _save_rest(processor, folder, dtype or model.dtype)
+    _save_rest(model, processor, folder, dtype or model.dtype)
 
 
-def _save_rest(processor: ProcessorMixin, folder: Path, dtype: torch.dtype) -> None:
+def _save_rest(
+    model: PreTrainedModel, processor: ProcessorMixin, folder: Path, dtype: torch.dtype
+) -> None:
     "The processor, its fingerprint, and what both versions of transformers read."
     processor.save_pretrained(folder)
-    _open_to_both(folder, dtype, processor.tokenizer)
+    _open_to_both(folder, dtype, processor, family_of(model))
     write_file(folder / "fingerprint.json", json.dumps(fingerprint(processor), indent=1) + "\n")
 
 
@@ -382,18 +384,12 @@ def _edit_json(file: Path, change) -> None:
     write_file(file, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
 
 
-def _config_for_both(config: dict, dtype: torch.dtype) -> dict:
+def _config_for_both(config: dict, dtype: torch.dtype, family: Family) -> dict:
     "A config with the type of the weights as written, and rotary embeddings in both ways."
-    for part in (config, config["text_config"], config["vision_config"]):
+    text = config["text_config"]
+    for part in (config, text, config["vision_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
-    rope = config["text_config"].get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)  # where layers that see less have their own
-    if "rope_theta" in whole:
-        scaling = {k: v for k, v in whole.items() if k != "rope_theta"}
-        config["text_config"] |= dict(rope_theta=whole["rope_theta"], rope_scaling=scaling)
-    if "sliding_attention" in rope:
-        local = rope["sliding_attention"]["rope_theta"]
-        config["text_config"]["rope_local_base_freq"] = local
+    text |= family.rotary(text.get("rope_parameters") or {})
     return config
 
 
@@ -416,12 +412,17 @@ def _tokenizer_for_both(config: dict, tokenizer) -> dict:
     return config
 
 
-def _open_to_both(folder: Path, dtype: torch.dtype, tokenizer) -> None:
+def _open_to_both(
+    folder: Path, dtype: torch.dtype, processor: ProcessorMixin, family: Family
+) -> None:
     "Lets transformers 4.57 open what 5 has written, to the same numbers."
-    _edit_json(folder / "config.json", lambda config: _config_for_both(config, dtype))
+    tokenizer, by = processor.tokenizer, getattr(processor.image_processor, "backend", None)
+    _edit_json(folder / "config.json", lambda config: _config_for_both(config, dtype, family))
     _edit_json(folder / "tokenizer_config.json", lambda c: _tokenizer_for_both(c, tokenizer))
     held = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     pixels = held["image_processor"] | dict(processor_class=held["processor_class"])
+    if by == "torchvision":
+        pixels["image_processor_type"] += "Fast"  # what 4.57 calls such a one
     write_file(folder / "preprocessor_config.json", json.dumps(pixels, indent=2) + "\n")
 
 # %% ../nbs/21_models.ipynb #a002

@@ -268,16 +268,16 @@ def _why(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _named(file: str) -> Iterator[None]:
+def _named(stored: dict) -> Iterator[None]:
     "What goes wrong inside is a `PictureError` that names the file."
     try:
         yield
     except PictureError as e:
-        raise PictureError(e.reason, e.file or file) from None
+        raise PictureError(e.reason, e.file or place_of(stored)) from None
     except DataError as e:  # of a zip
-        raise PictureError(str(e), file) from None
+        raise PictureError(str(e), place_of(stored)) from None
     except Exception as e:  # Pillow raises what its plugins raise
-        raise PictureError(_why(e), file) from e
+        raise PictureError(_why(e), place_of(stored)) from e
 
 # %% ../nbs/06_pictures.ipynb #pictures-opened
 def check_pixels(width: int, height: int) -> None:
@@ -292,7 +292,7 @@ def check_pixels(width: int, height: int) -> None:
 
 def _refuse_endless(path: str) -> None:
     "Raises `PictureError` for what is there and no file: a pipe or a device may never end."
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if not (os.path.isfile(path) or os.path.isdir(path)) and os.path.exists(path):
         raise PictureError("a pipe or a device, expected a file")
 
 
@@ -304,10 +304,11 @@ def opened(
     "A picture, its header read; what goes wrong inside is a `PictureError`."
     stored = _as_stored(picture)
     path = stored.get("path") or ""
-    with _named(place_of(stored)), _pillows_limits():
-        _refuse_endless(path)
-        local = not whole and stored.get("bytes") is None and path and "://" not in path
-        with open(path, "rb") if local else io.BytesIO(_content(stored)) as file:
+    with _named(stored), _pillows_limits():
+        on_disk = stored.get("bytes") is None and path and "://" not in path
+        if on_disk:
+            _refuse_endless(path)
+        with open(path, "rb") if on_disk and not whole else io.BytesIO(_content(stored)) as file:
             if whole:
                 _check_png(file.read())
                 file.seek(0)
@@ -479,7 +480,7 @@ def pictures_of(
     found, id = [], str(example.get("id", "example"))
     for number, image in enumerate(example.get("images") or (), 1):
         try:
-            with _named(getattr(image, "filename", "")):
+            with _named({"path": getattr(image, "filename", "")}):
                 found.append(rgb(image) if isinstance(image, Image.Image) else read_picture(image))
         except PictureError as e:
             raise e.of(id, number) from e.__cause__
@@ -601,8 +602,6 @@ class StoredPath(str):
 _BASE64 = re.compile(
     r"(?:iVBORw0K|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|AAAA..Z0eX)[A-Za-z0-9+/\s]{60,}=*\s*"
 )
-
-
 _FILE = re.compile(
     r"(?i)[^<>\n]{1,300}\.(?:(?P<picture>png|jpe?g|webp|gif|bmp|tiff?)"
     r"|(?P<video>mp4|webm|avi|mov|mkv)|(?P<audio>wav|mp3|flac|ogg|m4a))(?:[?#]\S*)?"

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import threading
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,7 +53,7 @@ _DECODE = json.JSONDecoder(object_pairs_hook=_once)
 def _row(raw: bytes) -> dict:
     "One line of the file, read. Raises `DataError`."
     try:
-        row = _DECODE.decode(raw.removeprefix(b"\xef\xbb\xbf").strip().decode("utf-8"))
+        row = _DECODE.decode(raw.removeprefix(BOM_UTF8).strip().decode("utf-8"))
     except UnicodeDecodeError as e:
         why = f"byte {e.start + 1} of the line is not UTF-8"
         raise row_error("json", f"{why}; write the file as UTF-8") from None
@@ -244,7 +245,7 @@ def portions(self: JsonRows, n: int) -> Iterator[list[tuple[int, bytes]]]:
         if self.listed:
             rows = (_list_rows if self.layout == "list" else _object_rows)(self.file)
         else:
-            rows = ((i, raw) for i, raw in enumerate(f, 1) if raw.strip())
+            rows = ((i, raw) for i, raw in enumerate(f, 1) if raw.removeprefix(BOM_UTF8).strip())
         portion, held = [], 0
         for number, raw in rows:
             portion.append((number, raw))

@@ -369,6 +369,8 @@ def _curve(
     steps: int,
 ):  # a function from the step, counted from 0, to a factor in [0, 1]
     "Transformers' own learning rate curve."
+    from transformers import get_scheduler  # brings peft and more along, which few need
+
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     from transformers import get_scheduler  # late: it brings the whole trainer
 

@@ -30,6 +30,7 @@ from llava_cot.towers import (
     last_hidden_state,
     limit_grids,
     older_name,
+    older_rotary,
     part_paths,
     unused_layers,
 )
@@ -456,6 +457,12 @@ def _llama4_shares(processor, ids):
     tokens = (size["height"] // processor.patch_size) ** 2 // processor.downsample_ratio
     return (run.bincount()[1:] // tokens).tolist()
 
+# %% ../nbs/18_tiled.ipynb #td-l4-rotary
+def _llama4_rotary(rope):
+    found = older_rotary(rope)
+    plain = found.get("rope_scaling") == {"rope_type": "default"}
+    return found | dict(rope_scaling=None) if plain else found
+
 # %% ../nbs/18_tiled.ipynb #td-l4-row
 def _llama4_alone(config):
     text = config.get_text_config()
@@ -482,6 +489,7 @@ _LLAMA4 = Family(
     _BY_TILES,
     "Llama4Processor",
     prepare=_llama4_prepare,
+    rotary=_llama4_rotary,
     shares=_llama4_shares,
     features=_llama4_features,
     alone=_llama4_alone,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'Qwen2VLProcessor', 'Qwen2_5_VLProcessor', 'Qwen3VLProcessor', 'CLIP', 'ROWS', 'ModelError', 'Sight',
-           'Budget', 'Family', 'unused_layers', 'limit_grids', 'check_tiles', 'follow_grids', 'without_video',
-           'older_name', 'last_hidden_state', 'laid_in_line', 'part_paths']
+           'Budget', 'older_rotary', 'Family', 'unused_layers', 'limit_grids', 'check_tiles', 'follow_grids',
+           'without_video', 'older_name', 'last_hidden_state', 'laid_in_line', 'part_paths']
 
 # %% ../nbs/17_towers.ipynb #towers-imports
 import contextlib
@@ -33,6 +33,10 @@ class ModelError(InputError):
     "A model or processor that cannot be used: what was found, what was expected, what to do."
 
 # %% ../nbs/17_towers.ipynb #to-said
+# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
+logging.get_logger("bitsandbytes").setLevel("ERROR")
+
+
 def first_sentence(e: Exception) -> str:
     "What an error says first."
     return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
@@ -108,6 +112,19 @@ def _as_named(config: PreTrainedConfig, name: str) -> str:
     "A weight that is called in a file as it is in the model."
     return name
 
+
+def older_rotary(
+    rope: dict,  # a config's `rope_parameters`
+) -> dict:  # what joins a language model's config
+    "Rotary embeddings as transformers 4 reads them."
+    whole, found = rope.get("full_attention", rope), {}  # where layers that see less have their own
+    if "rope_theta" in whole:
+        scaling = {k: v for k, v in whole.items() if k != "rope_theta"}
+        found = dict(rope_theta=whole["rope_theta"], rope_scaling=scaling)
+    if "sliding_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    return found
+
 # %% ../nbs/17_towers.ipynb #c014
 @dataclass(frozen=True)
 class Family:
@@ -129,6 +146,7 @@ class Family:
     complete: Callable = _as_it_is  # processor, config: gives it what older folders leave out
     processor: type = AutoProcessor  # has the `from_pretrained` that opens its processor
     stored: Callable = _as_named  # config, name of a weight -> its name in a file
+    rotary: Callable = older_rotary  # `rope_parameters` -> what says the same to transformers 4
     shares: Callable = _as_it_is  # processor, ids -> tiles of each picture, where all lie in a line
     features: Callable = _pooled  # model, inputs of pictures -> what the text has in their place
     alone: Callable = _any_length  # config -> tokens from which padding before a row changes it

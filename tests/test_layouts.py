@@ -112,6 +112,7 @@ def test_marks_of_every_spelling_place_the_picture_and_numbers_choose_it():
 
 def test_what_may_be_a_mark_is_never_passed_over_for_the_sake_of_speed():
     WORDS = "image Image IMG picture photo figure video audio speech sound im_patch".split()
+    WORDS += "İmage ımg ＩＭＡＧＥ viſ".split()
     WORDS += "vision_start begin_of_image image_start im_start im_end start_of_image here pad".split()
     PIECES = ["<", ">", "</", "<|", "|>", "[", "]", "![", "](", ")", "{", "{{", "}", "&lt;", "＜", "＞"]
     PIECES += [" ", "\n", "\t", "_", "-", ":", "1", "a.png", "x", *WORDS]
@@ -121,7 +122,7 @@ def test_what_may_be_a_mark_is_never_passed_over_for_the_sake_of_speed():
     @settings(max_examples=3000, deadline=None)
     def marks_have_the_hint(text):
         marks = (layouts._LIKE, layouts._MARK, layouts._FOREIGN)
-        assert layouts._HINT.search(text) or not any(mark.search(text) for mark in marks)
+        assert layouts._hinted(text) or not any(mark.search(text) for mark in marks)
 
 
     marks_have_the_hint()
@@ -131,12 +132,13 @@ def test_what_may_be_a_mark_is_never_passed_over_for_the_sake_of_speed():
         "![x](y)",
         "<img>a</img>",
         "[ photo 2 ]",
+        "<İMAGE>",
         "&lt; image &gt;",
     ):
-        assert layouts._HINT.search(text) and any(
+        assert layouts._hinted(text) and any(
             mark.search(text) for mark in (layouts._LIKE, layouts._MARK)
         )
-    assert not layouts._HINT.search("<SUMMARY>The image shows 3 < 5 men.</SUMMARY> [1]")
+    assert not layouts._hinted("<SUMMARY>The image shows 3 < 5 men.</SUMMARY> [1]")
 
 
 def test_what_would_change_the_training_is_never_dropped_in_silence():

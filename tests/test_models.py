@@ -96,13 +96,25 @@ def inputs_of(folder, image, given):
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (ImportError, ValueError):
-        pixels = AutoImageProcessor.from_pretrained(folder)
-        more = dict(crop_to_patches=True) if hasattr(pixels, "crop_to_patches") else {}
-        made = pixels(images=[image], return_tensors="pt", **more)  # as its processor asks for it
-        made = {k: v for k, v in made.items() if k in given}
-        return "parts", plain, {**given, **made}
+        return *in_parts(folder, image, given), plain
     assert processor.apply_chat_template(messages, add_generation_prompt=True) == text
-    return "AutoProcessor", plain, {**given, **processor(images=[image], text=text, **how)}
+    return "AutoProcessor", {**given, **processor(images=[image], text=text, **how)}, plain
+
+def in_parts(folder, image, given):
+    try:
+        pixels = AutoImageProcessor.from_pretrained(folder)
+    except (ImportError, ValueError):
+        return "tokenizer alone", given
+    more = dict(crop_to_patches=True) if hasattr(pixels, "crop_to_patches") else {}
+    made = pixels(images=[image], return_tensors="pt", **more)  # as its processor asks for it
+    return "parts", {**given, **{k: v for k, v in made.items() if k in given}}
+
+def logits_of(model, inputs):
+    known = inspect.signature(model.forward).parameters
+    inputs = {k: v for k, v in inputs.items() if k in known}
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        return model(**inputs).logits
 
 transformers.logging.set_verbosity_error()
 image = Image.open(sys.argv[1]).convert("RGB")
@@ -112,12 +124,11 @@ try:
 except importlib.metadata.PackageNotFoundError:
     pass
 for folder in sys.argv[2:]:
-    told["by"][folder], plain, inputs = inputs_of(folder, image, load_file(folder + "/inputs"))
+    given = load_file(folder + "/inputs")
+    told["by"][folder], inputs, plain = inputs_of(folder, image, given)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
-    known = inspect.signature(model.forward).parameters
-    with torch.no_grad():
-        logits = model(**{k: v for k, v in inputs.items() if k in known}).logits
-    kept = dict(plain=plain, ids=inputs["input_ids"], pixels=inputs["pixel_values"], logits=logits)
+    kept = dict(plain=plain, ids=inputs["input_ids"], pixels=inputs["pixel_values"])
+    kept |= dict(logits=logits_of(model, inputs), same=logits_of(model, given))
     name = told["transformers"] + "-" + told["torchvision"] + ".safetensors"
     save_file({k: v.contiguous() for k, v in kept.items()}, folder + "/" + name)
 print(json.dumps(told))
@@ -141,31 +152,45 @@ def blind_to_places(toy):
     return toy
 
 
+def asked(processor, image):
+    "A question about a picture: a model's inputs, and the tokens that the tokenizer alone gives."
+    content = [{"type": "image"}, {"type": "text", "text": "How many circles? 12 é"}]
+    messages = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    how = dict(add_special_tokens=False, return_tensors="pt")
+    plain = processor.tokenizer(text, **how)["input_ids"]
+    return dict(processor(images=[image], text=text, **how)), plain
+
+
+def distance(one, other):
+    "The largest difference of two tensors; without end, where their shapes differ."
+    same = one.shape == other.shape
+    return (one.double() - other.double()).abs().max().item() if same else float("inf")
+
+
 def versions_table():
     "For each Python and family: versions, how it was opened, the differences from this package."
-    rows, paths = [], os.environ["LLAVA_COT_TRANSFORMERS_4"].split(os.pathsep)
+    paths = [sys.executable, *os.environ["LLAVA_COT_TRANSFORMERS_4"].split(os.pathsep)]
+    rows, here = [], {}
     with tempfile.TemporaryDirectory() as d:
         noise = Image.effect_noise((90, 37), 60).convert("RGB")
         noise.save(f"{d}/noise.png")
-        asked = example([noise])
-        asked["messages"][0]["content"][1]["text"] = "How many circles? 12 é"
         folders = [f"{d}/{tiny.__name__}" for tiny in TOYS]
         for tiny, folder in zip(TOYS, folders):
             toy, own = tiny()
             save(blind_to_places(toy), own, folder)
-            inputs = model_inputs(Collator(own)([encode(asked, own, prompt_only=True)]))
+            inputs, plain = asked(own, noise)
             save_file({k: v.contiguous() for k, v in inputs.items()}, f"{folder}/inputs")
-        _, here = probed(sys.executable, f"{d}/noise.png", folders)
+            logits = toy(**inputs).logits.detach()
+            here[folder] = dict(plain=plain, ids=inputs["input_ids"], logits=logits, same=logits)
+            here[folder]["pixels"] = inputs["pixel_values"]
         for python in paths:
             said, there = probed(python, f"{d}/noise.png", folders)
             for folder in folders:
-                off = {
-                    k: (there[folder][k].double() - value.double()).abs().max().item()
-                    for k, value in here[folder].items()
-                }
+                off = {k: distance(there[folder][k], value) for k, value in here[folder].items()}
                 ids, by = max(off["plain"], off["ids"]), said["by"][folder]
                 told = Path(folder).name, said["transformers"], said["torchvision"], by
-                rows.append((*told, ids, off["pixels"], off["logits"]))
+                rows.append((*told, ids, off["pixels"], off["logits"], off["same"]))
     return rows
 
 def edited(file, **values):
@@ -360,16 +385,24 @@ def test_a_saved_folder_says_everything_in_both_ways():
         special = {t.content for t in back.tokenizer.added_tokens_decoder.values() if t.special}
         assert {"<a1>", "<a2>"} <= special
         pixels = held["preprocessor_config.json"]
+        kind, fast = pixels["image_processor_type"], own.image_processor.backend == "torchvision"
+        assert not kind.endswith("Pil") and kind.endswith("Fast") == fast
+        pixels["image_processor_type"] = kind.removesuffix("Fast")
         assert pixels.items() >= held["processor_config.json"]["image_processor"].items()
         assert pixels["processor_class"] == type(own).__name__
-        assert not pixels["image_processor_type"].endswith(("Pil", "Fast"))
         language, rope = held["config.json"]["text_config"], toy.config.text_config.rope_parameters
         rope = rope.get("full_attention", rope)
-        assert language["rope_scaling"] | {"rope_theta": language["rope_theta"]} == rope
+        scaled = language["rope_scaling"] or {"rope_type": "default"}  # as Llama 4 has it
+        assert scaled | {"rope_theta": language["rope_theta"]} == rope
         tower = [n for n in names if "vision_tower." in n]
         renamed = toy.config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
         assert all(("vision_tower.vision_model." in n) == renamed for n in tower)
         assert tower or not renamed
+    toy, own = tiny_llava()
+    by_torchvision = mock.patch.object(type(own.image_processor), "backend", "torchvision")
+    with tempfile.TemporaryDirectory() as d, by_torchvision:
+        save(toy, own, d)
+        assert "ImageProcessorFast" in Path(d, "preprocessor_config.json").read_text()
     for kind, backend in (("LlamaTokenizer", "tokenizers"), ("LlamaTokenizer", "sentencepiece")):
         told = _tokenizer_for_both(dict(tokenizer_class=kind, backend=backend), own.tokenizer)
         changed = backend == "tokenizers"  # there is a tokenizer.json, and it alone decides
@@ -381,8 +414,9 @@ def test_a_saved_folder_says_everything_in_both_ways():
 def test_other_versions_of_transformers_compute_the_same():
     if "LLAVA_COT_TRANSFORMERS_4" not in os.environ:
         pytest.skip("LLAVA_COT_TRANSFORMERS_4 names no Python with transformers 4.57")
-    for family, version, torchvision, by, ids, pixels, logits in versions_table():
-        assert ids == 0 and pixels < 0.02, (family, version, pixels)
+    for family, version, torchvision, by, ids, pixels, logits, same in versions_table():
+        assert ids == 0 and same <= 1e-6, (family, version, ids, same)
+        assert pixels < 0.02, (family, version, pixels)
         if torchvision == "no" or version < "5" and "qwen" not in family:
             assert max(pixels, logits) <= 1e-6, (family, version, pixels, logits)
         kind = family.removeprefix("tiny_")

@@ -153,6 +153,8 @@ def test_a_file_without_rows_is_one_line_that_says_what_is_in_it():
         wanted |= {"rows.parquet": both, "shards": f"train-1.parquet holds no rows .{both}"}
         wanted |= {"disk": "disk holds no rows", "dict": "dict holds no rows"}
         wanted["nothing"] = "train.csv holds no rows .found 0 bytes"
+        (at / "blank.jsonl").write_bytes(b"\xef\xbb\xbf\n\xef\xbb\xbf")
+        assert not list(open_rows(at / "blank.jsonl").portions(9))
         for name, found in wanted.items():
             with pytest.raises(DataError, match=f"{found}.*expected at least one; was it wri") as e:
                 source = open_rows(at / name)

@@ -9,7 +9,14 @@ import torch
 from PIL import Image, ImageDraw
 from transformers.utils import is_torchvision_available
 
-from llava_cot.families import ModelError, budget_fields, example_batch, family_of, without_gradient
+from llava_cot.families import (
+    FAMILIES,
+    ModelError,
+    budget_fields,
+    example_batch,
+    family_of,
+    without_gradient,
+)
 from llava_cot.loss import token_losses
 from llava_cot.pixels import with_budget
 from llava_cot.template import TokensError
@@ -21,6 +28,7 @@ from llava_cot.tiny import (
     tiny_smolvlm,
 )
 from llava_cot.tokens import Collator, encode, image_tokens
+from llava_cot.towers import older_rotary
 
 TILED_TOYS = (
     tiny_internvl,
@@ -53,6 +61,16 @@ def of_all_kinds(processor, **how):
     "Rows with one picture, with none, with two of different sizes, and a tall one, encoded."
     rows = example((48, 48)), example(), example((96, 48), (20, 20)), example((20, 90))
     return [encode(row, processor, **how) for row in rows]
+
+
+def test_what_is_stretched_is_said_and_what_is_not_is_left_out():
+    stretched = dict(rope_type="llama3", factor=16.0, rope_theta=500000.0)
+    assert FAMILIES["llama4"].rotary(stretched) == older_rotary(stretched)
+    assert older_rotary(stretched)["rope_scaling"] == dict(rope_type="llama3", factor=16.0)
+    plain = dict(rope_type="default", rope_theta=1e4)
+    assert FAMILIES["llama4"].rotary(plain) == dict(rope_theta=1e4, rope_scaling=None)
+    assert older_rotary(plain) == dict(rope_theta=1e4, rope_scaling=dict(rope_type="default"))
+    assert FAMILIES["llama4"].rotary({}) == older_rotary({}) == {}
 
 
 def test_what_stands_for_a_picture_is_never_learned_and_rows_do_not_mix():
