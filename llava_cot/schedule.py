@@ -372,8 +372,6 @@ def _curve(
     from transformers import get_scheduler  # brings peft and more along, which few need
 
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    from transformers import get_scheduler  # late: it brings the whole trainer
-
     return get_scheduler(decay, optimizer, warmup, steps).lr_lambdas[0]
 
 # %% ../nbs/31_schedule.ipynb #c048

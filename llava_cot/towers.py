@@ -42,10 +42,6 @@ def first_sentence(e: Exception) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0].split(". ")[0]
 
 
-# at import it asks, on some CPUs, for kernels of the hub, which nothing here uses
-logging.get_logger("bitsandbytes").setLevel("ERROR")
-
-
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     "While inside, transformers shows no bar, gives no advice and warns of nothing."
