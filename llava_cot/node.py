@@ -9,6 +9,8 @@ __all__ = ['CONTEXT', 'EXCHANGE', 'SLACK', 'IMPORTS', 'LARGEST', 'on_card', 'hos
 # %% ../nbs/47_node.ipynb #nd-imports
 from dataclasses import dataclass
 
+import torch
+
 from .cot import InputError
 from .plan import PhasePlan, Plan
 from .show import size_text
@@ -47,12 +49,15 @@ class NodeError(InputError):
 
 
 def checkpoint_bytes(
-    p: PhasePlan,
-    engine: str,  # single, ddp or fsdp2
-    gpus: int,
+    made: Plan,
+    p: PhasePlan,  # of its phases
 ) -> int:  # bytes
     "How large a checkpoint in a phase is."
-    return (p.weights + p.optimizer) * (gpus if engine == "fsdp2" else 1)
+    if made.setting["engine"] != "fsdp2":
+        return p.weights + p.optimizer
+    wide = getattr(torch, made.dtype).itemsize
+    numbers, trained = sum(made.parameters.values()), sum(p.trainable.values())
+    return numbers * wide + p.optimizer * trained * wide // p.gradients
 
 
 def saving_memory(
@@ -96,7 +101,7 @@ def node(
 ) -> Node:
     "What a node needs for a plan. Raises `NodeError`."
     engine, gpus = made.setting["engine"], made.setting["gpus"]
-    size = max(checkpoint_bytes(p, engine, gpus) for p in made)
+    size = max(checkpoint_bytes(made, p) for p in made)
     weights = made[0].weights * (gpus if engine == "fsdp2" else 1)
     seconds = write_seconds(size, bandwidth)
     opening = host_memory(weights, gpus, each=engine != "fsdp2")

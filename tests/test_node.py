@@ -212,10 +212,12 @@ def test_margins_host_memory_and_checkpoints_are_by_rule():
     assert host_memory(10**9, 1, each=False) == host_memory(10**9, 1)
     assert host_memory(43 * 10**9, 8, each=False) < 60e9
     assert saving_memory(10**9, 4) - saving_memory(0, 4) == 10**9
-    whole = plan(tiny_llava()[0], "two_phase", length=128)[1]
-    shard = plan(tiny_llava()[0], "two_phase", length=128, gpus=4, engine="fsdp2")[1]
-    size = checkpoint_bytes(shard, "fsdp2", 4)
-    assert abs(size / checkpoint_bytes(whole, "single", 1) - 1) < 0.05
+    sizes = []
+    for gpus in (1, 4, 64):  # some weights have fewer rows than there are 64 processes
+        engine = "fsdp2" if gpus > 1 else "single"
+        each = plan(tiny_llava()[0], "two_phase", length=128, gpus=gpus, engine=engine)
+        sizes.append(checkpoint_bytes(each, each[1]))
+    assert max(sizes) / min(sizes) < 1.01
     assert write_seconds(10**9, 2e9) == 0.5
     with pytest.raises(NodeError, match="bandwidth: found 0"):
         write_seconds(1, 0)
@@ -231,11 +233,12 @@ def test_a_node_says_what_the_plan_comes_to():
     class Made(list):
         "A plan of one phase that is all weights, 10 GB on each process."
 
-        peak = 0
+        peak, dtype, parameters = 0, "float32", dict(language=10**10)
         setting = dict(engine="ddp", gpus=4)
 
 
-    made = Made([SimpleNamespace(weights=10**10, optimizer=0)])
+    frozen = dict(weights=10**10, optimizer=0, gradients=1, trainable={})
+    made = Made([SimpleNamespace(**frozen)])
     assert node(made).host == host_memory(10**10, 4) == 4 * (IMPORTS + 10**10)
     made.setting = made.setting | dict(engine="fsdp2")
     assert node(made).host == saving_memory(4 * 10**10, 4) > host_memory(4 * 10**10, 4, each=False)
