@@ -18,7 +18,11 @@ def test_family_tells_each_claim_and_exits_with_1_where_one_fails():
     assert said.startswith("failed  config") and "no such folder" in said
     assert "needs a config: row in FAMILIES, processor, weights fit" in said
     assert "0 passed, 1 failed" in said
-    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
+    with (
+        pytest.raises(SystemExit),
+        contextlib.redirect_stdout(io.StringIO()) as told,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         family("no_such_folder", json=True)
     assert json.loads(told.getvalue())["checks"][0]["passed"] is False
 
