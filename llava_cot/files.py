@@ -520,7 +520,8 @@ def _members(
             continue
         numbers = f"{m.header_offset}-{m.compress_size}-{m.file_size}-{m.CRC}-{m.compress_type}"
         url = f"{start}{quote(m.filename)}?{numbers}"
-        for path in (path, os.path.normpath(_unflagged(m))):
+        paths = [path] if path.isascii() else [path, os.path.normpath(_unflagged(m))]
+        for path in paths:
             found[path] = url
             top, _, rest = path.replace("\\", os.sep).partition(os.sep)
             if top.startswith("image") and rest:

@@ -541,11 +541,10 @@ def _table(
 # %% ../nbs/08_rows.ipynb #c031
 def is_plain_text(messages: list[dict], fmt: CoTFormat) -> bool:
     "Whether a conversation shows no picture, and no answer in it has a separator."
-    items = [item for m in messages for item in m["content"]]
+    if any(item["type"] == "image" for m in messages for item in m["content"]):
+        return False
     said = [m["content"][0]["text"] for m in messages if m["role"] == "assistant"]
-    return not (
-        any(item["type"] == "image" for item in items) or any(fmt.marks(text) for text in said)
-    )
+    return not any(fmt.marks(text) for text in said)
 
 
 def answer_problems(
@@ -578,6 +577,7 @@ def _start(given):
     # else it would wait for work for ever, and hold what was locked when it began
     threading.Thread(target=_follow_parent, daemon=True).start()
     gc.freeze()  # what was inherited stays: walking along it would cost time, and copy its memory
+    gc.set_threshold(100_000)  # a portion of rows is no garbage, and holds tens of thousands
     gc.enable()
 
 
