@@ -343,8 +343,8 @@ def _closing(text: str, fmt: CoTFormat, m, inside, closed: set):
     if inside and inside.stage == stage:
         if not text[inside.end : at].strip():
             yield "empty", stage, at, f"{stage} is empty, expected text before {tag or 'its end'}"
-        if inside.number != m.number and tag != _end(fmt, inside, True):
-            wanted = _end(fmt, inside, True)
+        wanted = tag if inside.number == m.number else _end(fmt, inside, True)
+        if tag != wanted:
             yield "number", stage, at, f"{tag} closes {inside.text}, expected {wanted}"
     elif stage in closed:
         yield "doubled", stage, at, f"{tag} is doubled: it stands again"

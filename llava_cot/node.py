@@ -57,6 +57,7 @@ def checkpoint_bytes(
         return p.weights + p.optimizer
     wide = getattr(torch, made.dtype).itemsize
     numbers, trained = sum(made.parameters.values()), sum(p.trainable.values())
+    # of a share, which may be padded: the optimizer holds so many bytes for each of a gradient
     return numbers * wide + p.optimizer * trained * wide // p.gradients
 
 

@@ -324,6 +324,17 @@ def test_repair_never_invents():
         assert repair(wrong) == (wrong, check(wrong)) and check(wrong), wrong
 
 
+def test_repair_leaves_a_well_formed_answer_as_it_is_in_every_format():
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data(), formats)
+    def prop(data, fmt):
+        text = written(data.draw(answers(fmt)), fmt)
+        assert repair(text, fmt) == (text, [])
+
+
+    prop()
+
+
 def test_repair_is_idempotent_and_total():
     @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data(), formats)
@@ -347,7 +358,6 @@ def test_repair_of_a_damaged_answer():
         "Dropping or repeating one separator loses nothing (in texts without look-alikes of it)."
         x = CoT({s: data.draw(stage_text).replace("<", "(") for s in STAGES})
         text = render(x)
-        assert repair(text) == (text, [])
         tag = data.draw(st.sampled_from(SEPARATORS[:-1]))
         damaged = text.replace(tag, data.draw(st.sampled_from(["", tag + tag, tag + "\n" + tag])))
         mended, problems = repair(damaged)

@@ -23,6 +23,7 @@ from llava_cot.cot import (
     to_format,
 )
 from llava_cot.families import parts
+from llava_cot.template import TokensError
 from llava_cot.tiny import (
     TINY_TEXT,
     TOYS,
@@ -231,10 +232,13 @@ def test_stages_of_any_format_get_every_supervised_token_and_the_whole_loss():
     def follows(own):
         form, told = own
         spelled = {token for token in reader.tokenizer.all_special_tokens if token in told}
-        if not spelled <= set(form.separators):  # as a stage "<pad" does
-            reject()
         turns = [drawn["messages"][0], dict(role="assistant", content=[dict(type="text", text=told)])]
-        batch = Collator(reader)([encode({**drawn, "messages": turns}, reader, fmt=form)])
+        row = {**drawn, "messages": turns}
+        if not spelled <= set(form.separators):  # as a stage "<pad" does
+            with pytest.raises(TokensError, match="spells the control token"):
+                encode(row, reader, fmt=form)
+            return
+        batch = Collator(reader)([encode(row, reader, fmt=form)])
         found, where = loss.token_losses(small, batch)
         sums_ = by_stage(found, where, form.stage_names)
         assert len(sums_) == len(form.stages) + 1
