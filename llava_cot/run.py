@@ -26,7 +26,6 @@ from pathlib import Path
 
 import accelerate
 import datasets
-import matplotlib.pyplot as plt
 import torch
 import transformers
 import yaml
@@ -530,6 +529,8 @@ def plot_losses(
     evals: list = (),  # lines of `evals.jsonl`: the validation loss, as dots
 ):  # a matplotlib `Figure`
     "Loss by stage over updates, the phases shaded."
+    import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=figsize, layout="constrained")
     names = dict.fromkeys(name for m in metrics for name in m["loss_by_stage"])
     for stage, (colour, line) in _styles(names).items():

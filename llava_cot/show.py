@@ -18,7 +18,6 @@ from pathlib import Path
 
 from IPython import get_ipython
 from IPython.display import display
-from matplotlib.figure import Figure
 from PIL import Image
 
 from .pictures import rgb
@@ -135,7 +134,7 @@ def captioned(
 
 # %% ../nbs/10_show.ipynb #show-png
 def figure_png(
-    figure: Figure,  # of matplotlib
+    figure,  # a matplotlib `Figure`
     dpi: int = 130,  # pixels an inch
 ) -> bytes:
     "A plot as the bytes of a PNG."

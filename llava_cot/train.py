@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
-from transformers.integrations import unset_hf_deepspeed_config
 
 from . import checkpoint, distributed, memory, models, pixels
 from . import data as datasource
@@ -101,6 +100,8 @@ def _accelerator(settings: Settings, out) -> Accelerator:
     found = distributed.check_engine(accelerator, settings.engine, settings.reduce)
     memory.check_extras(settings.weights, settings.liger, found)
     if found == "zero3":
+        from transformers.integrations import unset_hf_deepspeed_config
+
         distributed.check_zero(settings)
         unset_hf_deepspeed_config()  # models are opened whole
     if found in ("fsdp2", "zero3") and settings.cache_vision:
