@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from .blank import blank_beside, reach_all
+from .blank import blank_beside, picture_parameters, reach_all
 from llava_cot.claims import (
     FOLDER,
     MASKS,
@@ -188,9 +188,30 @@ def _frozen_stays(s: Subject) -> str:
     return f"{', '.join(s.family.parts)} each alone: all else stands still, to the bit"
 
 
-@claim("text alone", "family", "template", "model")
+def _reached_by_pictures(model: PreTrainedModel) -> set[str]:
+    "Parameters that pictures alone read and that have a gradient."
+    read = {id(p) for p in picture_parameters(model) if p.grad is not None}
+    return {n for n, p in model.named_parameters() if id(p) in read}
+
+
+def _blank_reaches_as_far(s: Subject, batch: dict) -> None:
+    "Fails where processes would wait: one goes back through a layer, its neighbour does not."
+    with _borrowed(s.model) as model:
+        _learn(model, Collator(s.processor)(_encoded(s)))
+        wanted = _reached_by_pictures(model)
+        model.zero_grad()
+        with blank_beside(model, _inputs(batch)) as given:
+            model(**given, use_cache=False).logits.sum().backward()
+        found = _reached_by_pictures(model)
+    less, more = wanted - found, found - wanted
+    need(not less, f"a picture gives {_names(less)} a gradient, a blank one beside text does not")
+    need(not more, f"a blank picture beside text gives {_names(more)} a gradient, a picture not")
+
+
+@claim("text alone", "family", "picture", "template", "model")
 def _text_alone(s: Subject) -> str:
     batch = Collator(s.processor)([encode(example(0), s.processor)])
+    _blank_reaches_as_far(s, batch)
     with _borrowed(s.model) as model:
         freeze(model, _phase(*s.family.parts))
         trained = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -89,6 +89,14 @@ def check_engine(
             f" {accelerator.state.deepspeed_plugin.zero_stage}, expected 3; set zero_stage: 3 in"
             " its config, as 8xzero3.yaml does"
         )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if n < started:
+        raise RunError(
+            f"engine: {started} processes were started (WORLD_SIZE), and accelerate gives each of"
+            " them a run of its own, as use_cpu: true with distributed_type: FSDP does; expected"
+            f" one run on {started} processes: leave use_cpu out of accelerate's config, or"
+            " distributed_type"
+        )
     if wanted not in (None, found):
         raise RunError(
             f"engine: found {found} on {n} process{'es' * (n > 1)}, expected {wanted}; start the"

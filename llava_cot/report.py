@@ -232,7 +232,8 @@ def _tiles_html(report: Report) -> str:
 
 @patch
 def _repr_pretty_(self: Report, printer, cycle):
-    printer.text(pformat(self, width=100, compact=True))  # where there is no HTML
+    "What stands where there is no HTML: the figures, tables within them left out."
+    printer.text(pformat(self, width=100, compact=True, depth=2))
 
 
 @patch

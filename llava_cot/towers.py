@@ -76,12 +76,22 @@ def _as_it_is(*_, **__) -> None:
     "Nothing to mend, or to know."
 
 
-def _pooled(model, inputs: dict) -> Sequence[torch.Tensor]:
+def _looked(model, inputs: dict):
     "By the model's own method: vision and projector run on pictures."
     look = model.model.get_image_features
     known = inspect.signature(look).parameters
     told = {name: value for name, value in inputs.items() if name in known}
-    return look(**told, return_dict=True).pooler_output
+    return look(**told, return_dict=True)
+
+
+def _pooled(model, inputs: dict) -> Sequence[torch.Tensor]:
+    return _looked(model, inputs).pooler_output
+
+
+def _pooled_and_deep(model, inputs: dict) -> Sequence[torch.Tensor]:
+    "With those that are added to the text's hidden states, layer by layer."
+    seen = _looked(model, inputs)
+    return [*seen.pooler_output, *(f for layer in seen.deepstack_features for f in layer)]
 
 
 def _any_length(config: PreTrainedConfig) -> float:
@@ -144,7 +154,7 @@ class Family:
     stored: Callable = _as_named  # config, name of a weight -> its name in a file
     rotary: Callable = older_rotary  # `rope_parameters` -> what says the same to transformers 4
     shares: Callable = _as_it_is  # processor, ids -> tiles of each picture, where all lie in a line
-    features: Callable = _pooled  # model, inputs of pictures -> what the text has in their place
+    features: Callable = _pooled  # model, inputs of pictures -> all that the text is given of them
     alone: Callable = _any_length  # config -> tokens from which padding before a row changes it
     tower: str = ""  # `vision_config.model_type`, where that makes it another family
 
@@ -637,6 +647,7 @@ _QWEN3 = replace(
     model_type="qwen3_vl",
     parts=part_paths("model.visual", "model.visual.merger", "model.visual.deepstack_merger_list"),
     sight=Sight("model.visual", _qwen3_split, _qwen3_keep, _qwen3_join),
+    features=_pooled_and_deep,
     reads="Qwen3VLProcessor",
     processor=Qwen3VLProcessor,
 )

@@ -86,7 +86,7 @@ def test_beside_a_blank_the_same_modules_run_in_the_same_order_as_with_a_picture
     for tiny in TOYS:
         net, its = tiny(seed=0)
         examples = [example for _, example in shapes.examples(2)]
-        _, _, expected = modules_run(net, *batch_of(its, *examples[:1]))
+        _, seen, expected = modules_run(net, *batch_of(its, *examples[:1]))
         for rows in (examples[:1], examples):
             made, labels = batch_of(its, *map(text_only, rows))
             plain, wanted, _ = modules_run(net, made, labels)
@@ -96,9 +96,9 @@ def test_beside_a_blank_the_same_modules_run_in_the_same_order_as_with_a_picture
             assert (given - plain).abs().max() <= 1e-6
             ours = {id(p) for p in blank.picture_parameters(net)}
             for n, p in net.named_parameters():
-                if id(p) in ours:
-                    frozen = gradient[n] is None  # e.g. layers behind the one whose features are taken
-                    assert frozen or not gradient[n].any(), n
+                if id(p) in ours:  # none where a picture gives none: behind the features' layer
+                    assert (gradient[n] is None) == (seen[n] is None), f"{tiny.__name__}: {n}"
+                    assert gradient[n] is None or not gradient[n].any(), n
                 elif wanted[n] is not None:
                     assert (gradient[n] - wanted[n]).abs().max() <= 1e-6, n
         made, labels = batch_of(its, text_only(examples[0]))

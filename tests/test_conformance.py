@@ -63,6 +63,7 @@ def test_a_wrong_field_of_a_row_is_seen():
         ("llava", dict(batch=flat), "batch of the row", "pixel_values: draws"),
         ("mllama", dict(prepare=lambda model: None), "mixed batch", "logits in a batch"),
         ("mllama", dict(mask=None), "text alone", ""),
+        ("qwen3_vl", dict(features=FAMILIES["llava"].features), "text alone", "deepstack_merger"),
     ):
         other = replace(FAMILIES[kind], **wrong)
         assert put(f"tiny_{kind}", claim_name)[-1].passed

@@ -571,6 +571,10 @@ def test_an_engine_that_is_not_the_one_asked_for_is_refused():
     ):
         with pytest.raises(RunError, match=what):
             distributed.check_engine(found, wanted)
+    with mock.patch.dict(os.environ, WORLD_SIZE="4"):  # as launched with an FSDP config on CPUs
+        with pytest.raises(RunError, match="4 processes were started .* use_cpu"):
+            distributed.check_engine(given(DistributedType.NO, n=1))
+        assert distributed.check_engine(given(DistributedType.MULTI_CPU, n=4)) == "ddp"
     assert distributed.check_engine(given(DistributedType.MULTI_GPU, n=8), "ddp") == "ddp"
     assert distributed.check_engine(given(DistributedType.DEEPSPEED), "zero3") == "zero3"
 

@@ -307,8 +307,7 @@ def test_two_processes_make_the_report_of_one():
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "two.py").write_text(TWO)
         rows_ = shapes.write(Path(tmp) / "rows", 5, split="val", progress=False)
-        port = "--master_port=29517"
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
         done = subprocess.run([*start, f"{tmp}/two.py", str(rows_)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         with mock.patch.object(sys, "argv", ["two.py", str(rows_)]):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from IPython.lib.pretty import pretty
 from PIL import Image
 
 from llava_cot import cot, shapes
@@ -226,6 +227,7 @@ def test_reports_cope_with_any_dataset():
         for i, said in enumerate((right, cut)):
             report = score([many, none], said, fmt=DIRECT)
             assert report.accuracy == 1 - i and report.truncated == i / 2 and report.sound is None
+            assert len(pretty(report).splitlines()) < 40  # a screen, whatever the rows
             found = write_report(Path(tmp) / str(i), report)
             page = (Path(tmp) / str(i) / "report.html").read_text()
             assert (

@@ -4,7 +4,8 @@
 
 It looks at columns, statements a line and names nobody binds (ruff), at the order of the
 notebooks (a module imports only modules of notebooks before its own, and adds no method to their
-classes; each has a number of its own), at the size of modules, for names of model families outside
+classes; each has a number of its own), at names of the package that are not there any more, which
+slow cells would keep for months, at the size of modules, for names of model families outside
 their table and toys, at the form of test names, for cells committed with an error, for notebooks
 committed without their outputs, for names that the changelog sends a reader to and that are not
 there, at leaks: a cell of the story that reads a name which a proof has bound again, so that its
@@ -281,13 +282,9 @@ def never_executed(path: Path) -> list[str]:
     return []
 
 
-def moved() -> list[str]:
+def moved(bound: dict[str, set[str]]) -> list[str]:
     "Rows of the changelog's table that send a reader to a name that is not there."
-    found, bound = [], {}
-    for path in (ROOT / "llava_cot").glob("*.py"):
-        source = path.read_text(encoding="utf-8")
-        stored = {n.id for n in names(source) if isinstance(n.ctx, ast.Store)}
-        bound[path.stem] = stored | defined(source)
+    found = []
     for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines():
         place = re.fullmatch(r"\| `[\w.]+` \| `(\w+)\.(\w+)` \|", line)
         if place and place[2] not in bound.get(place[1], ()):
@@ -295,12 +292,49 @@ def moved() -> list[str]:
     return found
 
 
+def gone(path: Path, bound: dict[str, set[str]]) -> list[str]:
+    "Names that a notebook takes from a module of the package, and that are not there."
+    modules, found = {}, []
+    for i, source in code_cells(path):
+        nodes, taken = parsed(source), []
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_cot"):
+                module = node.module.removeprefix("llava_cot").removeprefix(".")
+                for alias in node.names:
+                    if module:
+                        taken.append((module, alias.name))
+                    elif alias.name in bound:
+                        modules[alias.asname or alias.name] = alias.name
+        own = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = node.value.id
+                if name in modules and name not in own:
+                    taken.append((modules[name], node.attr))
+        for module, name in dict.fromkeys(taken):
+            if name not in bound.get(module, ()) and not name.startswith("__"):
+                place = f"{path.relative_to(ROOT)} cell {i}"
+                found.append(f"{place}: llava_cot.{module} has no {name!r}")
+    return found
+
+
+def bindings() -> dict[str, set[str]]:
+    "Module → the names that it binds, imports among them."
+    found = {}
+    for path in (ROOT / "llava_cot").glob("*.py"):
+        found[path.stem] = binds(path.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> None:
     os.chdir(ROOT)
-    found = lines() + lengths() + order() + same_numbers() + patches() + family_names() + moved()
+    found = lines() + lengths() + order() + same_numbers() + patches() + family_names()
+    bound = bindings()
+    found += moved(bound)
     for path in notebooks():
         found += leaks(path) + early(path) + switch(path) + test_names(path)
-        found += errors(path) + never_executed(path)
+        found += errors(path) + never_executed(path) + gone(path, bound)
     print("\n".join(found) or "tools/check.py: nothing found")
     sys.exit(bool(found))
 
