@@ -140,9 +140,7 @@ class Family:
     parts: Mapping[str, tuple]  # part -> paths; of two that fit a name, the longer owns it
     sight: Sight  # pictures one by one
     sees: Callable  # config -> fields that its processor's fingerprint must have
-    batch: (
-        Callable  # config, rows, length, tiles, fields that no config has -> image tokens, inputs
-    )
+    batch: Callable  # config, rows, length, tiles, fields no config has -> image tokens, inputs
     budget: Budget  # of pixels or tiles
     reads: str  # the name of its processor's class in transformers
     unused: Callable = _none_unused  # config -> regex of parameters that never get a gradient
