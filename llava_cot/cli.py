@@ -269,14 +269,38 @@ def launch(
     if not file.is_file():
         named = ", ".join(known)
         raise CliError(f"launch: found {name!r}, expected one of {named}, or accelerate's file")
+    _check_launch(file)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", str(file)]
-    started = subprocess.Popen([*command, "-m", "llava_cot.cli", "train", *words])
+    command += ["-m", "llava_cot.cli", "train", "--launch="]  # whatever its own config says
+    started, stopped = subprocess.Popen([*command, *words]), False
     while True:
         try:
-            return started.wait()
+            code = started.wait()
+            return 130 if stopped and code else code
         except KeyboardInterrupt:  # it reaches the run, too, which saves and stops
-            continue
+            stopped = True
+
+
+def _check_launch(file: Path) -> None:
+    "Raises `CliError` for what accelerate would start otherwise than the file says."
+    from importlib.util import find_spec
+
+    from llava_cot.files import read_yaml
+
+    told = read_yaml(file)
+    kind, n = told.get("distributed_type"), told.get("num_processes", 1)
+    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise CliError(
+            f"launch: {file.name} asks for DeepSpeed, which is not installed; pip install"
+            " deepspeed, or take 8xfsdp2"
+        )
+    if kind == "MULTI_CPU" and n > 1 and not told.get("mpirun_config"):
+        raise CliError(
+            f"launch: {file.name} asks for {n} processes of MULTI_CPU, and accelerate starts one"
+            " where no mpirun_config is given; on processors, expected: ACCELERATE_USE_CPU=true"
+            f" torchrun --nproc_per_node {n} -m llava_cot.cli train …"
+        )
 
 
 def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -305,6 +329,8 @@ def main(
             return launch(name, rest[1:])
         _check_configs(words)
         config = parser().parse_args(words)
+        if name is None and config.command == "train" and config.train.launch:
+            return launch(config.train.launch, words[1:])
     except (ArgumentError, TypeError, ValueError) as e:
         return _told(f"error: {_plain(e)}")
     if not config.command:

@@ -179,7 +179,9 @@ def _train(source, model, out, schedule, settings, start, json) -> dict:
             **settings,
         )
     except KeyboardInterrupt:
-        raise Interrupted(out) from None
+        if (Path(out) / "recipe.yaml").is_file():
+            raise Interrupted(out) from None
+        raise  # rows were still being read: there is nothing to go on with
     return _finish(run, examiner, start, json)
 
 # %% ../nbs/80_commands.ipynb #c013

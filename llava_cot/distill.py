@@ -410,7 +410,7 @@ def distill(
     top_p: float | None = None,  # of the likeliest tokens with this probability; left out: 0.9
     seed: int | None = None,  # of what is drawn; left out: 0
     rows: int | None = None,  # at most so many rows are asked; left out: all
-    metric: str | None = None,  # mcq, number, …: of every row; left out: as rows say, or their form
+    metric: str | None = None,  # mcq, number, …: of every row; left out: by its benchmark or form
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers
     max_new_tokens: int = 1024,  # longest answer; with beams and retracing, longest stage

@@ -584,6 +584,7 @@ def prepare_engine(
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = 1  # only counts tokens in its own log
     config["gradient_clipping"] = max_grad_norm or 0.0
+    config["gradient_accumulation_steps"] = 1  # the loop's own, as for the others
     if config.get("bf16", {}).get("enabled"):  # weights stay float32, as everywhere else
         config["bf16"] = dict(enabled=False)
         config["torch_autocast"] = dict(enabled=True, dtype="bfloat16")

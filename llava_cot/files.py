@@ -154,6 +154,9 @@ class FileError(InputError):
     "A file that cannot be read or written: the message says which, why, and what to do."
 
 
+_NO_PLACE = (errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+
+
 def _free(path: Path) -> str:
     "Room on the disk of the nearest folder that exists."
     nearest = path.absolute()
@@ -186,6 +189,11 @@ def writing(
         while seen:  # a writer that failed holds its file, and the room it takes
             traceback.clear_frames(seen.__traceback__)
             seen = seen.__context__
+        if getattr(e, "errno", None) in _NO_PLACE:
+            raise FileError(
+                f"{what} could not be written in {out} ({_reason(e)}); all that was saved before is"
+                " whole. Let this folder be written to, or name another"
+            ) from e
         raise FileError(
             f"{what} could not be written ({_reason(e)}; {_free(Path(out))} free); all that was"
             f" saved before is whole. Make room, then go on with: llava-cot train --resume {out}"

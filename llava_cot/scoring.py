@@ -113,7 +113,7 @@ def evaluate(
     predictions: str | None = None,  # in place of a model: a file of answers to these rows
     missing: str = "refuse",  # rows that this file does not answer: refuse, or wrong
     benchmark: str | None = None,  # ChartQA, MMBench, …: data is its folder, as it is published
-    metric: str | None = None,  # mcq, number, …: of every row; left out: as rows say, or their form
+    metric: str | None = None,  # mcq, number, …: of every row; left out: by its benchmark or form
     columns: dict[str, str] | None = None,  # keys of its rows: question=KEY answer=KEY image=KEY …
     fmt: str = "llava_cot",  # format of the answers
     plain: bool = False,  # take an answer without stages for its conclusion

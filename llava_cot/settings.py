@@ -8,6 +8,7 @@ __all__ = ['CHECKPOINTING', 'ENGINES', 'RunError', 'option', 'Settings', 'is_num
 
 # %% ../nbs/30_settings.ipynb #settings-imports
 import math
+import os
 from dataclasses import asdict, dataclass, field, fields
 
 from fastcore.basics import patch
@@ -102,7 +103,9 @@ class _Batches(_Shown):
 # %% ../nbs/30_settings.ipynb #settings-rows
 @dataclass(frozen=True, repr=False)
 class _Rows(_Shown):
-    max_length: int | None = option(None, "longest sequence in tokens; none for no limit", "rows")
+    max_length: int | None = option(
+        None, "longest sequence in tokens; none for no limit", "rows", least=1
+    )
     max_pixels: int | None = option(
         None,
         "a picture of more is made smaller, where models keep its shape; none: the model's own",
@@ -275,10 +278,20 @@ def _check_field(f, found) -> None:
     if choices and found not in choices:
         *most, last = (str(choice) for choice in choices if choice is not None)
         raise RunError(f"{f.name}: found {found!r}, expected {', '.join(most)} or {last}")
-    if least is None or (found is None and f.default is None):
+    if found is None and f.default is None:
         return
-    if not is_whole(found, least):
+    if least is not None and not is_whole(found, least):
         raise RunError(f"{f.name}: found {found!r}, expected a whole number of at least {least}")
+    for kind, (fits, expected) in _KINDS.items():
+        if f.type in (kind, kind | None) and not fits(found):
+            raise RunError(f"{f.name}: found {found!r}, expected {expected}")
+
+
+_KINDS = {
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    float: (is_number, "a number"),
+    str: (lambda v: isinstance(v, (str, os.PathLike)), "a text"),
+}
 
 # %% ../nbs/30_settings.ipynb #settings-together
 def _check_batches(s: Settings) -> None:

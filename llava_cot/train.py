@@ -47,6 +47,7 @@ from .rowcheck import BadRows
 from .run import Clock, Log, ProgressDisplay, Run, find_event
 from .schedule import Phase, Schedule
 from .settings import RunError, Settings
+from .towers import first_sentence
 from llava_cot.trainable import (
     add_phase_adapters,
     check_schedule,
@@ -94,9 +95,15 @@ def prepare_phase(
 def _accelerator(settings: Settings, out) -> Accelerator:
     "Accelerate as a run's settings want it. Raises `RunError` for what it cannot give."
     AcceleratorState._reset_state()  # one process may hold several runs, each with its precision
-    accelerator = Accelerator(
-        mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out)
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.precision, log_with=settings.tracker, project_dir=str(out)
+        )
+    except (ImportError, RuntimeError, ValueError) as e:  # no GPU, no DeepSpeed, a type it lacks
+        raise RunError(f"accelerate cannot begin as it was launched: {first_sentence(e)}") from e
+    accelerator.gradient_accumulation_steps = 1  # the loop's own; the environment may say another
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("precision: found fp16 without a GPU, expected bf16 or no")
     found = distributed.check_engine(accelerator, settings.engine, settings.reduce)
     memory.check_extras(settings.weights, settings.liger, found)
     if found == "zero3":

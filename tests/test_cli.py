@@ -175,6 +175,59 @@ def test_columns_are_named_in_every_command_that_takes_rows():
             assert found == code and said in out.getvalue(), (typed, found, out.getvalue())
 
 
+def test_what_cannot_be_launched_as_it_says_is_refused_and_a_config_may_launch():
+    with tempfile.TemporaryDirectory() as tmp:
+        file, config = Path(tmp) / "launch.yaml", Path(tmp) / "train.yaml"
+        config.write_text(f"data: shapes\nmodel: tiny_llava\nlaunch: {file}\n")
+        for lines_, why in (
+            ("distributed_type: MULTI_CPU\nnum_processes: 2", "accelerate starts one"),
+            ("distributed_type: DEEPSPEED\nnum_processes: 8", "pip install deepspeed"),
+        ):
+            file.write_text(lines_)
+            told = io.StringIO()
+            with (
+                mock.patch("importlib.util.find_spec", lambda name: None),
+                pytest.raises(cli.CliError, match=why),
+            ):
+                cli.launch(str(file), [])
+            with contextlib.redirect_stderr(told):
+                assert cli.main(["train", "--config", str(config), "--out", f"{tmp}/run"]) == 2
+            assert "launch: launch.yaml asks for" in told.getvalue()
+        file.write_text("num_processes: 1")
+        for code, interrupts, wanted in ((0, 0, 0), (1, 0, 1), (254, 1, 130), (0, 1, 0)):
+            waits = iter([KeyboardInterrupt] * interrupts + [code])
+
+            def wait():
+                found = next(waits)
+                if found is KeyboardInterrupt:
+                    raise found
+                return found
+
+            with mock.patch("subprocess.Popen") as begun:
+                begun.return_value.wait = wait
+                assert cli.main(["train", "--config", str(config), "--out", f"{tmp}/run"]) == wanted
+            assert "--launch=" in begun.call_args[0][0] and str(file) in begun.call_args[0][0]
+
+
+def test_only_a_run_that_was_begun_is_told_to_be_saved():
+    with tempfile.TemporaryDirectory() as tmp:
+        home, out = shapes.write(Path(tmp) / "d", 6), Path(tmp) / "run"
+        words = ["train", "--data", str(home), "--model", "tiny_llava", "--held-out", "0"]
+        words += ["--schedule", "llava_cot", "--out", str(out)]
+        for begun, said in ((False, "llava-cot: stopped\n"), (True, f"--resume {out}\n")):
+
+            def fit(*args, **options):
+                if begun:
+                    out.mkdir()
+                    (out / "recipe.yaml").write_text("")
+                raise KeyboardInterrupt
+
+            told = io.StringIO()
+            with mock.patch.object(train_module, "fit", fit), contextlib.redirect_stderr(told):
+                assert cli.main(words) == 130
+            assert told.getvalue().endswith(said), told.getvalue()
+
+
 def test_bars_draw_a_line_a_minute_where_no_terminal_looks():
     code = """
 import time

@@ -158,6 +158,15 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing():
         assert sorted(os.listdir(disk)) == ["checkpoints", "note"]
 
 
+def test_a_place_that_cannot_be_written_to_is_not_told_to_make_room():
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "file").write_text("")
+        below = Path(made) / "file" / "run"
+        with pytest.raises(FileError, match="recipe could not be written in .*Not a dir.*name another"):
+            with writing(below, "recipe"):
+                below.mkdir()
+
+
 def test_a_lock_is_refused_while_its_process_lives_and_a_killed_one_hinders_nobody():
     HOLD = """
 import os, sys, time

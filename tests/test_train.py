@@ -573,6 +573,22 @@ def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scor
         assert not (Path(tmp) / "run/.lock").exists()
 
 
+def test_what_accelerate_is_told_elsewhere_does_not_change_an_update():
+    one_phase = Settings(Schedule([Phase("one", train={"projector": 1e-3}, updates=1)]))
+    with mock.patch.dict(os.environ, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"):
+        assert train._accelerator(one_phase, "run").gradient_accumulation_steps == 1
+    halves = replace(one_phase, precision="fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(RunError, match="precision: found fp16 without a GPU"):
+            train._accelerator(halves, "run")
+    lacking = mock.Mock(side_effect=ImportError("DeepSpeed is not installed. Run pip"))
+    with (
+        mock.patch.object(train, "Accelerator", lacking),
+        pytest.raises(RunError, match="as it was launched: DeepSpeed is not installed$"),
+    ):
+        train._accelerator(one_phase, "run")
+
+
 def test_a_run_in_a_format_of_ones_own_is_resumed_in_it():
     OWN = CoTFormat(
         "own", ("plan", "step", "say"), open="[{stage}]", close="[/{stage}]", repeatable=("step",)
