@@ -212,8 +212,8 @@ def test_what_cannot_be_launched_as_it_says_is_refused_and_a_config_may_launch()
 def test_only_a_run_that_was_begun_is_told_to_be_saved():
     with tempfile.TemporaryDirectory() as tmp:
         home, out = shapes.write(Path(tmp) / "d", 6), Path(tmp) / "run"
-        words = ["train", "--data", str(home), "--model", "tiny_llava", "--held-out", "0"]
-        words += ["--schedule", "llava_cot", "--out", str(out)]
+        typed_ = ["train", "--data", str(home), "--model", "tiny_llava", "--held-out", "0"]
+        typed_ += ["--schedule", "llava_cot", "--out", str(out)]
         for begun, said in ((False, "llava-cot: stopped\n"), (True, f"--resume {out}\n")):
 
             def fit(*args, **options):
@@ -224,7 +224,7 @@ def test_only_a_run_that_was_begun_is_told_to_be_saved():
 
             told = io.StringIO()
             with mock.patch.object(train_module, "fit", fit), contextlib.redirect_stderr(told):
-                assert cli.main(words) == 130
+                assert cli.main(typed_) == 130
             assert told.getvalue().endswith(said), told.getvalue()
 
 
