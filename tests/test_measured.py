@@ -185,8 +185,8 @@ def test_an_answer_that_melts_is_found_whatever_offsets_leave_out():
     words_ = Tokenizer(models.BPE())
     words_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters_ = pre_tokenizers.ByteLevel.alphabet()
-    how_ = trainers.BpeTrainer(special_tokens=["</s>", "<image>"], initial_alphabet=letters_)
-    words_.train_from_iterator([" Two or three"] * 9, how_)
+    how_ = dict(special_tokens=["</s>", "<image>"], initial_alphabet=letters_, show_progress=False)
+    words_.train_from_iterator([" Two or three"] * 9, trainers.BpeTrainer(**how_))
     for trim in (False, True):
         words_.post_processor = processors.ByteLevel(trim_offsets=trim)
         its.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_, eos_token="</s>")
