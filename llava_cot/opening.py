@@ -211,9 +211,6 @@ def weight_files(
     named = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
     if not named or not listed:
         raise ModelError(f"{folder}: its {index.name} lists no weights; download it again")
-    if not isinstance(more, dict):
-        todo = 'write "metadata": {} beside weight_map'
-        raise ModelError(f"{index}: no metadata in it, which transformers asks for; {todo}")
     shards = sorted(set(listed.values()))
     lacking = [name for name in shards if not (folder / name).is_file()]
     if lacking:
@@ -221,6 +218,9 @@ def weight_files(
             f"{folder}: {len(lacking)} of {len(shards)} files of weights are missing, such as"
             f" {lacking[0]}; download them again"
         )
+    if not isinstance(more, dict):
+        todo = 'write "metadata": {} beside weight_map'
+        raise ModelError(f"{index}: no metadata in it, which transformers asks for; {todo}")
     return [folder / name for name in shards]
 
 
