@@ -44,6 +44,8 @@ def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
             first = encoding.char_to_token(turn.first)
             if first is None or encoding.token_to_chars(first)[0] < turn.first:
                 return False
+            if first and encoding.token_to_chars(first - 1)[1] < turn.first:
+                return False  # offsets may leave out a blank that is in the answer's first token
     return True
 
 

@@ -70,7 +70,6 @@ def load(
     name, at = str(name_or_path), find_device(device)
     found = find_dtype(dtype, at)
     _, processor = load_skeleton(name, chat)
-
     base = adapter_base(name, root_of(name))
     if base:
         whole = torch.bfloat16 if found == "nf4" else found
@@ -207,13 +206,12 @@ def _weights(name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> P
         weight_files(Path(name))  # there must be some
     if dtype == "nf4":  # in which NaN would be some number
         check_finite(name)
-    how = dict(config=config, use_safetensors=True, trust_remote_code=False)
+    how = dict(config=config, use_safetensors=True, output_loading_info=True)
     how |= opened_in_nf4(config, find_device("auto")) if dtype == "nf4" else dict(dtype=dtype)
     try:
         with quietly():
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                name, output_loading_info=True, **how
-            )
+            kind = AutoModelForImageTextToText
+            model, info = kind.from_pretrained(name, trust_remote_code=False, **how)
         model.opened = config.dtype or config.get_text_config().dtype  # whatever it becomes here
     except Exception as e:
         raise ModelError(f"{name}: its weights cannot be read ({first_sentence(e)})") from e
@@ -360,10 +358,8 @@ def narrowed(name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
         return weight
     made = weight.detach().to("cpu", dtype)
     if made.isinf().any() and not weight.isinf().any():
-        raise ModelError(
-            f"{name}: holds {weight.abs().max():,.0f}, too large for {dtype}; save in bf16 or"
-            " float32"
-        )
+        most = f"{weight.abs().max():,.0f}"
+        raise ModelError(f"{name}: holds {most}, too large for {dtype}; save in bf16 or float32")
     return made
 
 
@@ -536,9 +532,7 @@ def merge_adapters(
         model.set_submodule(name, layer.base_layer)
 
 # %% ../nbs/21_models.ipynb #a005
-def _adapter_state(
-    model: torch.nn.Module,  # with adapters
-) -> dict[str, torch.Tensor]:
+def _adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     "The adapters' own weights, by name."
     return {n: w.contiguous() for n, w in model.state_dict().items() if ".lora_" in n}
 
@@ -605,10 +599,11 @@ def _merged_adapter(model: PreTrainedModel, name: str) -> PreTrainedModel:
         )
     try:
         return wrapped.merge_and_unload()
-    except NotImplementedError as e:  # of kinds of LoRA that depend on what is asked
-        raise ModelError(
-            f"{name}: {first_sentence(e)} Give a plain LoRA, or the model merged"
-        ) from e
+    except (NotImplementedError, RuntimeError) as e:  # some kinds of LoRA cannot be merged
+        raise ModelError(f"{name}: {first_sentence(e)} Expected a plain LoRA") from e
+
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
 
 def _adapter_processor(name: str, base: str, config: PreTrainedConfig) -> ProcessorMixin:
@@ -617,8 +612,14 @@ def _adapter_processor(name: str, base: str, config: PreTrainedConfig) -> Proces
     if any((root / f).is_file() for f in ("processor_config.json", "preprocessor_config.json")):
         return _processor(name, config)
     processor = load_processor(base)
-    if (root / "tokenizer_config.json").is_file():
-        processor.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+    check_processor_files(name, root, family_of(config).reads)
+    own = [p.name for pattern in _VOCABULARIES for p in root.glob(pattern)]
+    if own and (root / "tokenizer_config.json").is_file():
+        try:
+            processor.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+        except Exception as e:
+            reason = f"its tokenizer ({own[0]}) cannot be read ({first_sentence(e)})"
+            raise ModelError(f"{name}: {reason}; save it again, or remove it for the base's") from e
         if (root / "chat_template.jinja").is_file() or processor.tokenizer.chat_template:
             processor.chat_template = processor.tokenizer.chat_template
         _settle(processor, config)

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from .families import family_of
-from .towers import ModelError, first_sentence, quietly
+from .towers import ModelError, check_features, first_sentence, quietly
 
 # %% ../nbs/20_opening.ipynb #op-plumbing
 def read_json(path: Path) -> dict:
@@ -145,10 +145,13 @@ def read_config(
     _refuse_own_code(name, "config.json", found)
     _refuse_quantised(name, found)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as e:
         reason = f"does not describe a {kind} ({first_sentence(e)})"
         raise ModelError(f"{name}: its config.json {reason}") from e
+    for part in (config, config.get_text_config(), config.vision_config):
+        part.return_dict = True  # how its code answers; the weights are the same
+    return check_features(config, name)
 
 # %% ../nbs/20_opening.ipynb #op-files
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -204,7 +207,7 @@ def weight_files(
     if not index.is_file():
         nothing = "no weights in it; expected model.safetensors, as `save_pretrained` writes it"
         raise ModelError(f"{folder}: {_instead(folder) or nothing}")
-    listed = read_json(index).get("weight_map")
+    listed, more = map(read_json(index).get, ("weight_map", "metadata"))
     named = isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values())
     if not named or not listed:
         raise ModelError(f"{folder}: its {index.name} lists no weights; download it again")
@@ -215,6 +218,9 @@ def weight_files(
             f"{folder}: {len(lacking)} of {len(shards)} files of weights are missing, such as"
             f" {lacking[0]}; download them again"
         )
+    if not isinstance(more, dict):
+        todo = 'write "metadata": {} beside weight_map'
+        raise ModelError(f"{index}: no metadata in it, which transformers asks for; {todo}")
     return [folder / name for name in shards]
 
 
@@ -619,6 +625,11 @@ def check_processor_files(
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         found = read_json(root / file)
         _refuse_own_code(name, file, found)
+        if found.get("split_special_tokens"):
+            raise ModelError(
+                f"{name}: its {file} has split_special_tokens: true, by which a picture's place is"
+                " read as plain text; write false there"
+            )
         given = found.get("processor_class")
         known = hasattr(transformers, str(given))
         if given in (None, expected) or (known and file == "tokenizer_config.json"):

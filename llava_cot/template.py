@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from fastcore.basics import patch
-from jinja2 import TemplateError
 from transformers import BatchEncoding, ProcessorMixin
 
 from .cot import InputError
@@ -115,7 +114,7 @@ def _template(processor: ProcessorMixin, messages: list[dict], prompt_only: bool
     how = dict(chat_template=template, add_generation_prompt=prompt_only)
     try:
         return processor.apply_chat_template(messages, **how, **told)
-    except (TemplateError, ValueError, TypeError, KeyError) as e:
+    except Exception as e:  # a template may raise whatever Python can
         hint = "; was it made for texts alone?" if "list" in str(e) else ""
         raise TokensError(f"{name}: the chat template refuses this conversation ({e}){hint}") from e
 

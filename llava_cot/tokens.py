@@ -104,20 +104,24 @@ def _supervise(
     turns: list[Turn],
     fmt: CoTFormat,
     name: str,
+    read,  # a `_Row` of a beginning of the text, and of the turns in it
 ) -> tuple[list[int], list[int]]:
     "`labels` and `stage_ids` of the tokens. Raises `TokensError` where no token begins an answer."
     labels, stages = [-100] * len(ids), [0] * len(ids)
     stops = [stop for _, stop in offsets]
-    for turn in turns:
+    for k, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
         first, last = bisect_right(stops, turn.first), bisect_right(stops, turn.after - 1)
-        start, stop = offsets[first]
-        if start < turn.first:
+        before, (start, stop) = stops[first - 1] if first else 0, offsets[first]
+        melted = start < turn.first
+        if not melted and not before == start == turn.first:  # some offsets leave blanks out
+            melted = ids[:first] != read(text[: turn.first], turns[:k]).ids
+        if melted:
             raise TokensError(
                 f"{name}: the tokenizer melts the template into the answer, in the token"
-                f" {text[start:stop]!r}; end the template's invitation in a control token or a"
-                " line break"
+                f" {text[min(before, start) : stop]!r}; end the template's invitation in a control"
+                " token or a line break"
             )
         labels[first : last + 1] = ids[first : last + 1]
         staged = spans(text[turn.start : turn.stop], fmt)
@@ -147,14 +151,19 @@ def _read(
 ) -> _Row:
     "The tokens of a conversation; of a prompt, without labels and stages."
     text, turns, specials = layout(processor, messages, prompt_only, name)
-    marked, reader = text, processor
-    if control_tokens == "escape":
-        marked, reader = escaped(processor, text, turns, specials, fmt.separators)
-    ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name, fmt)
-    labels, stages = [], []
-    if not prompt_only:
-        labels, stages = _supervise(ids, offsets, text, turns, fmt, name)
-    return _Row(ids, offsets, marked, reader, labels, stages)
+
+    def read(text, turns):
+        marked, reader = text, processor
+        if control_tokens == "escape":
+            marked, reader = escaped(processor, text, turns, specials, fmt.separators)
+        ids, offsets = _tokenise(reader.tokenizer, marked, turns, specials, name, fmt)
+        return _Row(ids, offsets, marked, reader, [], [])
+
+    row = read(text, turns)
+    if prompt_only:
+        return row
+    labels, stages = _supervise(row.ids, row.offsets, text, turns, fmt, name, read)
+    return row._replace(labels=labels, stages=stages)
 
 # %% ../nbs/25_tokens.ipynb #c038b
 def _processed(images: list, text: str, processor: ProcessorMixin, name: str) -> dict:
@@ -242,12 +251,10 @@ def _check_choice(what: str, value: str, allowed: tuple) -> None:
 
 def _fit(messages: list[dict], most: int, read, fmt: CoTFormat) -> _Row | None:
     "The longest shortened conversation of at most `most` tokens, as `read`; None if none is."
-    messages = _shorter(messages, fmt)
-    while messages:
+    while messages := _shorter(messages, fmt):
         row = read(messages)
         if len(row.ids) <= most:
             return row
-        messages = _shorter(messages, fmt)
     return None
 
 
@@ -408,11 +415,8 @@ def _unpatch(patches: torch.Tensor, grid: torch.Tensor, pixels) -> torch.Tensor:
 
 def _tiles(encoded: dict, processor: ProcessorMixin) -> list[torch.Tensor]:
     "For each picture its tiles, `(K, 3, H, W)`, in whichever shape the family has them."
-    x, pixels, family = (
-        encoded["pixel_values"],
-        processor.image_processor,
-        family_reading(processor),
-    )
+    x, pixels = encoded["pixel_values"], processor.image_processor
+    family = family_reading(processor)
     shares = family.shares(processor, encoded["input_ids"]) if family else None
     if shares:
         return list(x.reshape(-1, *x.shape[-3:]).split(shares))
@@ -587,10 +591,8 @@ def image_tokens(
     beside: bool = False,  # there are others in its row
 ) -> int:
     "How many tokens a picture of this size becomes. Raises `PictureError` where it does not fit."
-    count, template = (
-        getattr(processor, "_get_num_multimodal_tokens", None),
-        repr(processor.chat_template),
-    )
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    template = repr(processor.chat_template)
     try:
         if beside and not _same_beside(processor, template):
             return _written(processor, size, 2)
@@ -695,5 +697,4 @@ def text_row(
 ) -> _Row:
     "`ids`, `labels`, `stages` of an example, each picture one token. Raises `TokensError`."
     name = example.get("id", "example")
-    messages = conversation(example, name)
-    return _read(messages, processor, fmt, False, control_tokens, name)
+    return _read(conversation(example, name), processor, fmt, False, control_tokens, name)

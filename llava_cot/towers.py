@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'Qwen2VLProcessor', 'Qwen2_5_VLProcessor', 'Qwen3VLProcessor', 'CLIP', 'ROWS', 'ModelError', 'Sight',
-           'Budget', 'older_rotary', 'Family', 'unused_layers', 'limit_grids', 'check_tiles', 'follow_grids',
-           'without_video', 'older_name', 'last_hidden_state', 'laid_in_line', 'part_paths']
+           'Budget', 'older_rotary', 'Family', 'unused_layers', 'check_features', 'limit_grids', 'check_tiles',
+           'follow_grids', 'without_video', 'older_name', 'last_hidden_state', 'laid_in_line', 'part_paths']
 
 # %% ../nbs/17_towers.ipynb #towers-imports
 import contextlib
@@ -177,6 +177,23 @@ def unused_layers(
     last = max(i if i >= 0 else n + 1 + i for i in wanted)  # -1 is the output of layer n - 1
     behind = "|".join(str(i) for i in range(last, n)) or "none"
     return rf"model\.vision_tower\.(.*\.)?(post_layernorm|head|layers\.({behind}))\."
+
+
+def check_features(
+    config: PreTrainedConfig,  # of any family
+    where: str,  # what to call it in the error
+) -> PreTrainedConfig:  # the same
+    "Raise `ModelError` where features are taken from a layer that the vision tower has not got."
+    wanted = getattr(config, "vision_feature_layer", None)
+    n = getattr(config.vision_config, "num_hidden_layers", None)
+    for i in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        if n and isinstance(i, int) and not -n - 1 <= i <= n:
+            raise ModelError(
+                f"{where}: its config.json takes a picture's features from layer {i} of the vision"
+                f" tower (vision_feature_layer), which has {n}; expected {-n - 1} to {n}: take the"
+                " config that was saved with the weights"
+            )
+    return config
 
 
 def _gemma_unused(config):

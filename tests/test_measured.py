@@ -19,6 +19,8 @@ from unittest import mock
 import numpy as np
 import psutil
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from llava_cot import data, kept, measured, pictures, shapes
 from llava_cot.cot import CoT, render
@@ -175,6 +177,22 @@ def test_lengths_of_many_rows_are_those_of_each_alone():
             assert [type(n) for n in apart[:12]] == [int] * 12 and sum(
                 type(n) is str for n in apart
             ) >= 2
+
+
+def test_an_answer_that_melts_is_found_whatever_offsets_leave_out():
+    its = tiny_llava()[1]
+    its.chat_template = its.chat_template.replace("ASSISTANT:\n", "ASSISTANT: ")
+    words_ = Tokenizer(models.BPE())
+    words_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters_ = pre_tokenizers.ByteLevel.alphabet()
+    how_ = dict(special_tokens=["</s>", "<image>"], initial_alphabet=letters_, show_progress=False)
+    words_.train_from_iterator([" Two or three"] * 9, trainers.BpeTrainer(**how_))
+    for trim in (False, True):
+        words_.post_processor = processors.ByteLevel(trim_offsets=trim)
+        its.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_, eos_token="</s>")
+        its.tokenizer.image_token, its.tokenizer.image_token_id, its.image_token_id = "<image>", 1, 1
+        melted, apart = text_lengths([asked("?", "Two", "a"), asked("? Two", "é", "b")], its)
+        assert "in the token ' Two'" in melted and apart == 23
 
 
 def test_a_picture_is_unreadable_exactly_where_it_cannot_be_decoded():

@@ -284,6 +284,11 @@ def numbered(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
 
 
+def without_metadata(folder):
+    sharded(folder)
+    edited("model.safetensors.index.json", metadata=None)(folder)
+
+
 def bits(n):
     return {"quant_method": "awq", "bits": n}
 
@@ -592,6 +597,10 @@ def test_every_kind_of_spoiled_folder_is_refused_before_weights_are_read():
         ),
         unsized=(backwards, "no model that can be built"),
         methodless=(edited("config.json", quantization_config="x"), r"quantised \(x\)"),
+        unsaid=(without_metadata, "index.json: no metadata in it.*write .metadata.: {} beside"),
+        split=(edited(TC, split_special_tokens=True), f"{TC} has split_special_tokens: true.*false"),
+        deep=(edited("config.json", vision_feature_layer=-50), "layer -50 of the.*expected -3 to 2"),
+        deeper=(edited("config.json", vision_feature_layer=[-2, 9]), "layer 9 of the vision tower"),
         numbers=(numbered, "model.safetensors.index.json lists no weights"),
         noise=(written(W, b"x" * 5000), f"{W}: 5,000 bytes, cut off or damaged"),
         awq=(edited("config.json", quantization_config=bits(4)), r"quantised \(awq\).*install"),
@@ -722,12 +731,19 @@ def test_folders_of_other_trainers_and_versions_open_as_the_same_model():
         edited("tokenizer.json", truncation=cut, padding=fill)(folder)
 
 
+    def in_tuples(folder):
+        "A config by which every part answers with bare tuples."
+        said = json.loads((folder / "config.json").read_text())
+        parts = {k: said[k] | {"return_dict": False} for k in ("text_config", "vision_config")}
+        edited("config.json", return_dict=False, **parts)(folder)
+
+
     def named(text):
         return [dict(name="default", template=text), dict(name="tools", template="none")]
 
 
     ways = dict(tokenizer=in_tokenizer(str), named=in_tokenizer(named), json=in_json, cut=cutting)
-    ways |= dict(sharded=sharded, older=older, between=in_between)
+    ways |= dict(sharded=sharded, older=older, between=in_between, tuples=in_tuples)
     of_family = {tiny_llava: ways, tiny_llava_next: ("older", "between")}
     own_files = (tiny_internvl, tiny_idefics3, tiny_smolvlm, tiny_llava_onevision, tiny_gemma3)
     for tiny in (
@@ -960,6 +976,8 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
         save(toy, own, "base")
         get_peft_model(toy, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("lora")
         kept = load_file("lora/adapter_model.safetensors")
+        rows = {n: len(w) for n, w in kept.items() if "lora_B" in n}
+        biased = kept | {n.replace("weight", "bias"): torch.zeros(k) for n, k in rows.items()}
         said = json.loads(Path("lora/adapter_config.json").read_text())
         said["base_model_name_or_path"] = "../base"  # as seen from the adapter
         for kind, config, weights, message in (
@@ -974,6 +992,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
             ("nan", {}, {n: w / 0 for n, w in kept.items()}, "adapter_model.safetensors: .*holds NaN"),
             ("where", {"target_modules": ["elsewhere"]}, kept, "does not fit its base.*elsewhere"),
             ("lost", {}, None, "without adapter_model.safetensors .found adapter_model.bin"),
+            ("bias", {"lora_bias": True}, biased, "^bias: Impossible to merge.*Expected a plain LoRA"),
         ):
             Path(kind).mkdir()
             Path(kind, "adapter_config.json").write_text(json.dumps(said | config))
@@ -986,6 +1005,28 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name():
             with pytest.raises(ModelError, match=message) as e:
                 load(kind)
             assert "\n" not in str(e.value) and str(e.value).startswith(kind)
+
+
+def test_an_adapter_with_half_a_tokenizer_reads_with_its_base():
+    toy, own = tiny_llava()
+    with tempfile.TemporaryDirectory() as d, chdir(d):
+        save(toy, own, "base")
+        get_peft_model(toy, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("lora")
+        edited("adapter_config.json", base_model_name_or_path="../base")(Path("lora"))
+        for file, cut, message in (
+            ("tokenizer_config.json", None, None),  # no vocabulary beside it
+            ("tokenizer_config.json", 1, "its tokenizer_config.json cannot be read"),
+            ("tokenizer_config.json", None, None),
+            ("tokenizer.json", 500, r"its tokenizer \(tokenizer.json\) cannot be read.*the base's"),
+            ("tokenizer.json", None, None),
+        ):
+            Path("lora", file).write_bytes(Path("base", file).read_bytes()[:cut])
+            if message:
+                with pytest.raises(ModelError, match=f"^lora: {message}") as e:
+                    load_processor("lora")
+                assert "\n" not in str(e.value)
+            else:
+                assert load_processor("lora").tokenizer.get_vocab() == own.tokenizer.get_vocab()
 
 
 def test_separators_become_tokens_and_survive_saving():

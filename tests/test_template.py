@@ -84,10 +84,14 @@ def test_a_template_that_changes_drops_or_repeats_a_text_is_refused():
         ("item['text'] ~ item['text']", "drops or repeats"),
         ("'so'", "drops or repeats"),
         ("raise_exception('no')", "refuses this conversation .no."),
+        ("1 // 0", "refuses this conversation .*zero"),
     ):
         with pytest.raises(TokensError, match=f"row 17: the chat template {why}"):
             _frame(told(toy, "item['text']", new), two, False, "row 17")
     assert _frame(toy, two, False, "row 17")[1] == [("user", "Hm"), ("assistant", "Hm")]
+    toy.chat_template = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    with pytest.raises(TokensError, match="row 17: the chat template refuses .*recursion"):
+        _frame(toy, two, False, "row 17")
 
 
 def test_each_turn_is_its_slice_of_the_text():

@@ -18,7 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel
 from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaTokenizer,
@@ -756,6 +757,45 @@ def test_llamas_own_tokenizer_keeps_the_promises():
     why = r"circles: the tokenizer melts the template into the answer, in the token '\\n<'"
     with pytest.raises(TokensError, match=why):
         encode(example("Hm?", "< 3", images=()), toy)
+
+
+def test_a_blank_that_offsets_leave_out_melts_too():
+    def byte_level(trim):
+        "GPT-2's way to read text, its offsets with the blanks before words or without."
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        tok.post_processor = ByteLevel(trim_offsets=trim)
+        special = ["<pad>", "<s>", "</s>", "<image>"]
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        how = dict(special_tokens=special, initial_alphabet=letters, show_progress=False)
+        tok.train_from_iterator([ANSWER, " < 3"] * 9, trainers.BpeTrainer(vocab_size=400, **how))
+        tok = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>")
+        tok.image_token, tok.image_token_id = "<image>", 3
+        return tok
+
+
+    def prompt_begins(ex, toy):
+        row, prompt = spell(ex, toy), spell(ex, toy, prompt_only=True)["input_ids"]
+        assert torch.equal(row["input_ids"][: len(prompt)], prompt)
+        text = toy.tokenizer.decode(row["labels"][row["labels"] != -100])
+        assert [said.strip() for said in text.split("</s>")] == [*answers(ex), ""]
+
+
+    toy = tiny_llava()[1]
+    toy.image_token_id = 3
+    blank = toy.chat_template.replace("ASSISTANT:\n", "ASSISTANT: ")
+    says_it = blank.replace("ASSISTANT: ' -}}{%- endif", "ASSISTANT:' -}}{%- endif")
+    one, two = example("a </s>?", ANSWER), example("a </s>?", "Zz", "<s>?", "Zz", images=())
+    for trim in (False, True):
+        toy.tokenizer, toy.chat_template = byte_level(trim), blank
+        for ex in (one, example("Hm?", "Zz", "a <s>?", ANSWER, images=())):
+            with pytest.raises(TokensError, match="circles: .*melts .* in the token ' <'; end"):
+                spell(ex, toy)
+        prompt_begins(two, toy)  # no token is a blank and a Z
+        toy.chat_template = says_it
+        for ex in (one, two):
+            prompt_begins(ex, toy)
 
 
 def test_control_tokens_in_a_text_are_refused():
