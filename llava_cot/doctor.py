@@ -689,10 +689,9 @@ def _link_images(images: Iterable[tuple[str, str]], out: Path):
 def _write_table(source: TableRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
     "The rows of a table that are not `bad`, as `save_to_disk` writes them; returns how many."
     keep = [i for i in range(len(source.ds)) if i not in bad]
-    rest = source.raw.remove_columns(source.stored_in)
     lines = []
     for i, reasons in sorted(bad.items()):
-        lines.append(_dropped(source.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
+        lines.append(_dropped(source.where(i), reasons, source.beside(i)))
     source.ds.select(keep).save_to_disk(out)
     _link_images((pair for n, images in used.items() if n not in bad for pair in images), out)
     write_file(out / "dropped.jsonl", "".join(lines))

@@ -511,6 +511,11 @@ def test_dropped_rows_of_a_table_are_told_whatever_its_columns_hold():
             told = dict(question="q", answer="bad", at="2026-01-02", n="2")
             assert json.loads(line)["content"] == told | {"more": {"raw": "5 bytes"}}
             assert load(out)[0]["images"][0].size == (96, 64)
+        at = pa.array([0, 10**18], pa.timestamp("us"))  # the second lies in the year 33,658
+        said = pa.table({"question": ["q", "w"], "answer": [staged("r")] * 2, "at": at})
+        pq.write_table(said, Path(d) / "far.parquet")
+        assert check(Path(d) / "far.parquet", progress=False).write_clean(Path(d) / "far") == (1, 1)
+        assert json.loads((Path(d) / "far/dropped.jsonl").read_text())["content"] is None
 
 
 def test_check_finds_all_that_was_planted_and_nothing_else():
