@@ -269,7 +269,7 @@ def examples(self: JsonRows, portion: list[tuple[int, bytes]]) -> Iterator[ReadR
         except DataError as e:
             yield ReadRow(number, "", None, e.problems, False)
             continue
-        yield read_row(row, number, f"{self.unit}-{number}", self.columns)
+        yield read_row(row, number, f"{self.unit}-{number}", self.columns, self.images.folders)
 
 # %% ../nbs/08_rows.ipynb #d035
 @dataclass
@@ -394,7 +394,7 @@ def examples(self: TableRows, portion: range) -> Iterator[ReadRow]:
             placed = [_place(cell, (number, len(places) + k)) for k, cell in enumerate(cells)]
             row[name] = placed if isinstance(row[name], list) else (placed or [None])[0]
             places += placed
-        read = read_row(row, number, f"row-{number}", self.columns)
+        read = read_row(row, number, f"row-{number}", self.columns, self.images.folders)
         stay = all(isinstance(place, (tuple, StoredPath)) for place in places)
         kept = stay and len(self.stored_in) == 1 and bool(read.example)
         yield read._replace(kept=kept and read.example["images"] == places)

@@ -183,6 +183,28 @@ def test_shards_of_a_table_are_all_there_or_one_that_is_not_is_named():
             open_rows(at)
 
 
+def test_an_absolute_path_into_the_folder_of_the_rows_is_the_relative_one():
+    with tempfile.TemporaryDirectory() as d:
+        real, link = Path(d) / "a b", Path(d) / "link"
+        (real / "images").mkdir(parents=True)
+        link.symlink_to(real)
+        names = ("a.png", str(real / "a.png"), str(link / "a.png"), f"{link}//x/../a.png")
+        names += (f"file://{d}/a%20b/a.png", f"FILE://localhost{link}/a.png", f"file:{link}/a.png")
+        names += (f"{d}/a b.png", f"{real}/../a.png", "/a.png", "file:///a.png", "file://host/a.png")
+        rows = [{"image": n, "question": "q", "answer": "a"} for n in names]
+        rows.append({"image": names[1], "images": [names[1]], "question": "q", "answer": "a"})
+        (real / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        Dataset.from_list(rows[:-1]).to_csv(real / "rows.csv")
+        for path in (link, link / "rows.csv"):
+            source = open_rows(path)
+            (portion,) = source.portions(99)
+            read = list(source.examples(portion))
+            assert [r.example["images"] for r in read if r.example][:7] == [["a.png"]] * 7, path
+            said = [r.problems[0].message for r in read if not r.example]
+            assert len(said) == 5 and all("is absolute, and lies outside" in m for m in said)
+            assert len(read) - len(said) in (7, 8)
+
+
 def test_names_of_tables_are_no_patterns_and_a_table_written_anew_is_read_anew():
     with tempfile.TemporaryDirectory() as d:
         at = Path(d) / "a [1] *"
