@@ -642,8 +642,13 @@ def _link(file: str, to: Path):
         shutil.copy2(file, to)
 
 
+def _in_words(value) -> str:  # JSON has no form for it
+    return f"{len(value):,} bytes" if isinstance(value, bytes) else str(value)
+
+
 def _dropped(place: str, reasons: list, row) -> str:
-    return json.dumps({"row": place, "reasons": reasons, "content": row}, ensure_ascii=False) + "\n"
+    said = {"row": place, "reasons": reasons, "content": row}
+    return json.dumps(said, ensure_ascii=False, default=_in_words) + "\n"
 
 # %% ../nbs/12_doctor.ipynb #d091
 def _write_lines(source: JsonRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
@@ -684,10 +689,9 @@ def _link_images(images: Iterable[tuple[str, str]], out: Path):
 def _write_table(source: TableRows, out: Path, bad: dict[int, list], used: dict[int, list]) -> int:
     "The rows of a table that are not `bad`, as `save_to_disk` writes them; returns how many."
     keep = [i for i in range(len(source.ds)) if i not in bad]
-    rest = source.raw.select_columns([c for c in source.ds.column_names if c != "images"])
     lines = []
     for i, reasons in sorted(bad.items()):
-        lines.append(_dropped(source.where(i), reasons, rest[i : i + 1].to_pylist()[0]))
+        lines.append(_dropped(source.where(i), reasons, source.beside(i)))
     source.ds.select(keep).save_to_disk(out)
     _link_images((pair for n, images in used.items() if n not in bad for pair in images), out)
     write_file(out / "dropped.jsonl", "".join(lines))

@@ -8,12 +8,13 @@ __all__ = ['KEYS', 'SECOND', 'meaning', 'check_columns', 'is_row', 'ReadRow', 'r
 # %% ../nbs/07_layouts.ipynb #lay-imports
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from .cot import Problem
-from .files import DataError, row_error
+from .files import ROW_FOLDERS, DataError, row_error
 from llava_cot.pictures import (
     INSIDE,
     StoredPath,
@@ -109,7 +110,7 @@ def _one(found: dict, what: str) -> tuple[str, object]:
     first = [pair for pair in pairs if _plain(pair[0]) not in _SECOND]
     (key, value), *others = first or pairs
     for other, another in others:
-        if another != value:
+        if another != value and [another] != value and another != [value]:
             say = f"say which, as by --columns {what}={key}"
             raise row_error("fields", f"{key!r} and {other!r} may both be the {what}; {say}")
     return key, value
@@ -643,9 +644,10 @@ def read_row(
     number: int,  # its line or index
     place: str,  # its id where the row has none
     columns: dict[str, str] | None = None,  # meaning → key, where `KEYS` does not say it
+    folders: Sequence[Path] = (),  # in which an absolute path of a picture may lead
 ) -> ReadRow:
     "Read one row of any layout."
-    columns = columns or {}
+    columns, before = columns or {}, ROW_FOLDERS.set(folders)
     id = _id(row, columns)
     try:
         example, marked, notes = _example(row, id or place, columns)
@@ -654,4 +656,6 @@ def read_row(
     except RecursionError:
         problem = Problem("fields", None, "the row is nested too deeply to be one")
         return ReadRow(number, id, None, [problem], False)
+    finally:
+        ROW_FOLDERS.reset(before)
     return ReadRow(number, id, example, [], marked, notes)

@@ -28,6 +28,7 @@ from datasets import Image as Stored
 from datasets import List
 from PIL import Image, ImageFile, PngImagePlugin
 
+from . import files
 from .cot import InputError, Problem
 from .files import DataError, ZipImages, first_line, read_bytes, row_error
 
@@ -318,9 +319,7 @@ def opened(
                 file.seek(0)
                 raise PictureError(_unknown(file.read(64))) from None
             if image.format == "EPS" or isinstance(image, ImageFile.StubImageFile):
-                said = (
-                    f"a drawing or data ({image.format}), which other programs would have to draw"
-                )
+                said = f"a drawing or data ({image.format}), which others would have to draw"
                 raise PictureError(f"{said}; convert it to PNG")
             with image:
                 check_pixels(*image.size)
@@ -332,6 +331,10 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"  # how such a file begins
 
 def _check_png(raw: bytes) -> None:
     "Raises `PictureError` for a PNG whose chunks are damaged or missing; Pillow looks at few."
+    lost = files.zeros_at_end(raw)
+    if lost:
+        said = f"its last {lost:,} bytes are zeros"
+        raise PictureError(f"it is cut short: {said}; download it again")
     if raw[:8] != _PNG:
         return
     at, kind, palette = 8, b"", raw[25:26] != b"\3"
@@ -447,13 +450,11 @@ def why_unreadable(
 ) -> str | None:
     "What keeps a picture from being read, or None; all that its header and its end tell."
     try:
+        if not thorough:
+            with opened(picture, whole=False) as image:
+                thorough = not _ends_well(image.fp)
         if thorough:
             whole_size(picture)
-            return None
-        with opened(picture, whole=False) as image:
-            if not _ends_well(image.fp):
-                image.draft(image.mode, (1, 1))
-                image.load()
     except PictureError as e:
         return e.reason
     return None
@@ -630,13 +631,12 @@ def _data_uri(text: str, key: str) -> bytes:
 
 def _path(text: str, key: str) -> str:
     "A relative, tidy path. Raises `DataError` where it is a URL or leads out of the folder."
-    if "://" in text:
+    slashed = files.in_row_folder(text.replace("\\", "/"), f"{key} {text[:200]!r}")
+    if "://" in slashed:
         said = f"{key} {text[:200]!r} is a URL, and pictures are not fetched"
         raise row_error("url", f"{said}; download it and give its path")
-    slashed = text.replace("\\", "/")
     path = os.path.normpath(slashed)
-    drive = re.match("[A-Za-z]:/", slashed)
-    if "\0" in text or drive or os.path.isabs(path) or path.split(os.sep)[0] == "..":
+    if "\0" in text or re.match(r"[A-Za-z]:[\\/]|\.\.[\\/]", path + os.sep):
         expected = "outside the dataset's folder, expected a relative path inside it"
         raise row_error("escape", f"{key} {text!r} points {expected}")
     file = _FILE.fullmatch(path)

@@ -8,6 +8,8 @@ __all__ = ['JsonRows', 'picture_name', 'TableRows', 'long_cells', 'open_rows', '
 # %% ../nbs/08_rows.ipynb #rows-imports
 import csv
 import gc
+import glob
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -27,6 +29,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
+from datasets.data_files import DataFilesDict, get_data_patterns
 from fastcore.basics import patch
 
 from . import cot
@@ -266,7 +269,7 @@ def examples(self: JsonRows, portion: list[tuple[int, bytes]]) -> Iterator[ReadR
         except DataError as e:
             yield ReadRow(number, "", None, e.problems, False)
             continue
-        yield read_row(row, number, f"{self.unit}-{number}", self.columns)
+        yield read_row(row, number, f"{self.unit}-{number}", self.columns, self.images.folders)
 
 # %% ../nbs/08_rows.ipynb #d035
 @dataclass
@@ -329,6 +332,15 @@ def stored(self: TableRows, number: int) -> list[dict | bytes | None]:
 
 
 @patch
+def beside(self: TableRows, number: int) -> dict | None:
+    "What a row holds beside its images; None where it cannot be read."
+    try:
+        return self.raw.remove_columns(self.stored_in)[number : number + 1].to_pylist()[0]
+    except (ValueError, OverflowError):
+        return None
+
+
+@patch
 def find(self: TableRows, image: str | bytes | tuple[int, int]):
     "The image's place, path or URL, where there is something; else None."
     if isinstance(image, (tuple, bytes)):
@@ -382,7 +394,7 @@ def examples(self: TableRows, portion: range) -> Iterator[ReadRow]:
             placed = [_place(cell, (number, len(places) + k)) for k, cell in enumerate(cells)]
             row[name] = placed if isinstance(row[name], list) else (placed or [None])[0]
             places += placed
-        read = read_row(row, number, f"row-{number}", self.columns)
+        read = read_row(row, number, f"row-{number}", self.columns, self.images.folders)
         stay = all(isinstance(place, (tuple, StoredPath)) for place in places)
         kept = stay and len(self.stored_in) == 1 and bool(read.example)
         yield read._replace(kept=kept and read.example["images"] == places)
@@ -483,9 +495,7 @@ def _open_file(path: Path, images, columns: dict[str, str]) -> JsonRows | TableR
     if kind in ("csv", "tsv"):
         return _table(path, partial(_read_csv, path), places, columns)
     if kind in ("parquet", "arrow"):
-        return _table(
-            path, partial(datasets.load_dataset, kind, data_files=str(path)), places, columns
-        )
+        return _table(path, partial(_load_file, kind, path), places, columns)
     raise DataError(
         f"{path}: expected a folder that holds train.jsonl, or a file of type .jsonl, .json, .csv,"
         " .tsv, .parquet or .arrow"
@@ -505,12 +515,58 @@ def _open_folder(path: Path, images, columns: dict[str, str]) -> JsonRows | Tabl
     if holds("dataset_dict.json", "dataset_info.json"):
         return _table(path, partial(datasets.load_from_disk, str(path)), places, columns)
     if holds("**/*.parquet", "**/*.arrow"):
-        return _table(path, partial(datasets.load_dataset, str(path)), places, columns)
+        _refuse_lacking(path)
+        return _table(path, partial(_load_folder, path), places, columns)
     why = ", nor parquet or arrow files"
     others = sorted(p.name for p in path.iterdir() if re.match(r"\.(json|csv|tsv|ndj)", p.suffix))
     if others:
         why = f" (found {', '.join(others[:5])}: give the file's path)"
     raise DataError(f"{path}: no train.jsonl in this folder{why}")
+
+
+_SHARD = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(?:-[0-9a-f]{16})?(\.parquet|\.arrow)")
+
+
+def _refuse_lacking(path: Path) -> None:
+    "Raise `DataError` where a folder holds some shards of a table, and not all."
+    found = {}
+    for file in sorted(path.rglob("*-of-*")):
+        shard = _SHARD.fullmatch(str(file.relative_to(path)))
+        if shard:
+            begin, number, *rest = shard.groups()
+            found.setdefault((begin, *rest), set()).add(int(number))
+    for (begin, of, total, end), numbers in found.items():
+        first = int(int(total) in numbers)  # some count from 1
+        lacking = sorted({*range(first, first + int(total))} - numbers)
+        if lacking:
+            name, n = f"{begin}{lacking[0]:05}{of}{total}{end}", int(total) - len(lacking)
+            todo = f"download it, or take -of-{total} out of the names to read the others alone"
+            raise DataError(f"{path}: {name} is missing ({n} of {int(total)} are there); {todo}")
+
+
+def _cache(files: Iterable[Path]) -> str:
+    "Where `datasets` keeps its copy of files: elsewhere once one of them is written anew."
+    told = [(str(file.absolute()), file.stat().st_ctime_ns) for file in sorted(files)]
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return os.path.join(datasets.config.HF_DATASETS_CACHE, f"llava-cot-{digest}")
+
+
+def _load_file(kind: str, path: Path) -> DatasetDict:
+    "A parquet or arrow file; its name is no pattern."
+    file = glob.escape(str(path))
+    return datasets.load_dataset(kind, data_files=file, cache_dir=_cache([path]))
+
+
+def _load_folder(path: Path) -> DatasetDict:
+    "The parquet or arrow files of a folder, in the splits that `datasets` sees; likewise."
+    tables = [*path.rglob("*.parquet"), *path.rglob("*.arrow")]
+    load = partial(datasets.load_dataset, str(path), cache_dir=_cache(tables))
+    home = glob.escape(str(path.absolute()))
+    if home == str(path.absolute()):
+        return load()
+    patterns, ends = get_data_patterns(home), [".parquet", ".arrow"]
+    found = DataFilesDict.from_patterns(patterns, base_path=home, allowed_extensions=ends)
+    return load(data_files={split: list(map(glob.escape, files)) for split, files in found.items()})
 
 
 def _table(

@@ -3,6 +3,7 @@ import pytest
 from llava_cot.doctor import *
 
 import base64
+import datetime
 import io
 import json
 import os
@@ -12,11 +13,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PILImage
 from PIL import ImageDraw
@@ -490,6 +494,28 @@ def test_a_cleaned_table_takes_the_pictures_along_that_its_rows_only_name():
             assert (report.write_clean(out) if bad else report.write_clean(out)) == (2, bad)
             again = out if bad else out / name
             assert [i.size for ex in load(again) for i in ex["images"]] == [(96, 64)] * 2
+
+
+def test_dropped_rows_of_a_table_are_told_whatever_its_columns_hold():
+    with tempfile.TemporaryDirectory() as d:
+        raw = (write(Path(d) / "set") / "drawn/red.png").read_bytes()
+        image, more = {"bytes": raw, "path": "a.png"}, {"at": datetime.date(2026, 1, 2)}
+        more |= {"n": Decimal(2), "more": {"raw": b"12345"}}
+        rows = [dict(question="q", answer=answer, **more) for answer in (staged("r"), "bad")]
+        for held in (image, [image], raw):
+            made = pa.Table.from_pylist([{**r, "image": held} for r in rows])
+            pq.write_table(made, Path(d) / "rows.parquet")
+            out = Path(d) / f"clean-{type(held).__name__}"
+            assert check(Path(d) / "rows.parquet", progress=False).write_clean(out) == (1, 1)
+            (line,) = (out / "dropped.jsonl").read_text().splitlines()
+            told = dict(question="q", answer="bad", at="2026-01-02", n="2")
+            assert json.loads(line)["content"] == told | {"more": {"raw": "5 bytes"}}
+            assert load(out)[0]["images"][0].size == (96, 64)
+        at = pa.array([0, 10**18], pa.timestamp("us"))  # the second lies in the year 33,658
+        said = pa.table({"question": ["q", "w"], "answer": [staged("r")] * 2, "at": at})
+        pq.write_table(said, Path(d) / "far.parquet")
+        assert check(Path(d) / "far.parquet", progress=False).write_clean(Path(d) / "far") == (1, 1)
+        assert json.loads((Path(d) / "far/dropped.jsonl").read_text())["content"] is None
 
 
 def test_check_finds_all_that_was_planted_and_nothing_else():

@@ -427,6 +427,33 @@ def test_limits_are_stated_and_lifted_and_pillow_keeps_its_own():
             read_picture(endless)
 
 
+def test_a_picture_whose_rest_is_zeros_is_cut_short_and_one_that_lacks_its_end_mark_is_not():
+    noise = Image.effect_noise((90, 90), 50).convert("RGB")
+    for raw in (
+        saved(noise, "JPEG"),
+        saved(noise, "JPEG", progressive=True),
+        saved(noise, "JPEG", exif=b"Exif\0\0" + saved(photo(), "JPEG")),  # with a thumbnail
+        saved(noise, "WEBP", quality=95),
+        saved(noise, "WEBP", lossless=True),
+    ):
+        for kept in (len(raw) // 2, len(raw) * 9 // 10 - 100):
+            cut = raw[:kept] + bytes(len(raw) - kept)
+            zeros = len(cut) - len(cut.rstrip(b"\0"))
+            if raw[:4] == b"RIFF" and zeros <= len(raw) // 10:
+                continue
+            for thorough in (False, True):
+                why = why_unreadable(cut, thorough=thorough)
+                assert why == f"it is cut short: its last {zeros:,} bytes are zeros; download it again"
+            with pytest.raises(PictureError, match="bytes are zeros"):
+                read_picture(cut)
+        assert why_unreadable(raw + bytes(9999), thorough=True) is None
+        if raw[:2] == b"\xff\xd8":
+            assert "zeros" not in (why_unreadable(raw[:-2], thorough=True) or "")
+    flat = Image.new("RGB", (2000, 2000), "white")
+    for whole in (saved(flat, "WEBP"), saved(flat, "JPEG"), saved(Image.new("L", (99, 99)), "BMP")):
+        assert why_unreadable(whole, thorough=True) is None
+
+
 def test_damage_is_found_and_a_whole_picture_is_not_refused():
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"):
         raw = saved(Image.effect_noise((40, 40), 90).convert("RGB"), kind)

@@ -2,6 +2,7 @@
 from llava_cot.rows import *
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -160,6 +161,72 @@ def test_a_file_without_rows_is_one_line_that_says_what_is_in_it():
                 source = open_rows(at / name)
                 list(source.portions(9))
             assert "\n" not in str(e.value), name
+
+
+def test_shards_of_a_table_are_all_there_or_one_that_is_not_is_named():
+    two = Dataset.from_dict({"question": ["q", "w"], "answer": ["a", "b"]})
+    with tempfile.TemporaryDirectory() as d:
+        at = Path(d) / "set"
+        (at / "data").mkdir(parents=True)
+        for name in ("test-00000-of-00001", "train-00000-of-00003", "train-00002-of-00003"):
+            pq.write_table(two.data.table, at / f"data/{name}.parquet")
+        with pytest.raises(DataError, match=r"data/train-00001-of-00003.parquet is missing \(2 of 3"):
+            open_rows(at)
+        pq.write_table(two.data.table, at / "data/train-00001-of-00003.parquet")
+        assert open_rows(at).count() == 6
+        for i in (0, 1, 2):  # some count from 1; and old names end in a digest
+            old = at / f"data/train-0000{i}-of-00003.parquet"
+            old.rename(at / f"data/train-0000{i + 1}-of-00003-0123456789abcdef.parquet")
+        assert open_rows(at).count() == 6
+        (at / "data/train-00003-of-00003-0123456789abcdef.parquet").unlink()
+        with pytest.raises(DataError, match="train-00000-of-00003.parquet is missing"):
+            open_rows(at)
+
+
+def test_an_absolute_path_into_the_folder_of_the_rows_is_the_relative_one():
+    with tempfile.TemporaryDirectory() as d:
+        real, link = Path(d) / "a b", Path(d) / "link"
+        (real / "images").mkdir(parents=True)
+        link.symlink_to(real)
+        names = ("a.png", str(real / "a.png"), str(link / "a.png"), f"{link}//x/../a.png")
+        names += (f"file://{d}/a%20b/a.png", f"FILE://localhost{link}/a.png", f"file:{link}/a.png")
+        names += (f"{d}/a b.png", f"{real}/../a.png", "/a.png", "file:///a.png", "file://host/a.png")
+        rows = [{"image": n, "question": "q", "answer": "a"} for n in names]
+        rows.append({"image": names[1], "images": [names[1]], "question": "q", "answer": "a"})
+        (real / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        Dataset.from_list(rows[:-1]).to_csv(real / "rows.csv")
+        for path in (link, link / "rows.csv"):
+            source = open_rows(path)
+            (portion,) = source.portions(99)
+            read = list(source.examples(portion))
+            assert [r.example["images"] for r in read if r.example][:7] == [["a.png"]] * 7, path
+            said = [r.problems[0].message for r in read if not r.example]
+            assert len(said) == 5 and all("is absolute, and lies outside" in m for m in said)
+            assert len(read) - len(said) in (7, 8)
+
+
+def test_names_of_tables_are_no_patterns_and_a_table_written_anew_is_read_anew():
+    with tempfile.TemporaryDirectory() as d:
+        at = Path(d) / "a [1] *"
+        (at / "data").mkdir(parents=True)
+        tables = [Dataset.from_dict({"question": [q], "answer": ["a"]}) for q in "qw"]
+        for name in ("data/train-0.parquet", "data/test-0.parquet", "rows [x].parquet"):
+            pq.write_table(tables[0].data.table, at / name)
+        (at / "picture.png").write_bytes(b"no table")
+        assert open_rows(at).count() == 1
+        for file in (at / "rows [x].parquet", at / "data/train-0.parquet"):
+            before = file.stat()
+            assert open_rows(file).ds[0]["question"] == "q"
+            pq.write_table(tables[1].data.table, file)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -a has it
+            assert file.stat().st_size == before.st_size
+            assert open_rows(file).ds[0]["question"] == "w"
+        assert open_rows(at).ds[0]["question"] == "w"
+        (at / "data/train-0.parquet").unlink()
+        (at / "data/test-0.parquet").unlink()
+        assert open_rows(at).ds[0]["question"] == "w"
+        tables[0].save_to_disk(at / "saved")
+        assert open_rows(at / "saved").count() == 1
 
 
 def test_workers_give_results_in_order_and_pass_errors_on():
