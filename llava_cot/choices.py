@@ -130,7 +130,9 @@ _REFUSED_AFTER = re.compile(
 )
 _LAST_WORD = (
     r"(?i:(?:final|correct|right|best|true)\s+(?:answer|option|choice)"
-    r"|(?:the|my|so|thus|therefore,?|hence,?)\s+answer|answer\s*(?:is|:)|答案)[^.\n]{0,60}"
+    r"|(?:the|my|so|thus|therefore,?|hence,?)\s+answer|answer\s*(?:is|:)|答案"
+    r"|\b(?:actually|wait|no|sorry|correction)[,:]?\s+it(?:['’]s|\s+is|\s+must\s+be"
+    r"|\s+should\s+be))[^.\n]{0,60}"
 )
 
 
@@ -150,8 +152,9 @@ def _has_another(text: str, at: int, letters: str) -> bool:
 def _by_letter(text: str, letters: str) -> set[str]:
     "The letters that an answer takes: those of its last word on the matter, if it has one."
     found = [one for one in _given_letters(text, letters) if not _is_refused(text, one[0])]
+    every = found
     for m in re.finditer(_LAST_WORD, text):
-        inside = [one for one in found if m.start() <= one[0] <= m.end()]
+        inside = [one for one in every if m.start() <= one[0] <= m.end()]
         found = inside or found
     if found and _has_another(text, found[-1][0], letters):
         return set(letters)

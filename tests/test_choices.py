@@ -50,6 +50,14 @@ def test_mcq_takes_the_letter_that_a_careful_reader_takes():
     assert {t: mcq(t, counts) for t in said} == said
     assert mcq("3 + 4 = 7", ["3", "4", "7"]) == mcq("Of 3, 4 and 7 the answer is 7.", "347") == "C"
     assert mcq("Graph A", ["Graph B", "Graph A"]) == "B"  # its own words are stronger
+    mended = {
+        "B": "The answer is A. Actually, the answer is B.|The answer is A. Wait, it's B."
+        "|The answer is A? No. Looking again, the correct answer is B.|The answer is cat. Actually,"
+        " the answer is five dogs.",
+        "C": "At first the answer is A.\nFinal Answer: C|The answer is A. Sorry, it should be C.",
+    }
+    for letter, texts in mended.items():
+        assert {t: mcq(t, of) for t in texts.split("|")} == dict.fromkeys(texts.split("|"), letter)
 
 
 def test_mcq_finds_no_letter_where_there_is_none():
