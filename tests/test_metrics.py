@@ -119,6 +119,8 @@ def test_the_form_of_the_reference_decides_and_says_so():
     assert chosen.name == "mcq" and METRICS["mcq"]("It is B.", "a dog", **chosen.facts) == 1
     assert metric_for("3", "How many?").name == "number" and METRICS["number"]("three", "3") == 1
     assert METRICS["number"]("3.1", "3") == 0 == METRICS["yes_no"]("maybe", "yes")
+    for said in ("more than 3", "not 3", "3+", "3π", "√3", "3 mph"):
+        assert METRICS["number"](said, "3 km/h") == 0
     assert metric_for("2011", declared="relaxed_number").why == "declared"
     with pytest.raises(EvaluateError, match="'bleu', expected one of exact"):
         metric_for("x", declared="bleu")
