@@ -34,9 +34,12 @@ def test_contains_reads_whole_words():
     holds()
     assert contains("a red cat", "Red cat.") and not contains("cat, red", "red cat")
     assert not contains("anything", "") and exact("", "")
+    apart, composed = "cafe\u0301", "caf\u00e9"  # one letter, written in two ways
+    assert exact(apart, composed) == contains(f"a {apart}", composed) == 1
 
 
 def test_anls_has_the_threshold_of_the_official_script():
+    assert anls("cafe\u0301", ["caf\u00e9"]) == 1  # one letter, written in two ways
     assert anls("ab", ["abcd"]) == anls("abd", ["abcdef"]) == 0.5 and anls("a", ["abcd"]) == 0
     assert anls("12/03/1999", ["12/30/1999"]) == 0.8 and anls("  the   cat ", ["dog", "the cat"]) == 1
     assert anls("", [""]) == 1 and anls("", ["cat"]) == 0 and anls("x", []) == 0
