@@ -19,7 +19,9 @@ _SET = re.compile(
 
 def unmarked(text: str) -> str:
     "A text without what only sets it: Markdown, tags, `$…$`, `\\text{…}`, quotes."
-    text = unicodedata.normalize("NFKC", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", unicodedata.normalize("NFC", text))
+    text = "".join(c if c in "⁰¹²³⁴⁵⁶⁷⁸⁹⁻" else unicodedata.normalize("NFKC", c) for c in text)
+    text = re.sub(r"−|(?<![^\s(=:$\d])–(?=[\d.√])", "-", text).replace("⁄", "/")
     for _ in range(4):  # one inside the other
         text = _SET.sub(lambda m: next((g for g in m.groups() if g is not None), ""), text)
     text = re.sub(r"</?\w+>|^#+\s", "", text)
@@ -35,13 +37,32 @@ def lettered(
     return {chr(ord("A") + i): str(text) for i, text in enumerate(options)}
 
 
+_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), range(11)))
+_SIGNS = (
+    (r"\\sqrt\s*(?:\{([^{}]*)\}|(\w))", r"√\1\2"),
+    (r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r" \1\2/\3\4 "),
+    (r"\\pi\b\s*", "π"),
+    (r"\^\{?\\circ\}?|\\degree\b", "°"),
+    (r"\^(?:2(?!\d)|\{2\})", "²"),
+    (r"\^(?:3(?!\d)|\{3\})", "³"),
+    (r"\\(?:left|right)\b|\\[,;!]|\\(?=[%$])", ""),
+    (rf"(?<![\d)] )\b(?:minus|negative) (?=[\d√]|(?:{'|'.join(_NUMBERS)})\b)", "-"),
+    (r"(?<=\d)\s+(?=%)", ""),
+    (r"(?<=\d)(?=(?:[mck]?m|[mk]?g|m?l|s|h|ft|lb|oz|hz|v|k?w)\b)", " "),
+    (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w.,]?\d)", lambda m: m[0].replace(" ", "")),
+)
+
+
 def _words(text: str) -> str:
-    "What two spellings of an option have in common."
-    text = re.sub(r"\s+", " ", unmarked(text).casefold()).strip(" .,;:!'。、")
+    "What two spellings of an option have in common: no markup, `√`, `/`, `°` and `-` as signs."
+    text = re.sub(r"\s+", " ", unmarked(text).casefold())
+    for said, sign in _SIGNS:
+        text = re.sub(said, sign, text)
+    text = re.sub(r"\s+", " ", text)
+    text = text.strip(" .,;:!'。、")
     return re.sub(r"^(?:a|an|the) (?=\S)", "", text)
 
 
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), range(11)))
 _COUNT = re.compile(rf"\b(?:{'|'.join(word for word in _NUMBERS if word != 'one')})\b")
 
 
@@ -58,7 +79,7 @@ def _counted(text: str) -> str:
 
 def _measures(text: str, option: str) -> bool:
     "Whether both are the same number, and one of them leaves the unit out: `3` and `3 cm`."
-    value = r"[$€£]?(-?[\d.]+)\s*([a-zµ°%²³/]*)"
+    value = r"[$€£]?(-?[\d.]+)\s*((?:[a-zµμ]{2,}|[mglshvw°%])[²³]?(?:/[a-z]+)?|)"
     a, b = (re.fullmatch(value, _counted(t)) for t in (text, option))
     return bool(a and b and a[1] == b[1] and not (a[2] and b[2]))
 
@@ -79,7 +100,10 @@ def _forms(letters: str) -> list[str]:
     "Patterns in which a letter is given; the group `letter` holds it."
     one = rf"(?P<letter>[{letters}])"
     small = rf"(?P<small>[{letters.lower()}])(?={_CLOSE}\s*(?:[.;!]|$|\n))"
-    front = r"(?:[.):]|\s[-–—]|\s*,(?=\s*(?:because|since|as)\b))"
+    front = (
+        r"(?:[.):]|\s[-–—]|,(?=\s*(?:as|not)\b)"
+        r"|\s*,?(?=\s+(?:because|since|as (?:it|the|there)|rather than)\b))"
+    )
     ends = r"(?=\s*(?:[.!;,。]|$|\n))"
     judged = (
         r"(?:is|would be|must be|seems)\s+(?:the\s+)?(?:most\s+)?"
@@ -89,10 +113,11 @@ def _forms(letters: str) -> list[str]:
         rf"(?i:{_ANNOUNCED}){_OPEN}(?:{one}(?![\w'’])|{small})",
         rf"[(\[](?P<letter>[{letters}{letters.lower()}])[)\]]",
         rf"(?:^|\n)\s*{one}{front}(?=\s|$)",
-        rf"(?i:\b(?:is|be|it['’]s|are|=|say|definitely|probably|clearly)\s+){one}{ends}",
+        rf"(?i:\b(?:is|be|it['’]s|are|=|say|definitely|probably|clearly|so)\s+){one}{ends}",
         rf"[:：]\s*{_OPEN}{one}{_CLOSE}[.!。]?\s*(?:$|\n)",
         rf"(?<![\w'’]){one}{_CLOSE}\s+{judged}",
         rf"(?<!\w){one}\s*(?:选项|项)",
+        rf"[.!?]\s+(?i:no[,.]?\s+)?{one}[.!]?\s*$",
     ]
 
 
@@ -121,6 +146,8 @@ _REFUSED_BEFORE = re.compile(
     r"|\brule[sd]? out|\breject(?:s|ed)?|\bexcept|\bconsidered|\bwhy)\s+(?:(?:the|an?)\s+)?"
     r"(?:option\s+|answer\s+|choice\s+)?[(\[]?$"
     r"|\bnot\s+(?:(?!but|so|and|or|the answer)[\w'-]+\s+){1,3}[(\[]$"  # not a cat (A)
+    r"|(?:\bnot|n['’]t|\bnever)\s+(?:choose|pick|select|go with|say|take|think|believe)\s+"
+    r"(?:(?:it|that|is|it['’]s|the|answer|option|letter|choice)\s+){0,4}[(\[]?$"
 )
 _REFUSED_AFTER = re.compile(
     r"(?i)^[)\].,:;]?\s*(?:,?\s*but|,?\s*which)?\s*(?:it\s+|that\s+|this\s+)?"
@@ -128,9 +155,30 @@ _REFUSED_AFTER = re.compile(
     r"|\s+(?:clearly\s+|obviously\s+|also\s+)?(?:wrong|incorrect|false|out|excluded"
     r"|eliminated|impossible|ruled))"
 )
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:no|(?:can)?not|never|without|lacks?|lacking|nor|neither|none of)|n['’]t"
+    r"|\b(?:anything|everything|all) (?:but|except)|\bexcept(?: for)?)\s+"
+    r"(?!doubt|only|just|idea|other than)"
+    r"(?:(?!(?:but|so|because|since|as|if|that|which|the answer)\b)[\w'’\0-]+\s+){0,4}$"
+)
+_DENIED_AFTER = re.compile(
+    r"\s*(?:,?\s*(?:but|which)\s+)?(?:it\s|that\s)?(?:is|are|was|were|seems?|would be)"
+    r"(?:\s+\w+ly)?"
+    r"(?:\s+(?:wrong|incorrect|false|out|excluded|eliminated|impossible|ruled out|absent"
+    r"|missing)"
+    r"|(?:n['’]t|\s+not)\s+(?:there|visible|present|shown|seen|correct|right|possible"
+    r"|the answer))\b"
+)
+_BOUND_BEFORE = re.compile(
+    r"(?:\b(?:[a-z]+er than|more than|less than|at least|at most|up to|over|under|below|above)"
+    r"|[<≤≥≠±]|(?<![-=])>)\s*$"
+)
+_BOUND_AFTER = re.compile(r"(?:\s\w+)?\s(?:or|and) (?:more|less|fewer|above|below|over|under|up)\b")
 _LAST_WORD = (
     r"(?i:(?:final|correct|right|best|true)\s+(?:answer|option|choice)"
-    r"|(?:the|my|so|thus|therefore,?|hence,?)\s+answer|answer\s*(?:is|:)|答案)[^.\n]{0,60}"
+    r"|(?:the|my|so|thus|therefore,?|hence,?)\s+answer|answer\s*(?:is|:)|答案"
+    r"|\b(?:actually|wait|no|sorry|correction)[,:]?\s+it(?:['’]s|\s+is|\s+must\s+be"
+    r"|\s+should\s+be))[^.\n]{0,60}"
 )
 
 
@@ -139,9 +187,20 @@ def _is_refused(text: str, at: int) -> bool:
     return bool(_REFUSED_BEFORE.search(before) or _REFUSED_AFTER.match(after))
 
 
+def _is_denied(text: str, option: re.Match) -> bool:
+    "Whether a text says that it is not this option; of a number, whether it is but a bound."
+    before, after = text[max(0, option.start() - 60) : option.start()], text[option.end() :][:60]
+    before = before.rstrip() + " "
+    if _REFUSED_BEFORE.search(before) or _DENIED_BEFORE.search(before):
+        return True
+    bound = option[0][-1:].isdigit() and (_BOUND_BEFORE.search(before) or _BOUND_AFTER.match(after))
+    return bool(bound or _DENIED_AFTER.match(after))
+
+
 def _has_another(text: str, at: int, letters: str) -> bool:
     "Whether a second letter stands beside this one, as in `A and B`."
-    and_, one = r"\s*(?:,|/|&|\+|and|or)\s*(?:and|or)?\s*", rf"{_OPEN}([{letters}])"
+    and_ = r"\s*(?:,|/|&|\+|and|or)\s*(?:and|or)?\s*(?:(?:maybe|perhaps|possibly)\s+)?"
+    one = rf"{_OPEN}([{letters}])"
     after = re.match(rf"{_CLOSE}{and_}{one}(?![\w'’])", text[at + 1 :])
     before = re.search(rf"(?<![\w'’])([{letters}]){_CLOSE}{and_}{_OPEN}$", text[:at])
     return any(m and m[1] != text[at].upper() for m in (after, before))
@@ -150,8 +209,9 @@ def _has_another(text: str, at: int, letters: str) -> bool:
 def _by_letter(text: str, letters: str) -> set[str]:
     "The letters that an answer takes: those of its last word on the matter, if it has one."
     found = [one for one in _given_letters(text, letters) if not _is_refused(text, one[0])]
+    every = found
     for m in re.finditer(_LAST_WORD, text):
-        inside = [one for one in found if m.start() <= one[0] <= m.end()]
+        inside = [one for one in every if m.start() <= one[0] <= m.end()]
         found = inside or found
     if found and _has_another(text, found[-1][0], letters):
         return set(letters)
@@ -164,9 +224,9 @@ def _by_words(text: str, options: Mapping[str, str], spell: Callable = _words) -
     for letter, option in sorted(options.items(), key=lambda item: -len(spell(item[1]))):
         if not spell(option):
             continue
-        pattern = rf"(?<![\w.,/-]){re.escape(spell(option))}(?![\w/]|[.,]\d)"
-        places = [m.start() for m in re.finditer(pattern, rest)]
-        if any(not _REFUSED_BEFORE.search(rest[:at].rstrip() + " ") for at in places):
+        own = re.escape(spell(option))
+        pattern = rf"(?<![\w.,/√^_{{\\-]){own}(?![\w/^+√]|[.,:-]\d| [xyz]\b| \d{{3}}(?!\d))"
+        if any(not _is_denied(rest, m) for m in re.finditer(pattern, rest)):
             found.add(letter)
         rest = re.sub(pattern, " \0 ", rest)
     return found
@@ -255,7 +315,8 @@ def yes_no(
     text: str,  # an answer, or its conclusion
 ) -> str | None:
     "`Yes` or `No`, whichever of the two words stands in a text alone; else `None`."
-    said = {"yes", "no"}.intersection(re.findall(r"[a-z']+", unmarked(text).casefold()))
+    plain = re.sub(r"\bno (?:idea|way|answer|information|clue)\b", "", unmarked(text).casefold())
+    said = {"yes", "no"}.intersection(re.findall(r"[a-z']+", plain))
     return said.pop().capitalize() if len(said) == 1 else None
 
 # %% ../nbs/60_choices.ipynb #choice-30

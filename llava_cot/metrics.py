@@ -11,6 +11,7 @@ __all__ = ['METRICS', 'normalise', 'exact', 'contains', 'anls', 'vqa_normalised'
 import inspect
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,8 +31,8 @@ from .search import Answer
 
 # %% ../nbs/62_metrics.ipynb #c008
 def normalise(text: str) -> str:
-    "Case folded, whitespace runs as one space, without one full stop at the end."
-    text = " ".join(text.casefold().split())
+    "Case folded, composed (NFC), whitespace runs as one space, without one full stop at the end."
+    text = unicodedata.normalize("NFC", " ".join(text.casefold().split()))
     return text[:-1].rstrip() if text.endswith(".") else text
 
 # %% ../nbs/62_metrics.ipynb #metr-04
@@ -53,9 +54,11 @@ def anls(
     threshold: float = 0.5,  # below it a score is 0
 ) -> float:
     "Average normalised Levenshtein similarity, of one answer."
-    said, best = " ".join(text.lower().split()), 0.0
-    for reference in references:
-        wanted = " ".join(reference.lower().split())
+    said, *all_wanted = (
+        unicodedata.normalize("NFC", " ".join(t.lower().split())) for t in (text, *references)
+    )
+    best = 0.0
+    for wanted in all_wanted:
         best = max(best, Levenshtein.normalized_similarity(said, wanted))
     return best if best >= threshold else 0.0
 

@@ -50,6 +50,44 @@ def test_mcq_takes_the_letter_that_a_careful_reader_takes():
     assert {t: mcq(t, counts) for t in said} == said
     assert mcq("3 + 4 = 7", ["3", "4", "7"]) == mcq("Of 3, 4 and 7 the answer is 7.", "347") == "C"
     assert mcq("Graph A", ["Graph B", "Graph A"]) == "B"  # its own words are stronger
+    mended = {
+        "B": "The answer is A. Actually, the answer is B.|The answer is A. Wait, it's B."
+        "|The answer is A? No. Looking again, the correct answer is B.|The answer is cat. Actually,"
+        " the answer is five dogs.|B because they bark|B, not A|A? No. B."
+        "|There is no cat, only five dogs.",
+        None: "I would not choose A|I don't think it is A.|The answer is B or maybe C|There is no cat."
+        "|The image does not show a cat|cat is wrong|anything but cat|without a cat|It isn't a cat",
+        "C": "At first the answer is A.\nFinal Answer: C|The answer is A. Sorry, it should be C.",
+    }
+    for letter, texts in mended.items():
+        assert {t: mcq(t, of) for t in texts.split("|")} == dict.fromkeys(texts.split("|"), letter)
+
+
+def test_mcq_reads_numbers_with_their_sign_and_roots_and_units():
+    signed = "−3|x = −3|minus 3|negative 3|–3|-3|It is negative three."
+    assert {mcq(t, ["3", "-3", "6"]) for t in signed.split("|")} == {"B"}
+    for text, options, letter in (
+        ("−5°C", "5°C|-5°C", "B"),
+        (r"\sqrt{3}", "3|√3|9", "B"),
+        (r"\sqrt{2}", "2|4", None),
+        (r"2\pi", "2|4", None),
+        ("3²", "3|9|32", None),
+        ("2x", "2|4", None),
+        ("10 000", "10|1000|10000", "C"),
+        ("10 000", "10|1000", None),
+        ("3 cm^2", "3 cm|9 cm", None),
+        ("15+", "15|20", None),
+        ("more than 15", "15|20|25", None),
+        ("more than 15", "15|more than 15", "B"),
+        ("15 or more", "15|20", None),
+        (r"$\frac{1}{2}$", "1/3|1/2", "B"),
+        ("½", "1/3|1/2", "B"),
+        (r"2\sqrt{3}", "2|2√3", "B"),
+        (r"30^\circ", "60°|30°", "B"),
+        ("12cm", "1 cm|12 cm", "B"),
+        ("45 %", "54%|45%", "B"),
+    ):
+        assert mcq(text, options.split("|")) == letter, (text, options)
 
 
 def test_mcq_finds_no_letter_where_there_is_none():
@@ -104,6 +142,7 @@ def test_yes_and_no_are_whole_words():
     assert {yes_no(t) for t in ("", "NOPE", "Not really", "Notice the death notice.", "yes/no")} == {
         None
     }
+    assert {yes_no(t) for t in ("I have no idea", "There is no way to tell.", "no answer")} == {None}
 
 
 def test_hallusion_scores_are_those_of_the_official_script():

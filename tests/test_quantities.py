@@ -66,6 +66,27 @@ def test_relaxed_numbers_are_those_of_a_careful_reader():
         ("1990", False),
     ):
         assert relaxed_number(said_, "2011", years="exact") is right and relaxed_number(said_, "2011")
+    no_number = (
+        "2√2|2 \\sqrt{3}|3 3π|3 2|2π 3²|3 3^2|3 3.0.1|3 3x|3 3_x|3 π/3|3 x/3|3 x+3|3 5!|5 10⁴|104 3⁵|35"
+        " 10:10|10 2,2|2 ±5|5 \\frac{\\sqrt{2}}{2}|2 up_to_5|5 over_5|5 below_5|5 5_dogs_or_more|5"
+        " 5|5_or_more isn't_5|5 3万|3 The_answer_is_5_or_6|5 The_answer_is_5._Wait,_it_is_6.|5 5_–_3|-3"
+    )
+    other_unit = (
+        "5_feet|5_m 12_inches|12_cm 5_mph|5_km/h 5_m²|5_m 5_days|5_weeks 5_kW|5_W 45°C|45°F 5_GB|5_MB"
+        " 5_square_meters|5_meters 5_m/s|5_m 5_rpm|5_Hz 5_lb|5_kg 5_V|5_A 5_months|5_years"
+    )
+    same_number = (
+        "5_kW|5000_W minus_three|-3 negative_three|-3 5_apples|5_red_apples 1_ft|12_inches"
+        " 7_days|1_week 36_km/h|10_m/s 5_m^2|5_m² 60_miles_per_hour|60_mph 45_degrees_Celsius|45°C"
+        " 45_degrees|45°C"
+        " 5_pounds|5_lb 5_in_the_picture|5 答案是42|42 共有5个|5 –3|-3 one_half|0.5 three_fourths|3/4"
+        " \\frac12|0.5 10^4|10000 10⁴|10000 12,34,567|1234567 ⅖|0.4 So_the_answer_is_5,_not_6.|5"
+        " The_answer_is_5_because_there_are_3_dogs_and_2_cats|5 The_answer_is_5._2_are_red.|5"
+    )
+    for pairs_, right in ((no_number, False), (other_unit, False), (same_number, True)):
+        for pair_ in pairs_.split(" "):
+            said_, wanted_ = pair_.replace("_", " ").split("|")
+            assert relaxed_number(said_, wanted_, 0.0) is right, pair_
 
 
     @given(st.text(max_size=20), st.text("0123456789.,%$ -/eabc½\n", max_size=12))
