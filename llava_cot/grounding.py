@@ -210,22 +210,48 @@ _NUMBERED = frozenset(
 )  # Step 2 is no other number of a step than 1
 
 
-def _claims(text: str) -> dict[str, list[tuple[float, int]]]:
-    "Name → the numbers said of it, with their places; only from clauses with one name and"
-    " one number."
+_CHANGES = re.compile(
+    r"(?i)\d\s*[-+*/×=<>]|\b(?:days?|left|remain\w*|g[ai]ves?|given|then|now|more|fewer|less|not|after"
+    r"|before|another|lost|loses?|eats?|ate|sold|sells?|buys?|bought|takes?|took|adds?|total|average"
+    r"|rank\w*|difference|twice|times)\b|n['’]t\b"
+)
+_COMPARES = re.compile(
+    r"(?i)\b(?:of the|than|by|above|below|over|under|least|most|between|to|or|other|place|number"
+    r"|position|the|these|those|all)\s*[$€£]?$"
+)
+_COMPARED = re.compile(r"(?i)\s+of (?:the|them|these|those|all)\b|\s*\S*\s+(?:\w+er|above|below)\b")
+
+
+def _its_number(clause: str) -> tuple[float, str] | None:
+    "The one number that a clause gives, and the word behind it; not what it compares with."
+    text, its = plainly(clause), quantities(clause)
+    if _CHANGES.search(clause) or len({q.value for q in its}) != 1:
+        return None
+    before, after = text[: its[0].start], text[its[0].end :]
+    year = re.fullmatch(r"[12]\d{3}", its[0].written) and re.search(
+        r"\b(?:in|since|during|until|of|for|from|by|year)\s$", before
+    )
+    some = its[0].written.isalpha() and before.endswith(" of ")
+    if year or some or _COMPARES.search(before) or _COMPARED.match(after):
+        return None
+    noun = re.match(r"\s?(%|[a-z]+)", after)
+    return its[0].value, _stem(noun[1]) if noun and noun[1] not in _EMPTY else ""
+
+
+def _claims(text: str) -> dict[str, list[tuple[float, str, int]]]:
+    "Name → the numbers said of it, what they count, and their places; only from clauses with one"
+    " name and one number."
     found = {}
     for step in steps(text):
         for clause in re.split(r",(?!\d)|;| and ", step.text):
-            if re.search(r"\d\s*[-+*/×=<>]|\bdays?\b", clause):
-                continue
             names = {
                 w
                 for w in re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
                 if w.lower() not in _EMPTY | _NUMBERED
             }
-            numbers = {q.value for q in quantities(clause)}
-            if len(names) == len(numbers) == 1:
-                found.setdefault(names.pop(), []).append((numbers.pop(), step.start))
+            number = _its_number(clause)
+            if len(names) == 1 and number:
+                found.setdefault(names.pop(), []).append((*number, step.start))
     return found
 
 
@@ -233,8 +259,9 @@ def contradicted(reasoning: str, caption: str) -> Iterator[tuple[int, str]]:
     "Place and message of each number that is another than was said of the same name before."
     seen = _claims(caption)
     for name, said in _claims(reasoning).items():
-        first = {value for value, _ in seen.get(name, said[:1])}
-        for value, start in said:
+        for value, noun, start in said:
+            before = seen.get(name, said[:1])
+            first = {v for v, its, _ in before if not its or not noun or its == noun}
             if len(first) == 1 and value not in first:
                 yield start, f"{name} is {value:g} here and {min(first):g} before"
 

@@ -45,6 +45,18 @@ def test_another_number_than_before_is_found():
     )
     assert list(contradicted("Turin's point is 23.", shown))
     assert list(contradicted("The cubes are 4 on Monday. There are 5 on Monday.", ""))
+    three = "The bars show Norway 45, Sweden 38 and Denmark 51. Norway has 5 wins in 2020."
+    for sound in (
+        "Denmark has the tallest bar of the three. It leads the 3 countries.",
+        "Denmark is higher than the other two. Denmark is one of the highest.",
+        "Denmark is above 50. Denmark is at least 50. Denmark ranks 1.",
+        "Denmark is 6 higher. Sweden did so in 1999.",
+        "Lena has 12 apples. Then Lena has 7 left.",
+    ):
+        assert not list(contradicted(sound, three)), sound
+    for false in ("Denmark is 52.", "Denmark has a value of 54.", "The bar of Sweden stands at 83."):
+        assert list(contradicted(false, three)), false
+    assert not list(contradicted("Ann has 3 losses.", "Ann has 5 wins."))
 
 
 def test_a_conclusion_that_its_reasons_do_not_give_is_found():
