@@ -12,8 +12,8 @@ from math import isfinite
 
 from .choices import mcq
 from .metrics import options_in
-from .quantities import plainly, quantities, said_quantity
-from .steps import equations, in_signs, steps
+from .quantities import plainly, quantities, said_quantity, same_quantity
+from .steps import equations, false_arithmetic, in_signs, steps
 
 # %% ../nbs/64_grounding.ipynb #ground-05
 _EMPTY = frozenset(
@@ -119,7 +119,11 @@ def _strange_numbers(step: str, seen: set[float]) -> list[float]:
     "The numbers of a step that are not known and do not follow; those that do are known then."
     text = in_signs(step).replace("**", "^")
     given = {side for e in equations(step) for side in (abs(e.value), abs(e.said))}
+    false = {at for at, _ in false_arithmetic(step)}
+    given = given.union(*(_numbers_in(e.right) for e in equations(step) if e.start not in false))
     firm = [q for q in quantities(text) if not _ROUGHLY.search(text[: q.start])]
+    told = [q for q in firm if q.unit and abs(q.value) in seen | _KNOWN]
+    given |= {abs(q.value) for q in firm if q.unit and any(same_quantity(q, t) for t in told)}
     there = {abs(q.value) for q in firm}
     for q in firm:
         if "/" in q.written:  # 5/8 is made of 5 and 8

@@ -26,6 +26,8 @@ def test_what_was_made_up_is_found():
         "The angles add up to 180 degrees. 180 - 3 = 177. The area is 9 × 4 = 36 square centimetres.",
         "There are 4 + 3 = 7 things in total. There is no evidence of others. About 57% are cubes.",
         "By the Pythagorean theorem, 3² + 4² = 9 + 16 = 25. A cube has six square faces.",
+        "At 4 °C, F = 4 × 9/5 + 32 = 7.2 + 32 = 39.2. (4 + 3 + 80) ÷ 3 = 87 ÷ 3 = 29.",
+        "2 hours are 120 minutes.",
     ):
         assert not list(ungrounded(sound, seen, asked)), sound
     table = "Mon 15, Tue 22, Thu 31; Q1 $1.2M, Q2 $1.5M; from 19:30 to 21:45; a fifth of 250."
