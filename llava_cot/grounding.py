@@ -307,6 +307,9 @@ def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
     return name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", whole) or bool(words & _LOOKS)
 
 
+_CHOICES = _LOOKS | frozenset("above below left right top bottom upper lower north south".split())
+
+
 def _not_its_words(conclusion: str, its: list, question: str) -> str:
     "What is wrong with a conclusion that is words."
     last, whole = its[-1].text, " ".join(step.text for step in its)
@@ -319,12 +322,14 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
         other = {"yes": "no", "no": "yes"}[min(words)]
         denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
         opposed = denied and words == {"yes"} and _content(denied[1]) <= stems(question)
-        return "the last step says the opposite" if said == {other} or opposed else ""
+        told = set(re.findall(r"\b(?:so|is)\W+(yes|no)\b(?=[,.;:!]|$)", last.lower()))
+        wrong = {other} in (said, told) or opposed
+        return "the last step says the opposite" if wrong else ""
     words = words - {"yes", "no"} or words
     bare = not re.search(r"\b(?:is|are|was|were|has|have|to)\b", clause)
     names = {_stem(w) for w in re.findall(r"(?<=\S )[A-Z]\w+", conclusion)}
     if bare and len(said) <= 2 and len(words) <= 2 and said & words:
-        ok = said == words
+        ok = said == words or words < said and not (said - words) & _CHOICES
     elif _ENDS.search(last) or _is_one_of_several(words, conclusion, f"{question} {whole}"):
         ok = 2 * _held(words, last) >= len(words)
     else:

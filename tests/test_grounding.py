@@ -79,12 +79,17 @@ def test_a_conclusion_that_its_reasons_do_not_give_is_found():
         ("25%", "As a share this is 50 / 200 = 0.25, i.e. 25%."),
         ("5/8", "So 8 - 3 = 5 are left. That is 5/8."),
         ("Autumn", "Orange leaves are typical of autumn. Fallen ones support this."),
+        ("Denmark", "51 is the largest value. So Denmark wins."),
+        ("Denmark", "51 is the largest value. Hence, Denmark comes first."),
+        ("Yes", "45 is more than 38. So yes, Norway is higher."),
         ("inversely related", "The curve describes an inverse relationship."),
         ("a wooden spoon", "He holds a wooden spoon. It is likely that he is stirring soup."),
     ):
         assert not list(unsupported(end, why, "")), end
     for end, why in zip("42;160 cm²;3;left;Turin;Prof. L. Vance;no;a drought".split(";"), supported_):
         assert list(unsupported(end, why[1], "")), end
+    assert list(unsupported("No", "45 is more than 38. So yes, Norway is higher.", ""))
+    assert list(unsupported("Norway", "51 is the largest value. So Denmark wins.", ""))
     assert not list(unsupported("anything", "", ""))
 
 
