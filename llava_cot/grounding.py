@@ -12,8 +12,8 @@ from math import isfinite
 
 from .choices import mcq
 from .metrics import options_in
-from .quantities import plainly, quantities, said_quantity
-from .steps import equations, in_signs, steps
+from .quantities import plainly, quantities, said_quantity, same_quantity
+from .steps import equations, false_arithmetic, in_signs, steps
 
 # %% ../nbs/64_grounding.ipynb #ground-05
 _EMPTY = frozenset(
@@ -119,7 +119,11 @@ def _strange_numbers(step: str, seen: set[float]) -> list[float]:
     "The numbers of a step that are not known and do not follow; those that do are known then."
     text = in_signs(step).replace("**", "^")
     given = {side for e in equations(step) for side in (abs(e.value), abs(e.said))}
+    false = {at for at, _ in false_arithmetic(step)}
+    given = given.union(*(_numbers_in(e.right) for e in equations(step) if e.start not in false))
     firm = [q for q in quantities(text) if not _ROUGHLY.search(text[: q.start])]
+    told = [q for q in firm if q.unit and abs(q.value) in seen | _KNOWN]
+    given |= {abs(q.value) for q in firm if q.unit and any(same_quantity(q, t) for t in told)}
     there = {abs(q.value) for q in firm}
     for q in firm:
         if "/" in q.written:  # 5/8 is made of 5 and 8
@@ -210,22 +214,48 @@ _NUMBERED = frozenset(
 )  # Step 2 is no other number of a step than 1
 
 
-def _claims(text: str) -> dict[str, list[tuple[float, int]]]:
-    "Name → the numbers said of it, with their places; only from clauses with one name and"
-    " one number."
+_CHANGES = re.compile(
+    r"(?i)\d\s*[-+*/×=<>]|\b(?:days?|left|remain\w*|g[ai]ves?|given|then|now|more|fewer|less|not|after"
+    r"|before|another|lost|loses?|eats?|ate|sold|sells?|buys?|bought|takes?|took|adds?|total|average"
+    r"|rank\w*|difference|twice|times)\b|n['’]t\b"
+)
+_COMPARES = re.compile(
+    r"(?i)\b(?:of the|than|by|above|below|over|under|least|most|between|to|or|other|place|number"
+    r"|position|the|these|those|all)\s*[$€£]?$"
+)
+_COMPARED = re.compile(r"(?i)\s+of (?:the|them|these|those|all)\b|\s*\S*\s+(?:\w+er|above|below)\b")
+
+
+def _its_number(clause: str) -> tuple[float, str] | None:
+    "The one number that a clause gives, and the word behind it; not what it compares with."
+    text, its = plainly(clause), quantities(clause)
+    if _CHANGES.search(clause) or len({q.value for q in its}) != 1:
+        return None
+    before, after = text[: its[0].start], text[its[0].end :]
+    year = re.fullmatch(r"[12]\d{3}", its[0].written) and re.search(
+        r"\b(?:in|since|during|until|of|for|from|by|year)\s$", before
+    )
+    some = its[0].written.isalpha() and before.endswith(" of ")
+    if year or some or _COMPARES.search(before) or _COMPARED.match(after):
+        return None
+    noun = re.match(r"\s?(%|[a-z]+)", after)
+    return its[0].value, _stem(noun[1]) if noun and noun[1] not in _EMPTY else ""
+
+
+def _claims(text: str) -> dict[str, list[tuple[float, str, int]]]:
+    "Name → the numbers said of it, what they count, and their places; only from clauses with one"
+    " name and one number."
     found = {}
     for step in steps(text):
         for clause in re.split(r",(?!\d)|;| and ", step.text):
-            if re.search(r"\d\s*[-+*/×=<>]|\bdays?\b", clause):
-                continue
             names = {
                 w
                 for w in re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
                 if w.lower() not in _EMPTY | _NUMBERED
             }
-            numbers = {q.value for q in quantities(clause)}
-            if len(names) == len(numbers) == 1:
-                found.setdefault(names.pop(), []).append((numbers.pop(), step.start))
+            number = _its_number(clause)
+            if len(names) == 1 and number:
+                found.setdefault(names.pop(), []).append((*number, step.start))
     return found
 
 
@@ -233,8 +263,9 @@ def contradicted(reasoning: str, caption: str) -> Iterator[tuple[int, str]]:
     "Place and message of each number that is another than was said of the same name before."
     seen = _claims(caption)
     for name, said in _claims(reasoning).items():
-        first = {value for value, _ in seen.get(name, said[:1])}
-        for value, start in said:
+        for value, noun, start in said:
+            before = seen.get(name, said[:1])
+            first = {v for v, its, _ in before if not its or not noun or its == noun}
             if len(first) == 1 and value not in first:
                 yield start, f"{name} is {value:g} here and {min(first):g} before"
 
@@ -276,6 +307,9 @@ def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
     return name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", whole) or bool(words & _LOOKS)
 
 
+_CHOICES = _LOOKS | frozenset("above below left right top bottom upper lower north south".split())
+
+
 def _not_its_words(conclusion: str, its: list, question: str) -> str:
     "What is wrong with a conclusion that is words."
     last, whole = its[-1].text, " ".join(step.text for step in its)
@@ -288,12 +322,14 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
         other = {"yes": "no", "no": "yes"}[min(words)]
         denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
         opposed = denied and words == {"yes"} and _content(denied[1]) <= stems(question)
-        return "the last step says the opposite" if said == {other} or opposed else ""
+        told = set(re.findall(r"\b(?:so|is)\W+(yes|no)\b(?=[,.;:!]|$)", last.lower()))
+        wrong = {other} in (said, told) or opposed
+        return "the last step says the opposite" if wrong else ""
     words = words - {"yes", "no"} or words
     bare = not re.search(r"\b(?:is|are|was|were|has|have|to)\b", clause)
     names = {_stem(w) for w in re.findall(r"(?<=\S )[A-Z]\w+", conclusion)}
     if bare and len(said) <= 2 and len(words) <= 2 and said & words:
-        ok = said == words
+        ok = said == words or words < said and not (said - words) & _CHOICES
     elif _ENDS.search(last) or _is_one_of_several(words, conclusion, f"{question} {whole}"):
         ok = 2 * _held(words, last) >= len(words)
     else:

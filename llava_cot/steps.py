@@ -50,20 +50,28 @@ _SAID = (
     (r"\b(?:times|multiplied by)\b|[×·⋅]", "*"),
     (r"\bdivided by\b|÷|\\div\b", "/"),
     (r"(?<=\d)\s*x\s*(?=\d)", "*"),
-    (r"(?<=\d)\s?%\s+of\s+(?=[\d.])", "/100*"),
+    (r"(\d\s?(?:[a-zA-Z°%]{1,3})?[²³]?\)*\s*)[–—](?=\s*[($€£]*\d)", r"\1-"),
+    (r"(?<=\d)\s?per\s?cent\b", "%"),
+    (r"(?<=\d)\s?%\s+of\s+(?=[$€£\d.])", "/100*"),
+    (r"(?<=[\d)])\s?squared\b", "^2"),
+    (r"(?<=[\d)])\s?cubed\b", "^3"),
     (r"\^", "**"),
 )
+_RAISED = re.compile(r"(?<=[\d)])[¹²³⁴⁵⁶⁷⁸⁹][⁰¹²³⁴⁵⁶⁷⁸⁹]*")
+_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _WORDS = "is equals gives makes and or so which are was of in to the than by".split()
-_UNIT = rf"(?:%|°|(?!(?:{'|'.join(_WORDS)})\b)[a-zA-Z°$€£]{{1,14}}(?:/[a-z]+)?[²³]?(?:\*\*[23])?)?"
-_TERM = rf"[$€£]?\(*-?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?(?:/100)?\)*\s?{_UNIT}"
+_UNIT = rf"(?:%|(?!(?:{'|'.join(_WORDS)})\b)[a-zA-Z°$€£¢]{{1,14}}(?:/[a-z]+)?[²³]?(?:\*\*[23])?)?"
+_NUMBER = r"(?:\d{1,3}\s\d{1,2}/\d{1,3}(?!\d)|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/100)?)"
+_TERM = rf"[$€£]?\(*-?{_NUMBER}\)*\s?{_UNIT}"
 _EXPRESSION = rf"{_TERM}(?:\s*(?:\*\*|[-+*/])\s*{_TERM})*"
 _EQUALS = r"\s*(=|≈|\bis equal to\b|\bequals\b|\bgives\b|\bmakes\b|\bis\b|\bare\b)\s*"
 _EQUATION = re.compile(rf"(?<![\w.])({_EXPRESSION})(?={_EQUALS}({_EXPRESSION}))")
-_OPERATION = re.compile(r"\d\S*\s*(?:\*\*|[-+*/])\s*[($€£]*\d")
+_OPERATION = re.compile(r"\d(?:[^-+*/]|/[a-z])*(?:(?<![a-zA-Z])\*\*|[-+*/])\s*[($€£]*\d")
 
 
 def in_signs(text: str) -> str:
     "A text with its operations as signs: *plus* as `+`, `×` as `*`."
+    text = _RAISED.sub(lambda m: "^" + m[0].translate(_DIGITS), text)
     text = plainly(text)
     if re.search(r"\b(?:plus|minus|times)\b", text):
         text = in_figures(text)
@@ -96,6 +104,9 @@ def _worth(node: ast.AST) -> float:
     return float("nan")
 
 
+_SIZES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_SIZES |= dict(K=10**3, M=10**6, B=10**9)
+_SIZED = re.compile(rf"(\d[\d.]*)(?:\s?({'|'.join(w for w in _SIZES if len(w) > 1)})s?|([KMB]))\b")
 _LETTER = re.compile(r"π|\d(?:[a-fj-kn-rt-z](?![a-zA-Z%])|[a-z]\s?\*\*)")  # 2x, 25π, 3a; but 3 m
 
 
@@ -106,6 +117,8 @@ def computed(
     if _LETTER.search(expression):
         return None
     text = re.sub(r"(?<=\d),(?=\d{3})", "", expression)
+    text = re.sub(r"(\d+)\s(\d+/\d+)", r"(\1+\2)", text)  # one and three quarters
+    text = _SIZED.sub(lambda m: f"({m[1]}*{_SIZES[m[2] or m[3]]})", text)
     text = re.sub(r"(?<=[a-zA-Z])\*\*[23]|/[a-z]+", "", text)
     text = re.sub(r"[^\d.+*/()\- ]", "", text).strip()
     if len(text) > 200:
@@ -129,19 +142,52 @@ class Equation:
     start: int  # where it begins in `in_signs(text)`
 
 
+_MEASURES = """mm millimet, cm centimet, dm decimet, m met, km kilomet, inch inche, ft foot feet,
+yd yard, mile mi; mg milligram, g gram, kg kilogram kilo, t ton tonne, lb pound, oz ounce; l lit,
+ml millilit, cl centilit, dl decilit, gallon; s sec second, min minute, h hr hour, day, week, month,
+year, decade, century centurie; °c celsiu, °f fahrenheit, k kelvin; ° degree, rad radian; $ dollar,
+¢ cent, € euro, £ p penny pence"""
+_MEASURED = {  # spelling → what it measures, and the unit
+    spelling: (kind, unit)
+    for kind, units in enumerate(_MEASURES.split(";"))
+    for unit, its in enumerate(units.split(","))
+    for spelling in its.split()
+}
+_LONGER = re.compile(  # what stands before is the beginning of the left side
+    r"(?:[\w)°%]|\.\.|⋯)\s*[-+*/]\s*$"  # x + 115 = 180
+    r"|[√∛∜]\s*$|\d\s?[a-zA-Z°%]*\s*[–—]\s*$|\d(?:\s+:\s*|:)$|\d\s$"  # a root, a range, a ratio
+    r"|(?i:\b(?:(?:sin|cos|tan|cot|log|ln|lg|exp|sqrt)\w*|mod|choose|twice|double|triple|half))\s*\(?$"
+    r"|(?i:(?:\d%?|\b(?:half|root|square|cube|power|(?:third|quarter|fourth|fifth|tenth)s?))\s+"
+    r"(?:out\s+)?of\s+$)|\d\s?(?:h|hours?|ft|feet|foot|m|min|minutes?|lbs?|kg|km)\s+(?:and\s+)?$"
+)
+_LONGER_ALONE = re.compile(r"\d\S*\s+(?:[a-zA-Z]+\s+){1,3}$|\bof\s+$")  # the mean of 8 and 10 = 9
+_GOES_ON = re.compile(r"\s*[+*/]|\s*-\s*[√(]|\s*-\s*[a-zA-Z]\b|\s?[√∛!π]|\(|(?:\s+:\s*|:)\d|\s\d")
+
+
+def _is_conversion(left: str, right: str) -> bool:
+    "Whether an equation has two units of one kind, or two units and nothing computed."
+    sides = [set(re.findall(r"[a-z°]+|[$€£¢]", side.lower())) for side in (left, right)]
+    alone = all(sides) and sides[0] != sides[1] and not _OPERATION.search(left)
+    bare = {re.sub(r"(?<=.)(?:[er]{2})?s?$", "", word) for word in sides[0] | sides[1]}
+    its = {_MEASURED[word] for word in bare if word in _MEASURED}
+    return alone or len({kind for kind, _ in its}) < len(its)
+
+
 def equations(text: str) -> list[Equation]:
-    "The equations of numbers in a text; of a chain each link."
+    "The equations of numbers in a text; of a chain each link. Units are not converted."
     text, found = in_signs(text), []
     for m in _EQUATION.finditer(text):
-        if re.search(r"[\w)°%]\s*[-+*/]\s*$", text[max(0, m.start() - 20) : m.start()]):
-            continue  # the rest of something longer: x + 115 = 180
-        before, after = text[max(0, m.start() - 20) : m.start()], text[m.end(3) : m.end(3) + 20]
-        if re.search(r"\d(?:\s+:\s*|:)$", before) or re.match(r"(?:\s+:\s*|:)\d", after):
-            continue  # a ratio
+        before, after = text[max(0, m.start() - 40) : m.start()], text[m.end(3) : m.end(3) + 20]
         left, sign, right = m[1], m[2], m[3]
+        if _LONGER.search(before) or _GOES_ON.match(after) or _is_conversion(left, right):
+            continue
+        if not _OPERATION.search(left) and _LONGER_ALONE.search(before):
+            continue
         value, said = computed(left), computed(right)
         if value is None or said is None:
             continue
+        if value < 0 < said and re.fullmatch(r"\d+-\d+\D*", left):
+            continue  # from 2010 to 2015
         if sign in "=≈" or _OPERATION.search(left):  # "3 is 3" says nothing
             found.append(Equation(left.strip(), sign, right.strip(), value, said, m.start()))
     return found
@@ -149,10 +195,17 @@ def equations(text: str) -> list[Equation]:
 
 def _agrees(e: Equation) -> bool:
     "Whether the sides are equal, to the digits that are written; percents as such or as"
-    " hundredths."
+    " hundredths, millions as such or as ones."
+    left, right = (_SIZED.sub(r"\1", side) for side in (e.left, e.right))
+    if (left, right) != (e.left, e.right):
+        plain = Equation(left, e.sign, right, computed(left), computed(right), e.start)
+        if _agrees(plain):
+            return True
     decimals = max((len(d) for d in re.findall(r"\.(\d+)", e.right)), default=0)
     exact = decimals == 0 and e.value.is_integer() and e.sign != "≈"
     loose = 1e-9 if exact else 0.5 * 10.0**-decimals * (1 + 1e-6)
+    size = max((_SIZES[a or b] for _, a, b in _SIZED.findall(e.right)), default=1)
+    loose *= size
     if "/" in e.right and e.sign != "≈":
         loose = 1e-6 * abs(e.value)  # a fraction is not rounded
     if e.sign == "≈":
@@ -160,7 +213,7 @@ def _agrees(e: Equation) -> bool:
     either = {e.value}
     if e.left.count("%") != e.right.count("%"):
         either |= {e.value / 100, e.value * 100}
-    return any(abs(value - e.said) <= loose * max(1, 1e-6 * abs(value)) for value in either)
+    return any(abs(value - e.said) <= loose * max(1, 1e-6 * abs(value) / size) for value in either)
 
 
 _MORE = "larger greater more higher bigger longer taller older".split()

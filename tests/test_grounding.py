@@ -26,6 +26,8 @@ def test_what_was_made_up_is_found():
         "The angles add up to 180 degrees. 180 - 3 = 177. The area is 9 × 4 = 36 square centimetres.",
         "There are 4 + 3 = 7 things in total. There is no evidence of others. About 57% are cubes.",
         "By the Pythagorean theorem, 3² + 4² = 9 + 16 = 25. A cube has six square faces.",
+        "At 4 °C, F = 4 × 9/5 + 32 = 7.2 + 32 = 39.2. (4 + 3 + 80) ÷ 3 = 87 ÷ 3 = 29.",
+        "2 hours are 120 minutes.",
     ):
         assert not list(ungrounded(sound, seen, asked)), sound
     table = "Mon 15, Tue 22, Thu 31; Q1 $1.2M, Q2 $1.5M; from 19:30 to 21:45; a fifth of 250."
@@ -45,6 +47,18 @@ def test_another_number_than_before_is_found():
     )
     assert list(contradicted("Turin's point is 23.", shown))
     assert list(contradicted("The cubes are 4 on Monday. There are 5 on Monday.", ""))
+    three = "The bars show Norway 45, Sweden 38 and Denmark 51. Norway has 5 wins in 2020."
+    for sound in (
+        "Denmark has the tallest bar of the three. It leads the 3 countries.",
+        "Denmark is higher than the other two. Denmark is one of the highest.",
+        "Denmark is above 50. Denmark is at least 50. Denmark ranks 1.",
+        "Denmark is 6 higher. Sweden did so in 1999.",
+        "Lena has 12 apples. Then Lena has 7 left.",
+    ):
+        assert not list(contradicted(sound, three)), sound
+    for false in ("Denmark is 52.", "Denmark has a value of 54.", "The bar of Sweden stands at 83."):
+        assert list(contradicted(false, three)), false
+    assert not list(contradicted("Ann has 3 losses.", "Ann has 5 wins."))
 
 
 def test_a_conclusion_that_its_reasons_do_not_give_is_found():
@@ -65,12 +79,17 @@ def test_a_conclusion_that_its_reasons_do_not_give_is_found():
         ("25%", "As a share this is 50 / 200 = 0.25, i.e. 25%."),
         ("5/8", "So 8 - 3 = 5 are left. That is 5/8."),
         ("Autumn", "Orange leaves are typical of autumn. Fallen ones support this."),
+        ("Denmark", "51 is the largest value. So Denmark wins."),
+        ("Denmark", "51 is the largest value. Hence, Denmark comes first."),
+        ("Yes", "45 is more than 38. So yes, Norway is higher."),
         ("inversely related", "The curve describes an inverse relationship."),
         ("a wooden spoon", "He holds a wooden spoon. It is likely that he is stirring soup."),
     ):
         assert not list(unsupported(end, why, "")), end
     for end, why in zip("42;160 cm²;3;left;Turin;Prof. L. Vance;no;a drought".split(";"), supported_):
         assert list(unsupported(end, why[1], "")), end
+    assert list(unsupported("No", "45 is more than 38. So yes, Norway is higher.", ""))
+    assert list(unsupported("Norway", "51 is the largest value. So Denmark wins.", ""))
     assert not list(unsupported("anything", "", ""))
 
 

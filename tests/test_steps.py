@@ -30,11 +30,23 @@ def test_arithmetic_is_done_again():
         ""
         "|Five plus four makes nine|Thirty-five plus five is 40|3/12 + 4/12 = 7/12"
         "|multiply and add 32: 25 × 9/5 = 45|the ratio 36 : 4 = 9 : 1"
+        "|c = √25 = 5|√16 + 9 = 13|6 = 2√9|20% of $50 = $10|45 – 38 = 7|45 cm – 38 cm = 7 cm|8 = 2³"
+        "|2⁴ = 16|(1 + 2)² = 9|3 squared = 9|1 hour = 60 minutes|90 min = 1 h 30 min|4 × 500 g = 2 kg"
+        "|72 km/h = 20 m/s|25 °C = 77 °F|3 weeks + 2 days = 23 days|1 box = 12 pens|$1 = 100 cents"
+        "|sin 30° = 0.5|log 100 = 2|3 out of 5 = 60%|3/4 of 20 = 15|the mean of 8 and 10 = 9"
+        "|1 3/4 + 1/4 = 2|7/4 = 1 3/4|1.2 million - 900,000 = 300,000|1.2 + 1.5 = 2.7 million"
+        "|$1.2M - $900K = $300K|2 dozen = 24 eggs|1 + 2 + … + 10 = 55|55 = 1 + 2 + … + 10|10 = 2 + x"
+        "|17 mod 5 = 2|10 percent = 0.1|10 percent of 50 = 5|2010–2015 = 5 years"
+        "|20 000 + 5 000 = 25 000"
     )
     false_ = (
         "52 - 13 = 38|24% + 15% = 38%|9 × 18 = 163|20% of 50 is 12|10 / 3 = 3.5|2 plus 2"
         " gives 5|3 = 4|5 is more than 7"
         "|Five plus four makes ten|Thirty-five plus five is 41|3/12 + 4/12 = 8/12"
+        "|20% of $50 = $12|45 – 38 = 8|45 — 38 = 8|3² = 6|8 = 2²|(1 + 2)² = 8|60 km/h × 2 h = 130 km"
+        "|5 cm × 3 cm = 16 cm²|10 km + 5 km = 16 km|1 hour + 2 hours = 4 hours|3 × $4 = $13"
+        "|5 apples + 3 pears = 9 fruits|the sum of 45 + 38 = 84|1 3/4 + 1/4 = 3"
+        "|1.2 million - 900,000 = 400,000|1.2 million + 1.5 million = 2.8 million|10 percent of 50 = 6"
     )
     for text in true_.split("|"):
         assert not list(false_arithmetic(text)), text
