@@ -192,15 +192,12 @@ def writing(
         while seen:  # a writer that failed holds its file, and the room it takes
             traceback.clear_frames(seen.__traceback__)
             seen = seen.__context__
+        why = f"{_reason(e)}; {_free(Path(out))} free"
+        advice = f"Make room, then go on with: llava-cot train --resume {out}"
         if getattr(e, "errno", None) in _NO_PLACE:
-            raise FileError(
-                f"{what} could not be written in {out} ({_reason(e)}); all that was saved before is"
-                " whole. Let this folder be written to, or name another"
-            ) from e
-        raise FileError(
-            f"{what} could not be written ({_reason(e)}; {_free(Path(out))} free); all that was"
-            f" saved before is whole. Make room, then go on with: llava-cot train --resume {out}"
-        ) from e
+            why, advice = _reason(e), f"Let {out} be written to, or name another folder"
+        what = f"{what} could not be written ({why}); all that was saved before is whole"
+        raise FileError(f"{what}. {advice}") from e
 
 # %% ../nbs/04_files.ipynb #files-lock-c1
 LOCK = ".lock"  # in a folder, while a process works in it
