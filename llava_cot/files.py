@@ -157,9 +157,6 @@ class FileError(InputError):
     "A file that cannot be read or written: the message says which, why, and what to do."
 
 
-_NO_PLACE = (errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-
-
 def _free(path: Path) -> str:
     "Room on the disk of the nearest folder that exists."
     nearest = path.absolute()
@@ -194,7 +191,7 @@ def writing(
             seen = seen.__context__
         why = f"{_reason(e)}; {_free(Path(out))} free"
         advice = f"Make room, then go on with: llava-cot train --resume {out}"
-        if getattr(e, "errno", None) in _NO_PLACE:
+        if getattr(e, "errno", None) in (errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM):
             why, advice = _reason(e), f"Let {out} be written to, or name another folder"
         what = f"{what} could not be written ({why}); all that was saved before is whole"
         raise FileError(f"{what}. {advice}") from e
