@@ -203,11 +203,11 @@ def _why_no_format(fmt: CoTFormat) -> str | None:
         return "its name, between and pad must be texts"
     if not all(isinstance(some, tuple) for some in lists):
         return "stages, optional, repeatable and reasoning must be lists of stages"
-    if not fmt.stages or len(set(fmt.stages)) < len(fmt.stages):
-        return f"stages must be one or more different ones, got {fmt.stages}"
     for stage in fmt.stages:
         if not _is_line(stage) or stage == "OTHER":
             return f"stage {stage!r}: expected a name of one line, without blanks around it"
+    if not fmt.stages or len(set(fmt.stages)) < len(fmt.stages):
+        return f"stages must be one or more different ones, got {fmt.stages}"
     named = [*fmt.optional, *fmt.repeatable, *(fmt.reasoning or ())]
     named += [stage for stage in (fmt.conclusion, fmt.caption) if stage is not None]
     unknown = [stage for stage in named if stage not in fmt.stages]

@@ -141,6 +141,8 @@ def evaluate(
 
     start, fmt = time.time(), format_of(fmt)
     _check_asked(model, data, compare, endpoint, predictions, other, instruct)
+    if n is not None and n < 1:
+        raise CliError(f"n: found {n}, expected a number of rows, at least 1")
     searched = _searched(method, max_new_tokens, endpoint, predictions)
     if out and check_place(out):
         say(f"going on with the evaluation in {out}", json=json)

@@ -146,6 +146,7 @@ def test_a_format_is_a_name_or_a_file():
         assert (mine.name, mine.conclusion, mine.separators[0]) == ("mine", "say", "[plan]")
         for text, told in (
             ("stages: [a, a]", "mine.yaml: format 'mine': stages must be"),
+            ("stages: [[a]]", "mine.yaml: format 'mine': stage ['a']: expected a name"),
             ("stagez: [a]", "mine.yaml: fmt: unknown field 'stagez'"),
             ("3", "mine.yaml: fmt: found int"),
             ("a: [", "mine.yaml: it cannot be read"),

@@ -167,6 +167,7 @@ def test_the_model_is_opened_in_the_type_and_at_the_place_it_is_told():
         for words, line in (
             (dict(data="rows"), "found none, expected one of --model or --predictions"),
             (dict(model="tiny_base"), "--data is missing"),
+            (dict(model="tiny_llava", data="rows", n=0), "n: found 0, expected a number of rows"),
             (dict(model="m", data="rows", endpoint="u", compare=["n"]), "compare: found --endpoint"),
             (dict(predictions="p", data="rows", endpoint="u"), "predictions: found --endpoint"),
             (dict(predictions="p", data="rows", compare=["n"]), "compare: found --predictions"),
