@@ -28,7 +28,6 @@ from datasets import Image as Stored
 from datasets import List
 from PIL import Image, ImageFile, PngImagePlugin
 
-from . import files
 from .cot import InputError, Problem
 from .files import DataError, ZipImages, first_line, read_bytes, row_error
 
@@ -326,15 +325,16 @@ def opened(
                 yield image
 
 # %% ../nbs/06_pictures.ipynb #pictures-chunks
+from .files import in_row_folder, zeros_at_end
+
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"  # how such a file begins
 
 
 def _check_png(raw: bytes) -> None:
     "Raises `PictureError` for a PNG whose chunks are damaged or missing; Pillow looks at few."
-    lost = files.zeros_at_end(raw)
+    lost = zeros_at_end(raw)
     if lost:
-        said = f"its last {lost:,} bytes are zeros"
-        raise PictureError(f"it is cut short: {said}; download it again")
+        raise PictureError(f"it is cut short: its last {lost:,} bytes are zeros; download it again")
     if raw[:8] != _PNG:
         return
     at, kind, palette = 8, b"", raw[25:26] != b"\3"
@@ -631,7 +631,7 @@ def _data_uri(text: str, key: str) -> bytes:
 
 def _path(text: str, key: str) -> str:
     "A relative, tidy path. Raises `DataError` where it is a URL or leads out of the folder."
-    slashed = files.in_row_folder(text.replace("\\", "/"), f"{key} {text[:200]!r}")
+    slashed = in_row_folder(text.replace("\\", "/"), f"{key} {text[:200]!r}")
     if "://" in slashed:
         said = f"{key} {text[:200]!r} is a URL, and pictures are not fetched"
         raise row_error("url", f"{said}; download it and give its path")

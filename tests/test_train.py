@@ -575,18 +575,17 @@ def test_plain_text_is_a_source_of_the_recipe_by_the_command_too_and_is_not_scor
 
 def test_what_accelerate_is_told_elsewhere_does_not_change_an_update():
     one_phase = Settings(Schedule([Phase("one", train={"projector": 1e-3}, updates=1)]))
-    with mock.patch.dict(os.environ, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"):
-        assert train._accelerator(one_phase, "run").gradient_accumulation_steps == 1
-    halves = replace(one_phase, precision="fp16")
-    if not torch.cuda.is_available():
-        with pytest.raises(RunError, match="precision: found fp16 without a GPU"):
-            train._accelerator(halves, "run")
     lacking = mock.Mock(side_effect=ImportError("DeepSpeed is not installed. Run pip"))
     with (
         mock.patch.object(train, "Accelerator", lacking),
         pytest.raises(RunError, match="as it was launched: DeepSpeed is not installed$"),
     ):
         train._accelerator(one_phase, "run")
+    if not torch.cuda.is_available():
+        with pytest.raises(RunError, match="precision: found fp16 without a GPU"):
+            train._accelerator(replace(one_phase, precision="fp16"), "run")
+    with mock.patch.dict(os.environ, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"):
+        assert train._accelerator(one_phase, "run").gradient_accumulation_steps == 1
 
 
 def test_a_run_in_a_format_of_ones_own_is_resumed_in_it():
