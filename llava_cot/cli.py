@@ -289,7 +289,7 @@ def _check_launch(file: Path) -> None:
     from llava_cot.files import read_yaml
 
     told = read_yaml(file)
-    kind, n = told.get("distributed_type"), told.get("num_processes", 1)
+    kind, n = told.get("distributed_type"), told.get("num_processes") or 1
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
         raise CliError(
             f"launch: {file.name} asks for DeepSpeed, which is not installed; pip install"

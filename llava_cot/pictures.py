@@ -310,7 +310,7 @@ def opened(
             _refuse_endless(path)
         with open(path, "rb") if on_disk and not whole else io.BytesIO(_content(stored)) as file:
             if whole:
-                _check_png(file.read())
+                _check_bytes(file.read())
                 file.seek(0)
             try:
                 image = Image.open(file)
@@ -330,8 +330,8 @@ from .files import in_row_folder, zeros_at_end
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"  # how such a file begins
 
 
-def _check_png(raw: bytes) -> None:
-    "Raises `PictureError` for a PNG whose chunks are damaged or missing; Pillow looks at few."
+def _check_bytes(raw: bytes) -> None:
+    "Raises `PictureError` for zeros in place of an end, and a PNG whose chunks do not hold."
     lost = zeros_at_end(raw)
     if lost:
         raise PictureError(f"it is cut short: its last {lost:,} bytes are zeros; download it again")

@@ -289,6 +289,7 @@ def _check_field(f, found) -> None:
 
 _KINDS = {
     bool: (lambda v: isinstance(v, bool), "true or false"),
+    int: (lambda v: is_whole(v, -math.inf), "a whole number"),
     float: (is_number, "a number"),
     str: (lambda v: isinstance(v, (str, os.PathLike)), "a text"),
 }

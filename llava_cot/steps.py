@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rapidfuzz import fuzz
 
-from .quantities import in_figures, plainly, quantities
+from .quantities import SHORT, TIMES, in_figures, plainly, quantities, unit_of
 
 # %% ../nbs/63_steps.ipynb #steps-05
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ def _worth(node: ast.AST) -> float:
     return float("nan")
 
 
-_SIZES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-_SIZES |= dict(K=10**3, M=10**6, B=10**9)
-_SIZED = re.compile(rf"(\d[\d.]*)(?:\s?({'|'.join(w for w in _SIZES if len(w) > 1)})s?|([KMB]))\b")
+_SIZES = TIMES | SHORT
+_SIZED = re.compile(rf"(\d[\d.]*)(?:\s?({'|'.join(TIMES)})s?|([KMB]))\b")
 _LETTER = re.compile(r"π|\d(?:[a-fj-kn-rt-z](?![a-zA-Z%])|[a-z]\s?\*\*)")  # 2x, 25π, 3a; but 3 m
 
 
@@ -142,17 +141,7 @@ class Equation:
     start: int  # where it begins in `in_signs(text)`
 
 
-_MEASURES = """mm millimet, cm centimet, dm decimet, m met, km kilomet, inch inche, ft foot feet,
-yd yard, mile mi; mg milligram, g gram, kg kilogram kilo, t ton tonne, lb pound, oz ounce; l lit,
-ml millilit, cl centilit, dl decilit, gallon; s sec second, min minute, h hr hour, day, week, month,
-year, decade, century centurie; °c celsiu, °f fahrenheit, k kelvin; ° degree, rad radian; $ dollar,
-¢ cent, € euro, £ p penny pence"""
-_MEASURED = {  # spelling → what it measures, and the unit
-    spelling: (kind, unit)
-    for kind, units in enumerate(_MEASURES.split(";"))
-    for unit, its in enumerate(units.split(","))
-    for spelling in its.split()
-}
+_ALIKE = {"month": "s", "°F": "°C", "K": "°C"} | dict.fromkeys(("euro", "pound", "yen"), "dollar")
 _LONGER = re.compile(  # what stands before is the beginning of the left side
     r"(?:[\w)°%]|\.\.|⋯)\s*[-+*/]\s*$"  # x + 115 = 180
     r"|[√∛∜]\s*$|\d\s?[a-zA-Z°%]*\s*[–—]\s*$|\d(?:\s+:\s*|:)$|\d\s$"  # a root, a range, a ratio
@@ -166,11 +155,10 @@ _GOES_ON = re.compile(r"\s*[+*/]|\s*-\s*[√(]|\s*-\s*[a-zA-Z]\b|\s?[√∛!π]|
 
 def _is_conversion(left: str, right: str) -> bool:
     "Whether an equation has two units of one kind, or two units and nothing computed."
-    sides = [set(re.findall(r"[a-z°]+|[$€£¢]", side.lower())) for side in (left, right)]
+    sides = [set(re.findall(r"[a-zA-Z°]+|[$€£¢]", side)) for side in (left, right)]
     alone = all(sides) and sides[0] != sides[1] and not _OPERATION.search(left)
-    bare = {re.sub(r"(?<=.)(?:[er]{2})?s?$", "", word) for word in sides[0] | sides[1]}
-    its = {_MEASURED[word] for word in bare if word in _MEASURED}
-    return alone or len({kind for kind, _ in its}) < len(its)
+    its = {unit_of(word) for word in sides[0] | sides[1]} - {None}
+    return alone or len({_ALIKE.get(kind, kind) for kind, _ in its}) < len(its)
 
 
 def equations(text: str) -> list[Equation]:

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def command(*words):
     "`llava-cot serve`, as a process: its address, and the process."
     words = [sys.executable, "-m", "llava_cot.cli", "serve", *map(str, words), "--port", "0"]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(words, **pipe)
+    # a shell's background jobs are begun deaf to Ctrl-C, and so would this be
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, preexec_fn=heard, **pipe)
     try:
         told = []  # a library may have something to say first
         while not told or (told[-1] and " is served at http://127.0.0.1:" not in told[-1]):

@@ -41,6 +41,7 @@ def test_wrong_settings_are_refused():
         (dict(max_length="500"), "max_length: found '500'"),
         (dict(group_by_length="no"), "group_by_length: found 'no', expected true or false"),
         (dict(find_batch_size=None), "find_batch_size: found None, expected true or false"),
+        (dict(seed="8"), "seed: found '8', expected a whole number"),
         (dict(spike="8"), "spike: found '8', expected a number"),
         (dict(cache_vision="8"), "cache_vision: found '8', expected a number"),
         (dict(cache_vision=8, cache_folder=5), "cache_folder: found 5, expected a text"),
