@@ -47,7 +47,9 @@ _SIGNS = (
     (r"\^(?:3(?!\d)|\{3\})", "³"),
     (r"\\(?:left|right)\b|\\[,;!]|\\(?=[%$])", ""),
     (rf"(?<![\d)] )\b(?:minus|negative) (?=[\d√]|(?:{'|'.join(_NUMBERS)})\b)", "-"),
-    (r"(?<=\d)\s+(?=%)", ""),
+    (r"(?<=\d)\s*(?:per ?cent\b|pct\b|%)", "%"),
+    (r"\b(none|all) of (?:them|these|those|the (?:options|choices|answers))\b", r"\1 of the above"),
+    (r"^\W*(none|all)\W*$", r"\1 of the above"),
     (r"(?<=\d)(?=(?:[mck]?m|[mk]?g|m?l|s|h|ft|lb|oz|hz|v|k?w)\b)", " "),
     (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![\w.,]?\d)", lambda m: m[0].replace(" ", "")),
 )
@@ -106,7 +108,7 @@ def _forms(letters: str) -> list[str]:
     )
     ends = r"(?=\s*(?:[.!;,。]|$|\n))"
     judged = (
-        r"(?:is|would be|must be|seems)\s+(?:the\s+)?(?:most\s+)?"
+        r"(?:is|would be|must be|seems)\s+(?:the\s+)?(?:more\s+|most\s+)?"
         r"(?:correct|right|best|answer|likely)\b"
     )
     return [
@@ -117,7 +119,7 @@ def _forms(letters: str) -> list[str]:
         rf"[:：]\s*{_OPEN}{one}{_CLOSE}[.!。]?\s*(?:$|\n)",
         rf"(?<![\w'’]){one}{_CLOSE}\s+{judged}",
         rf"(?<!\w){one}\s*(?:选项|项)",
-        rf"[.!?]\s+(?i:no[,.]?\s+)?{one}[.!]?\s*$",
+        rf"[.!?;]\s+(?i:no[,.]?\s+)?{one}[.!]?\s*$",
     ]
 
 
@@ -155,6 +157,8 @@ _REFUSED_AFTER = re.compile(
     r"|\s+(?:clearly\s+|obviously\s+|also\s+)?(?:wrong|incorrect|false|out|excluded"
     r"|eliminated|impossible|ruled))"
 )
+_DOUBTED = re.compile(r"(?i)\b(?:could|might|may)\s+(?:also\s+)?be\s+(?:option\s+)?[(\[]?$")
+_OUTDONE = re.compile(r"[)\].,;]*\s*(?:but|however|yet)\b.{0,60}?\b[A-HJ-Z]\b")  # A, but B is it
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:no|(?:can)?not|never|without|lacks?|lacking|nor|neither|none of)|n['’]t"
     r"|\b(?:anything|everything|all) (?:but|except)|\bexcept(?: for)?)\s+"
@@ -184,7 +188,8 @@ _LAST_WORD = (
 
 def _is_refused(text: str, at: int) -> bool:
     before, after = text[max(0, at - 60) : at], text[at + 1 : at + 80]
-    return bool(_REFUSED_BEFORE.search(before) or _REFUSED_AFTER.match(after))
+    refused = _REFUSED_BEFORE.search(before) or _REFUSED_AFTER.match(after)
+    return bool(refused or (_DOUBTED.search(before) and _OUTDONE.match(after)))
 
 
 def _is_denied(text: str, option: re.Match) -> bool:
@@ -240,7 +245,22 @@ def _said(text: str, options: Mapping[str, str]) -> set[str]:
             found = _by_words(part, options, spell)
             if len(found) == 1:
                 return found
-    return set()
+    return _in_all(text, options) or _in_part(text, options)
+
+
+def _in_all(text: str, options: Mapping[str, str]) -> set[str]:
+    "The option that stands for all of them, where a text names each of the others."
+    all_ = {letter for letter, own in options.items() if _words(own) == "all of the above"}
+    others = {letter: own for letter, own in options.items() if letter not in all_}
+    return all_ if len(others) > 1 and _by_words(text, others) == {*others} else set()
+
+
+def _in_part(text: str, options: Mapping[str, str]) -> set[str]:
+    "The one option that a text gives half of, or more: `to the right` for `to the right of it`."
+    part, own = _words(text), {letter: _words(option) for letter, option in options.items()}
+    its = [letter for letter in own if f" {part} " in f" {own[letter]} "]
+    n = len(part.split())
+    return {*its} if n > 1 and len(its) == 1 and 2 * n >= len(own[its[0]].split()) else set()
 
 # %% ../nbs/60_choices.ipynb #choice-15a
 _LOOK = r"(?i:image|figure|picture|photo|graph|diagram|shape|panel|plot|chart)"

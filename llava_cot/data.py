@@ -15,7 +15,6 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_da
 from . import cot
 from .cot import LLAVA_COT, CoTError, CoTFormat, InputWarning, Problem
 from .files import DataError, read_bytes, without_gc
-from .kept import digest, file_digest, keep_folder, kept_table
+from .kept import digest, file_digest, in_threads, keep_folder, kept_table
 from .pictures import Picture, why_unreadable
 from llava_cot.rows import (
     JsonRows,
@@ -300,8 +299,7 @@ def _placed(source: JsonRows, texts: pa.Table) -> pa.Table:
     def find(name: str) -> str:
         return str(source.find(name) or _expected(source, name))
 
-    with ThreadPoolExecutor(16) as pool:  # a disk far away answers many at once
-        places = list(pool.map(find, names.dictionary.to_pylist(), chunksize=64))
+    places = in_threads(find, names.dictionary.to_pylist())
     paths = pa.array(places, pa.string()).take(names.indices)
     both = pa.StructArray.from_arrays([held, paths], ["bytes", "path"])
     offsets = np.r_[0, np.cumsum(pc.list_value_length(column))].astype(np.int32)

@@ -49,6 +49,14 @@ def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
     return True
 
 
+def _encodings(tokenizer, texts: list[str]) -> list | None:
+    "What a fast tokenizer makes of texts, as a call does, but without lists of all ids."
+    if not tokenizer.is_fast:
+        return None
+    tokenizer("", add_special_tokens=False)  # sets what a call sets: not padded, not cut
+    return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
+
 def _alone(row: dict, *how) -> int | str:
     "Tokens of one row, or why it cannot be read."
     try:
@@ -64,19 +72,19 @@ def text_lengths(
     control_tokens: str = "refuse",  # as for `encode`
 ) -> list[int | str]:
     "Tokens of each row, each picture one; or why it cannot be read."
-    found, plain = [None] * len(rows), {}
+    found, plain, known = [None] * len(rows), {}, {}
     with contextlib.suppress(UnicodeError, TypeError):  # half a character: each is read alone
         for i, row in enumerate(rows):
             with contextlib.suppress(TokensError):
-                plain[i] = layout(processor, conversation(row, str(row.get("id"))))
-        texts = [text for text, _, _ in plain.values()]
-        read = processor.tokenizer(texts, add_special_tokens=False) if texts else None
+                row_id = str(row.get("id"))
+                plain[i] = layout(processor, conversation(row, row_id), name=row_id, known=known)
+        read = _encodings(processor.tokenizer, [text for text, _, _ in plain.values()])
         melting = melts(processor)
         for k, (i, (text, turns, specials)) in enumerate(plain.items()):
             if melting and processor.image_token in text:
                 continue
-            if read.is_fast and _is_plain(read.encodings[k], turns, specials):
-                found[i] = len(read.encodings[k].ids)
+            if read and _is_plain(read[k], turns, specials):
+                found[i] = len(read[k])
     how = (processor, fmt, control_tokens)
     return [_alone(row, *how) if n is None else n for row, n in zip(rows, found)]
 

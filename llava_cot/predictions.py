@@ -134,8 +134,8 @@ def _json_rows(path: Path, text: str) -> list[tuple]:
 
 
 def _cells(path: Path, text: str) -> Iterator[tuple]:
-    "`(place, cells)` of a table with commas or tabs. Raises `PredictionError`."
-    mark = "\t" if "\t" in text.split("\n", 1)[0] else ","
+    "`(place, cells)` of a table with commas, tabs or semicolons. Raises `PredictionError`."
+    mark = max(",\t;", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     before = 0
     try:

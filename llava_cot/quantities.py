@@ -9,7 +9,7 @@ __all__ = ['TIMES', 'SHORT', 'Quantity', 'plainly', 'has_decimal_comma', 'unit_o
 # %% ../nbs/61_quantities.ipynb #quanti-02
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 # %% ../nbs/61_quantities.ipynb #quanti-05
@@ -358,12 +358,34 @@ def _is_denied(text: str, q: Quantity) -> bool:
     return bool(_DENIED.search(text[max(0, q.start - 40) : q.start]))
 
 
+_GOES_ON = re.compile(r"\s?(?:[a-zA-Z]+\.?(?:\s?,|\sand)?\s?|(?=[$€£¥]))")
+_NO_THING = re.compile(
+    r"(?i)(?:there (?:are|is|were) |(?:it|he|she|they|the [a-z]+) (?:has|have|shows?|holds?) )?"
+    r"no (?!one\b|idea|way|answer|information|clue|doubt|such|data)[a-z]+( [a-z]+){0,6}[.!]?"
+)
+
+
+def _joined(found: list[Quantity], text: str) -> list[Quantity]:
+    "The same with `1 h 30 min` and `5 ft 3 in` as one quantity, in the larger unit."
+    joined = []
+    for q in found:
+        last = joined[-1] if joined else q
+        a, b = _measured(last.unit), _measured(q.unit)
+        alike = joined and a and b and a[0] == b[0] and b[1] < a[1] and 0 <= q.value * b[1] < a[1]
+        if alike and _GOES_ON.fullmatch(text[last.end : q.start]):
+            value = last.value + q.value * b[1] / a[1]
+            joined[-1] = replace(last, value=value, written=text[last.start : q.end], end=q.end)
+        else:
+            joined.append(q)
+    return joined
+
+
 def whole_quantity(text: str, decimal_comma: bool = False) -> Quantity | None:
     "The quantity that a whole text is."
-    found = quantities(text, decimal_comma)
+    plain = _with_point(plainly(text)) if decimal_comma else plainly(text)
+    found = _joined(quantities(text, decimal_comma), plain)
     if len(found) != 1:
         return None
-    plain = _with_point(plainly(text)) if decimal_comma else plainly(text)
     before = re.sub(_NEARLY, "", plain[: found[0].start].strip(" ($€£¥(["))
     after = plain[found[0].end :].strip(" .)]!")
     unit = re.fullmatch(r"(?:[^\W\d_]+|[%°/²³^$€£¥ -])*", after) and len(after.split()) <= 3
@@ -373,7 +395,10 @@ def whole_quantity(text: str, decimal_comma: bool = False) -> Quantity | None:
 def said_quantity(text: str, decimal_comma: bool = False) -> Quantity | None:
     "The one quantity that an answer says; `None` where it says none, or several."
     plain = _with_point(plainly(text)) if decimal_comma else plainly(text)
-    found = [q for q in quantities(text, decimal_comma) if not _is_denied(plain, q)]
+    if _NO_THING.fullmatch(plain.strip()):
+        return Quantity(0.0, "", "no")
+    found = _joined(quantities(text, decimal_comma), plain)
+    found = [q for q in found if not _is_denied(plain, q)]
     if len({q.value for q in found}) > 1:
         cues = [m.end() for m in re.finditer(r"(?i)=|≈|\banswer(?: is|:)|答案[是为:]", plain)]
         found = [q for q in found if cues and q.start >= cues[-1] - 1]

@@ -119,10 +119,22 @@ def _template(processor: ProcessorMixin, messages: list[dict], prompt_only: bool
         raise TokensError(f"{name}: the chat template refuses this conversation ({e}){hint}") from e
 
 # %% ../nbs/24_template.ipynb #c020
-def _lead(processor: ProcessorMixin, slotted: list[dict], literals: list[str], name: str) -> int:
+def _rendered(
+    processor: ProcessorMixin, slotted: list[dict], prompt_only: bool, name: str, known: dict
+) -> str:
+    "`_template` of turns whose texts are slots; once for all conversations of such turns."
+    key = str((slotted, prompt_only))
+    if key not in known:
+        known[key] = _template(processor, slotted, prompt_only, name)
+    return known[key]
+
+
+def _lead(
+    processor: ProcessorMixin, slotted: list[dict], literals: list[str], name: str, known: dict
+) -> int:
     "How many characters of template stand between the invitation to answer and the answer."
     last = max(i for i, m in enumerate(slotted) if m["role"] == "assistant")
-    invitation = _SLOT.split(_template(processor, slotted[:last], True, name))[-1]
+    invitation = _SLOT.split(_rendered(processor, slotted[:last], True, name, known))[-1]
     before = literals[int(_SLOT.search(slotted[last]["content"][0]["text"])[1])]
     if before.startswith(invitation):
         return len(before) - len(invitation)
@@ -140,14 +152,14 @@ def _flat(messages: list[dict]) -> list[dict]:
 
 
 def _frame(
-    processor: ProcessorMixin, messages: list[dict], prompt_only: bool, name: str
+    processor: ProcessorMixin, messages: list[dict], prompt_only: bool, name: str, known: dict
 ) -> tuple[list[str], list[tuple[str, str]], int]:  # literals, texts, lead
     "The template around the texts, the texts as (role, text), and `_lead`. Raises `TokensError`."
     slotted, texts = _slots(messages)
-    frame = _template(processor, slotted, prompt_only, name)
+    frame = _rendered(processor, slotted, prompt_only, name, known)
     if "{'type'" in frame:
         messages, slotted = _flat(messages), _flat(slotted)
-        frame = _template(processor, slotted, prompt_only, name)
+        frame = _rendered(processor, slotted, prompt_only, name, known)
     if "{'type'" in frame:
         raise TokensError(
             f"{name}: the chat template writes a list of texts and pictures as it stands; it was"
@@ -166,15 +178,21 @@ def _frame(
             f"{name}: the chat template changes a text; what would be learned is not what was"
             " written"
         )
-    return literals, texts, 0 if prompt_only else _lead(processor, slotted, literals, name)
+    lead = 0 if prompt_only else _lead(processor, slotted, literals, name, known)
+    return literals, texts, lead
 
 # %% ../nbs/24_template.ipynb #c027
-def _opening(literal: str, tokenizer) -> str:
-    "`literal` with the BOS that the tokenizer would add by itself, where the template writes none."
+def _adds_bos(tokenizer) -> bool:
+    "Whether a tokenizer begins each text with its BOS."
     bos = tokenizer.bos_token
-    if bos is None or bos in literal or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
-        return literal
-    return bos + literal
+    return bos is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def _opening(literal: str, tokenizer, known: dict) -> str:
+    "`literal` with the BOS that the tokenizer would add by itself, where the template writes none."
+    if "bos" not in known:
+        known["bos"] = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+    return literal if known["bos"] in literal else known["bos"] + literal
 
 # %% ../nbs/24_template.ipynb #c028
 def control_tokens_of(
@@ -231,13 +249,16 @@ def layout(
     messages: list[dict],  # from `conversation`
     prompt_only: bool = False,  # end in the invitation to answer
     name: str = "example",  # what errors call it
+    known: dict | None = None,  # given again: what the processor does to all rows, found out once
 ) -> tuple[str, list[Turn], dict[int, str]]:  # text, turns, `control_tokens_of`
     "The text to tokenise, the places of its turns, and the control tokens. Raises `TokensError`."
-    tokenizer, specials = processor.tokenizer, control_tokens_of(processor)
-    literals, texts, lead = _frame(processor, messages, prompt_only, name)
+    known = {} if known is None else known
+    tokenizer = processor.tokenizer
+    specials = known["specials"] = known.get("specials") or control_tokens_of(processor)
+    literals, texts, lead = _frame(processor, messages, prompt_only, name, known)
     no_end = (tokenizer.bos_token_id, getattr(processor, "image_token_id", None))
     enders = [token for i, token in specials.items() if i not in no_end]
-    text, turns = _opening(literals[0], tokenizer), []
+    text, turns = _opening(literals[0], tokenizer, known), []
     for (role, said), literal in zip(texts, literals[1:]):
         end = 0
         if role == "assistant":

@@ -57,10 +57,24 @@ def test_mcq_takes_the_letter_that_a_careful_reader_takes():
         "|There is no cat, only five dogs.",
         None: "I would not choose A|I don't think it is A.|The answer is B or maybe C|There is no cat."
         "|The image does not show a cat|cat is wrong|anything but cat|without a cat|It isn't a cat",
-        "C": "At first the answer is A.\nFinal Answer: C|The answer is A. Sorry, it should be C.",
+        "C": "At first the answer is A.\nFinal Answer: C|The answer is A. Sorry, it should be C."
+        "|It could be A, but C is more likely.|Neither A nor B; C",
+        "D": "none|None.|It's none of these.|none of the options",
     }
     for letter, texts in mended.items():
         assert {t: mcq(t, of) for t in texts.split("|")} == dict.fromkeys(texts.split("|"), letter)
+    sides = ["to the left of the car", "to the right of the car", "under the car"]
+    for text, options, letter in (
+        ("To the right", sides, "B"),
+        ("left of the car", sides, "A"),
+        ("the car", sides, None),
+        ("a red", ["a red car in a big garage", "a bus"], None),
+        ("25 percent", ["10%", "25%"], "B"),
+        ("All of them", ["Elm", "Oak", "All of the above"], "C"),
+        ("Oak and elm", ["Elm", "Oak", "All of the above"], "C"),
+        ("Oak and elm", ["Elm", "Oak", "Ash", "All of the above"], None),
+    ):
+        assert mcq(text, options) == letter, (text, options)
 
 
 def test_mcq_reads_numbers_with_their_sign_and_roots_and_units():

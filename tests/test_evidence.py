@@ -61,6 +61,8 @@ def test_a_word_means_what_stands_about_it():
         ("handed", "On the other side of the road.", "On the other side of a coin."),
         ("border", "Its tail is not in the picture.", "It leaps out of the sea."),
         ("turn", "The wind is from the east.", "A temple of East Asia."),
+        ("turn", "The moon is waxing.", "A woman who is waxing her skis."),
+        ("light", "A veil of haze.", "A hazel bush."),
         ("text", "The notice says closed.", "It is a good sign."),
         ("figure", "It was built in 1600.", "It was built around 1600."),
         ("unclear", "What is left of it.", "One pin is left; it was left on the lawn."),
@@ -70,6 +72,7 @@ def test_a_word_means_what_stands_about_it():
         assert kind in kinds("Is it so?", yes), (kind, yes)
         assert kind not in kinds("Is it so?", no), (kind, no)
     assert "name" not in kinds("Which landmark is it?", "The tall Eiffel Tower.")
+    assert "text" in kinds("Of which year is it?") and "text" not in kinds("Which time of year is it?")
     for question in (
         "In which month was rainfall lowest?",
         "What is the average of Spain and Italy?",

@@ -350,6 +350,8 @@ def test_a_file_that_is_none_is_one_line():
         logs = dict(args={}, logs=[dict(doc_id=0, resps=[["4"]], filtered_resps=["4"])])
         (place / "q.json").write_text(json.dumps(logs, indent=4))
         assert open_predictions(place / "q.json").rows[0].text == "4"
+        (place / "r.csv").write_text("id;text\nq;4, or 5\n")  # as spreadsheets write it in Europe
+        assert open_predictions(place / "r.csv").rows[0].text == "4, or 5"
 
 
 def test_a_spoiled_file_is_read_or_refused_in_one_line():

@@ -69,6 +69,7 @@ def test_relaxed_numbers_are_those_of_a_careful_reader():
     no_number = (
         "2√2|2 \\sqrt{3}|3 3π|3 2|2π 3²|3 3^2|3 3.0.1|3 3x|3 3_x|3 π/3|3 x/3|3 x+3|3 5!|5 10⁴|104 3⁵|35"
         " 10:10|10 2,2|2 ±5|5 \\frac{\\sqrt{2}}{2}|2 up_to_5|5 over_5|5 below_5|5 5_dogs_or_more|5"
+        " no_idea|0 no_one|0 5_dogs_no_cats|0 2_h_and_3_h|5_h"
         " 5|5_or_more isn't_5|5 3万|3 The_answer_is_5_or_6|5 The_answer_is_5._Wait,_it_is_6.|5 5_–_3|-3"
     )
     other_unit = (
@@ -82,6 +83,8 @@ def test_relaxed_numbers_are_those_of_a_careful_reader():
         " 5_pounds|5_lb 5_in_the_picture|5 答案是42|42 共有5个|5 –3|-3 one_half|0.5 three_fourths|3/4"
         " \\frac12|0.5 10^4|10000 10⁴|10000 12,34,567|1234567 ⅖|0.4 So_the_answer_is_5,_not_6.|5"
         " The_answer_is_5_because_there_are_3_dogs_and_2_cats|5 The_answer_is_5._2_are_red.|5"
+        " 1_h_30_min|90_min 5_ft_3_in|63_in It_takes_2_hours_and_5_minutes.|125_min 90_min|1_h_30_min"
+        " There_are_no_dogs.|0 no_apples|0"
     )
     for pairs_, right in ((no_number, False), (other_unit, False), (same_number, True)):
         for pair_ in pairs_.split(" "):

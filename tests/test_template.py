@@ -87,19 +87,21 @@ def test_a_template_that_changes_drops_or_repeats_a_text_is_refused():
         ("1 // 0", "refuses this conversation .*zero"),
     ):
         with pytest.raises(TokensError, match=f"row 17: the chat template {why}"):
-            _frame(told(toy, "item['text']", new), two, False, "row 17")
-    assert _frame(toy, two, False, "row 17")[1] == [("user", "Hm"), ("assistant", "Hm")]
+            _frame(told(toy, "item['text']", new), two, False, "row 17", {})
+    assert _frame(toy, two, False, "row 17", {})[1] == [("user", "Hm"), ("assistant", "Hm")]
     toy.chat_template = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
     with pytest.raises(TokensError, match="row 17: the chat template refuses .*recursion"):
-        _frame(toy, two, False, "row 17")
+        _frame(toy, two, False, "row 17", {})
 
 
 def test_each_turn_is_its_slice_of_the_text():
-    def laid_out_as_promised(said, family):
+    def laid_out_as_promised(said, family, known):
         roles = ["user", "assistant"] * len(said)
         told = [{"role": r, "content": t} for r, t in zip(roles, said)]
         plain = conversation({"messages": told}, prompt_only=len(said) % 2 == 1)
         whole, found, control = layout(family, plain, prompt_only=len(said) % 2 == 1)
+        again = layout(family, plain, len(said) % 2 == 1, known=known)
+        assert again == (whole, found, control)
         assert [whole[t.start : t.stop] for t in found] == [t.strip() for t in said]
         assert [t.role for t in found] == roles[: len(said)]
         for t in found:
@@ -116,10 +118,11 @@ def test_each_turn_is_its_slice_of_the_text():
     )
     spoken = st.lists(some.filter(str.strip), min_size=1, max_size=4)
     for tiny in TOYS:
-        family = tiny()[1]
+        family, known = tiny()[1], {}
         settings(max_examples=25, deadline=None, database=None)(
-            given(spoken)(lambda said: laid_out_as_promised(said, family))
+            given(spoken)(lambda said: laid_out_as_promised(said, family, known))
         )()
+        assert 2 < len(known) < 12  # by turns, not by texts
 
 
 def test_a_template_that_writes_the_date_writes_the_same_on_any_day():
