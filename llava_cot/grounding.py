@@ -56,6 +56,7 @@ _LOOKS = frozenset(
 _AREA = re.compile(
     r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
     r"|km|m|face|both|of (?:a|the) (?:number|side|length|leg))\w*)"
+    r"|squares (?=of (?:the|its|both|two))|(?<=sum of )(?:the )?squares"
 )
 _TALK = frozenset(
     """total altogether sum difference number left remaining more following way case reason outcome
@@ -74,7 +75,8 @@ _SEES = re.compile(
     r"(?i)(?<!which )(?<!that )\b(?:there (?:is|are|was|were)(?: also)?"
     r"|(?:also )?(?:shows?|contains?|includes?"
     r"|depicts?)"
-    r"|(?:next to|beside|behind|near|above|below|under) (?:it|them|this|that) (?:is|are"
+    r"|(?:next to|beside|behind|near|above|below|under) (?:it|them|her|him|this|that|the \w+)"
+    r" (?:is|are"
     r"|stands?|lies)"
     r"|(?:we|i|one) (?:can )?(?:also )?(?:sees?|notices?))\s+(?P<what>[^.;:!?]{1,80})"
 )
@@ -87,7 +89,7 @@ def _numbers_in(text: str) -> set[float]:
     return {abs(q.value) for q in said} | written
 
 
-def _follows(n: float, seen: set[float]) -> bool:
+def _follows(n: float, seen: set[float], *scale: float) -> bool:
     "Whether one operation makes a number of known ones: sum, share, percent, mean, square."
     if any(_near(n, m * by) for m in seen | _KNOWN for by in (1, 100, 0.01)):
         return True
@@ -95,7 +97,7 @@ def _follows(n: float, seen: set[float]) -> bool:
         return True
     own = sorted(seen)[:40]
     for a in own:
-        for b in [*own, 2, 10]:
+        for b in [*own, 2, 10, *scale]:
             ways = (a + b, abs(a - b), a * b, (a + b) / 2, a / b if b else a)
             ways += (100 * (a - b) / b if b else a,)
             if any(_near(n, abs(way)) or _near(n, abs(way) * 100) for way in ways):
@@ -115,6 +117,26 @@ _ROUGHLY = re.compile(
 )
 
 
+_READS = re.compile(
+    r"(?i)\b(?:shows?|reads|lists|names|says|reach(?:es)?|stands? at|is (?:at|marked|labelled)"
+    r"|is drawn|are (?:marked|labelled)|opens?|begins?|takes)\b"
+)
+_ADDS = re.compile(r"(?i)\b(?:also|another|too|a (?:second|third|further)|lies|stands?(?! for))\b")
+_DERIVES = re.compile(
+    r"(?i)[=+×*<>%]\s*\d|\b(?:so|thus|therefore|hence|total|sum|together|altogether|both|all|each|every"
+    r"|difference|left|remain\w*|rest|more|less|fewer|twice|half|double\w*|triple\w*|times|average|mean"
+    r"|per|ratio|share|gives?|gets?|makes?|means?|that is|which is|as (?:much|many)|than|if|because"
+    r"|since|would|must|equals?|by|from|adding|later|earlier|after|before)\b"
+)
+
+
+def _is_read(step: str, n: float) -> bool:
+    "Whether a step reads a number off the picture: it must stand there, then, not follow."
+    if _DERIVES.search(step):
+        return False
+    return bool(_ADDS.search(step) and n > 2 or _READS.search(step) and n > 12)
+
+
 def _strange_numbers(step: str, seen: set[float]) -> list[float]:
     "The numbers of a step that are not known and do not follow; those that do are known then."
     text = in_signs(step).replace("**", "^")
@@ -122,6 +144,9 @@ def _strange_numbers(step: str, seen: set[float]) -> list[float]:
     false = {at for at, _ in false_arithmetic(step)}
     given = given.union(*(_numbers_in(e.right) for e in equations(step) if e.start not in false))
     firm = [q for q in quantities(text) if not _ROUGHLY.search(text[: q.start])]
+    same = [q for q in firm if q.unit and abs(q.value) in seen]
+    read = {abs(q.value) for q in firm if not any(same_quantity(q, t) for t in same)} - seen
+    read = {n for n in read if _is_read(step, n)}
     told = [q for q in firm if q.unit and abs(q.value) in seen | _KNOWN]
     given |= {abs(q.value) for q in firm if q.unit and any(same_quantity(q, t) for t in told)}
     there = {abs(q.value) for q in firm}
@@ -129,9 +154,9 @@ def _strange_numbers(step: str, seen: set[float]) -> list[float]:
         if "/" in q.written:  # 5/8 is made of 5 and 8
             there -= {abs(q.value)}
             there |= {float(n) for n in re.findall(r"\d+", q.written)}
-    strange = []
-    for n in sorted(there - given - seen - _KNOWN):
-        if _follows(n, seen | given):
+    strange, clock = [], (5,) if re.search(r"\bhands?\b", step) else ()
+    for n in sorted((there - given - seen - _KNOWN) | read):
+        if n not in read and _follows(n, seen | given, *clock):
             seen.add(n)
         else:
             strange.append(n)
@@ -175,6 +200,25 @@ _VISIBLE = re.compile(
 )
 
 
+_PLACED = re.compile(
+    r"(?P<what>[A-Z][^.;:!?,\d]{0,40}?)\s+(?:(?:also )?(?:stands?(?! for)|lies|lie|leans?|hangs?"
+    r"|sits?|waits?|walks?|carr(?:y|ies)|grows?|is drawn|(?:is|are) (?:also )?parked)\b"
+    r"|(?:is|are) (?:also )?(?:beside|behind|next to|near|in front of|under)\b)"
+)  # at the beginning of a step
+
+
+def _is_new(word: str, known: set[str]) -> bool:
+    return not (_is_known(word, known) or _stem(word) in _EMPTY | _TALK)
+
+
+def _placed_things(step: str, known: set[str]) -> list[str]:
+    "The thing that a step puts somewhere, if nothing of it is known."
+    m = _PLACED.match(step)
+    words = re.findall(r"[^\W\d_]{2,}", m["what"]) if m else []
+    words = [w for w in words if _stem(w) not in _EMPTY]
+    return words[-1:] if words and all(_is_new(w, known) for w in words) else []
+
+
 def _strange_words(step: str, known: set[str]) -> list[str]:
     "Names, looks, and things that are claimed to be seen, which are not known."
     if _USUAL.search(step):
@@ -190,6 +234,7 @@ def _strange_words(step: str, known: set[str]) -> list[str]:
         new = [w for w in words if not _is_known(w, known) and _stem(w) not in _TALK]
         if new and 2 * len(new) >= len(words) and not re.match(r"(?:no|not|nothing)\b", phrase):
             found += new
+    found += _placed_things(step, known)
     looks = [w for w in re.findall(r"[a-z]+", _AREA.sub("", step).lower()) if _stem(w) in _LOOKS]
     return found + [w for w in looks if not any(k.endswith(_stem(w)) for k in known)]
 
@@ -266,7 +311,8 @@ def contradicted(reasoning: str, caption: str) -> Iterator[tuple[int, str]]:
         for value, noun, start in said:
             before = seen.get(name, said[:1])
             first = {v for v, its, _ in before if not its or not noun or its == noun}
-            if len(first) == 1 and value not in first:
+            scaled = {value * by for by in (1, 1e3, 1e6, 1e9, 1e12)}  # 21, 14 and 5 million
+            if len(first) == 1 and not scaled & first:
                 yield start, f"{name} is {value:g} here and {min(first):g} before"
 
 # %% ../nbs/64_grounding.ipynb #ground-16
@@ -310,6 +356,28 @@ def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
 _CHOICES = _LOOKS | frozenset("above below left right top bottom upper lower north south".split())
 
 
+def _bare(text: str) -> str:
+    "The words of a text between blanks, without an article in front."
+    words = " ".join(re.findall(r"\w+", text.lower()))
+    return f" {re.sub('^(?:an?|the) ', '', words)} "
+
+
+_OPPOSITES = dict(open="closed", full="empty", on="off", even="odd", safe="dangerous", wet="dry")
+_OPPOSITES |= dict(
+    same="different", indoors="outdoors", clean="dirty", awake="asleep", true="false"
+)
+_OPPOSITES |= {other: one for one, other in _OPPOSITES.items()}
+
+
+def _turns(question: str, clause: str) -> bool:
+    "Whether a clause says the opposite of what is asked: *closed*, where it was *open*."
+    asked, said = (set(re.findall(r"[a-z']+", text.lower())) for text in (question, clause))
+    if {"not", "no", "never", "or"} & (asked | said) or "n't" in clause:
+        return False
+    its = {_OPPOSITES[word] for word in asked if word in _OPPOSITES}
+    return bool(its & said and not its & asked and not asked & said & _OPPOSITES.keys())
+
+
 def _not_its_words(conclusion: str, its: list, question: str) -> str:
     "What is wrong with a conclusion that is words."
     last, whole = its[-1].text, " ".join(step.text for step in its)
@@ -323,18 +391,20 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
         denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
         opposed = denied and words == {"yes"} and _content(denied[1]) <= stems(question)
         told = set(re.findall(r"\b(?:so|is)\W+(yes|no)\b(?=[,.;:!]|$)", last.lower()))
-        wrong = {other} in (said, told) or opposed
+        wrong = {other} in (said, told) or opposed or words == {"yes"} and _turns(question, clause)
         return "the last step says the opposite" if wrong else ""
     words = words - {"yes", "no"} or words
-    bare = not re.search(r"\b(?:is|are|was|were|has|have|to)\b", clause)
+    bare = not re.search(r"\b(?:is|are|was|were|has|have|to|will|would|can|must)\b", clause)
     names = {_stem(w) for w in re.findall(r"(?<=\S )[A-Z]\w+", conclusion)}
     if bare and len(said) <= 2 and len(words) <= 2 and said & words:
         ok = said == words or words < said and not (said - words) & _CHOICES
+        ok |= _bare(conclusion) in _bare(whole) and not (said - words) & _CHOICES
     elif _ENDS.search(last) or _is_one_of_several(words, conclusion, f"{question} {whole}"):
         ok = 2 * _held(words, last) >= len(words)
     else:
         ok = 2 * _held(words, whole) >= len(words)
     ok |= len(words) > 3 and _held(words - stems(question), whole) > 0  # a sentence of its own
+    ok |= len(words) > 2 and 0 < _held(words, last) and _held(words, whole) == len(words)
     ok &= names <= stems(whole, question)
     return "" if ok else f"the last step does not speak of {conclusion[:40]}"
 

@@ -26,9 +26,13 @@ class Step:
     text: str
 
 
+_NO_NAME = (
+    r"(?=\s+(?:The|Then|There|They|These|Those|This|That|Thus|So|It|Its|In|At|And|But|Now|Both"
+    r"|Each|Hence)\b)"
+)
 _NOT_AFTER = (
-    r"(?<!\b[A-Z]\.)(?<!\b[A-Z][a-z]\.)(?<!\bMrs\.)(?<!\bProf\.)(?<!\bFig\.)(?<!\be\.g\.)"
-    r"(?<!\bi\.e\.)"
+    rf"(?:(?<!\b[A-Z]\.)|(?<=\d[A-Z]\.)|(?<=\d\s[A-Z]\.)|(?<=°[A-Z]\.)|{_NO_NAME})"  # an initial
+    r"(?<!\b[A-Z][a-z]\.)(?<!\bMrs\.)(?<!\bProf\.)(?<!\bFig\.)(?<!\be\.g\.)(?<!\bi\.e\.)"
 )
 _BREAK = re.compile(rf"{_NOT_AFTER}(?<=[.!;])\s+|(?<=[?])\s+(?=[A-Z])|\n+")
 

@@ -106,7 +106,8 @@ def hollow(folder, config, most=5 * 10**9):
         file.write_bytes(struct.pack("<Q", len(header)) + header)
         os.truncate(file, 8 + len(header) + max(w["data_offsets"][1] for w in listed.values()))
         where |= dict.fromkeys(listed, file.name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    index = dict(metadata={}, weight_map=where)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 GROWS = """
 import gc

@@ -16,6 +16,7 @@ def test_steps_are_the_text_but_for_spaces():
 
     holds()
     assert len(steps("Dr. A. Moreno came. He left.")) == 2 and steps(" ") == []
+    assert len(steps("It is 4 °C. At C. it is 5 N. That side is B. The rest is C.")) == 4
 
 
 def test_arithmetic_is_done_again():
