@@ -55,15 +55,15 @@ _LOOKS = frozenset(
 )
 _AREA = re.compile(
     r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
-    r"|km|m|face|both|of (?:a|the) (?:number|side|length|leg))\w*)"
+    r"|km|m|face|both|numbers?\b|of (?:a|the) (?:number|side|length|leg))\w*)"
     r"|squares (?=of (?:the|its|both|two))|(?<=sum of )(?:the )?squares"
 )
 _TALK = frozenset(
     """total altogether sum difference number left remaining more following way case reason outcome
     possibility option choice answer step part kind type value need pair picture image photo
     scene diagram chart graph figure table evidence sign indication clue detail information
-    thing object item element people person side several different various visible present clear
-    clearly""".split()
+    thing object item element name title text word line label letter people person side
+    several different various visible present clear clearly""".split()
 )
 _COMMON = frozenset(
     """i ok usa us uk eu un tv dna led gps celsius fahrenheit kelvin roman arabic latin english
@@ -194,6 +194,10 @@ _THERE = re.compile(
     r"(?i)\d|\b(?:reads?|says?|labell?ed|sign|signed|stamp|written|named|stands?|lies|beside"
     r"|next to|near|behind|left|right|above|below|see|shows?|there)\b"
 )
+_HEAD_ENDS = re.compile(  # of a man in a boat the man is claimed
+    r",|\b(?:which|that|because|of|with|in|on|at|near|beside|behind|under|between|for|from|to"
+    r"|has|have|is|are)\b"
+)
 _VISIBLE = re.compile(
     r"(?i)\b(?:an?|another|some)\s+(?P<what>[^.;:!?,]{1,40}?)\s+(?:is|are) (?:also )?"
     r"(?:visible|seen|shown|depicted)\b"
@@ -225,14 +229,15 @@ def _strange_words(step: str, known: set[str]) -> list[str]:
         return []  # of such things in general
     found = [
         name
-        for name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", step)
+        for name in re.findall(r"(?<=[a-z,] )[A-Z][^\W²³]+(?:['’]\w+)?", step)
         if _THERE.search(step) and not _is_known(name, known) and not _is_common(name, step)
     ]
     for m in (*_SEES.finditer(step), *_VISIBLE.finditer(step)):
-        phrase = re.split(r",|\b(?:which|that|because)\b", m["what"])[0]
+        phrase = _HEAD_ENDS.split(m["what"])[0]
         words = [w for w in re.findall(r"[^\W\d_]{2,}", phrase) if _stem(w) not in _EMPTY]
         new = [w for w in words if not _is_known(w, known) and _stem(w) not in _TALK]
-        if new and 2 * len(new) >= len(words) and not re.match(r"(?:no|not|nothing)\b", phrase):
+        head = bool(new) and new[-1] == words[-1] and 2 * len(new) >= len(words)
+        if head and not re.match(r"(?:no|not|nothing)\b", phrase):
             found += new
     found += _placed_things(step, known)
     looks = [w for w in re.findall(r"[a-z]+", _AREA.sub("", step).lower()) if _stem(w) in _LOOKS]
@@ -287,20 +292,23 @@ def _its_number(clause: str) -> tuple[float, str] | None:
     return its[0].value, _stem(noun[1]) if noun and noun[1] not in _EMPTY else ""
 
 
+def _names_in(clause: str) -> set[str]:
+    found = re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
+    return {name for name in found if name.lower() not in _EMPTY | _NUMBERED}
+
+
 def _claims(text: str) -> dict[str, list[tuple[float, str, int]]]:
     "Name → the numbers said of it, what they count, and their places; only from clauses with one"
     " name and one number."
     found = {}
     for step in steps(text):
-        for clause in re.split(r",(?!\d)|;| and ", step.text):
-            names = {
-                w
-                for w in re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
-                if w.lower() not in _EMPTY | _NUMBERED
-            }
-            number = _its_number(clause)
-            if len(names) == 1 and number:
-                found.setdefault(names.pop(), []).append((*number, step.start))
+        for clause in re.split(r",(?!\d)|;", step.text):
+            parts = [(_names_in(part), _its_number(part)) for part in clause.split(" and ")]
+            if not all(len(names) == 1 and number for names, number in parts):
+                parts = [(_names_in(clause), _its_number(clause))]  # A and B are at 3 and 5
+            for names, number in parts:
+                if len(names) == 1 and number:
+                    found.setdefault(names.pop(), []).append((*number, step.start))
     return found
 
 
@@ -402,7 +410,8 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
     elif _ENDS.search(last) or _is_one_of_several(words, conclusion, f"{question} {whole}"):
         ok = 2 * _held(words, last) >= len(words)
     else:
-        ok = 2 * _held(words, whole) >= len(words)
+        own = {word for word in words if not _held({word}, question)}  # the rest was asked
+        ok = 2 * _held(words, whole) >= len(words) or 0 < len(own) == _held(own, whole)
     ok |= len(words) > 3 and _held(words - stems(question), whole) > 0  # a sentence of its own
     ok |= len(words) > 2 and 0 < _held(words, last) and _held(words, whole) == len(words)
     ok &= names <= stems(whole, question)
@@ -423,8 +432,10 @@ def unsupported(conclusion: str, reasoning: str, question: str) -> Iterator[tupl
         ok = _content(options[letter]) <= stems(last.text) or mcq(last.text, options) == letter
         others = (_content(own) for key, own in options.items() if key != letter)
         named = sum(own <= stems(last.text) for own in others)
-        if not ok and named != 1:  # the last names none of them, or rules them out
-            ok = _content(options[letter]) <= stems(reasoning)
+        out = re.search(r"(?i)\b(?:no|not|never|neither)\b|n['’]t\b", last.text)
+        if not ok and (named != 1 or out and not _ENDS.search(last.text)):
+            # the last names none of them, or rules them out
+            ok = _held(_content(options[letter]), reasoning) == len(_content(options[letter]))
         why = "" if ok else f"the last step does not speak of {letter}, {options[letter]}"
     elif said_quantity(conclusion) and not re.search(r"\d:\d", conclusion):
         why = _not_its_number(conclusion, its)

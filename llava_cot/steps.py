@@ -154,6 +154,10 @@ _LONGER = re.compile(  # what stands before is the beginning of the left side
     r"(?:out\s+)?of\s+$)|\d\s?(?:h|hours?|ft|feet|foot|m|min|minutes?|lbs?|kg|km)\s+(?:and\s+)?$"
 )
 _LONGER_ALONE = re.compile(r"\d\S*\s+(?:[a-zA-Z]+\s+){1,3}$|\bof\s+$")  # the mean of 8 and 10 = 9
+_LABELLED = re.compile(  # angle 2 = 180° - 55°: a name that has a number
+    r"(?i)(?:\b(?:angles?|sides?|legs?|arcs?|segments?|lines?|points?|triangles?|circles?|objects?"
+    r"|resistors?|bars?|boxe?s?|groups?|parts?|cases?|steps?|equation|no\.|number)|[∠△#])\s*$"
+)
 _GOES_ON = re.compile(r"\s*[+*/]|\s*-\s*[√(]|\s*-\s*[a-zA-Z]\b|\s?[√∛!π]|\(|(?:\s+:\s*|:)\d|\s\d")
 
 
@@ -174,6 +178,8 @@ def equations(text: str) -> list[Equation]:
         if _LONGER.search(before) or _GOES_ON.match(after) or _is_conversion(left, right):
             continue
         if not _OPERATION.search(left) and _LONGER_ALONE.search(before):
+            continue
+        if re.fullmatch(r"\s*\d+\s*", left) and _LABELLED.search(before):
             continue
         value, said = computed(left), computed(right)
         if value is None or said is None:
