@@ -18,8 +18,6 @@ from functools import partial, wraps
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
-
 from . import cot
 from .cot import CoTFormat, InputError
 from .settings import Settings
@@ -48,12 +46,9 @@ def format_of(name: str) -> CoTFormat:
     "The format of that name, or of that YAML file's fields. Raises `CoTError`."
     if Path(name).suffix not in (".yaml", ".yml"):
         return cot.format_of(name)
-    from llava_cot.files import first_line
+    from llava_cot.files import read_yaml
 
-    try:
-        given = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as e:
-        raise CliError(f"fmt {name}: it cannot be read: {first_line(e)}") from None
+    given = read_yaml(name)
     try:
         return cot.format_of(
             {"name": Path(name).stem} | given if isinstance(given, dict) else given

@@ -201,6 +201,8 @@ def _why_no_format(fmt: CoTFormat) -> str | None:
     lists = (fmt.stages, fmt.optional, fmt.repeatable, fmt.reasoning or ())
     if not all(isinstance(text, str) for text in texts) or not fmt.name:
         return "its name, between and pad must be texts"
+    if not isinstance(fmt.tags, bool):
+        return f"tags: found {fmt.tags!r}, expected true or false"
     if not all(isinstance(some, tuple) for some in lists):
         return "stages, optional, repeatable and reasoning must be lists of stages"
     for stage in fmt.stages:

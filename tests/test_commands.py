@@ -149,12 +149,17 @@ def test_a_format_is_a_name_or_a_file():
             ("stages: [[a]]", "mine.yaml: format 'mine': stage ['a']: expected a name"),
             ("stagez: [a]", "mine.yaml: fmt: unknown field 'stagez'"),
             ("3", "mine.yaml: fmt: found int"),
-            ("a: [", "mine.yaml: it cannot be read"),
+            ("a: [", "mine.yaml: cannot be read as YAML"),
+            (
+                "open: <{stage}>\nopen: x",
+                "mine.yaml: cannot be read as YAML: line 2: the key 'open' stands twice",
+            ),
+            ("tags: maybe", "format 'mine': tags: found 'maybe', expected true or false"),
         ):
             file.write_text(text)
             with pytest.raises(InputError, match=re.escape(told)):
                 format_of(str(file))
-        with pytest.raises(InputError, match="it cannot be read"):
+        with pytest.raises(InputError, match="none.yaml: cannot be read"):
             format_of(str(Path(d) / "none.yaml"))
         with pytest.raises(InputError, match="fmt: found 'thunk', expected one of llava_cot"):
             format_of("thunk")
