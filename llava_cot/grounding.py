@@ -48,38 +48,6 @@ def _content(*texts: str) -> set[str]:
 # %% ../nbs/64_grounding.ipynb #ground-08
 _KNOWN = frozenset([*range(13), 24, 32, 50, 60, 90, 100, 180, 360, 365, 1000, 30, 31])
 _KNOWN |= {0.2, 0.25, 1 / 3, 0.5, 2 / 3, 0.75, 3.14, 3.14159, 9.8, 9.81, 273}
-_LOOKS = frozenset(
-    """red orange yellow green blue purple violet pink brown black white grey gray cyan magenta
-    circle square triangle star rectangle hexagon pentagon cube ball sphere cylinder cone
-    diamond turquoise teal beige maroon crimson""".split()
-)
-_AREA = re.compile(
-    r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
-    r"|km|m|face|both|numbers?\b|of (?:a|the) (?:number|side|length|leg))\w*)"
-    r"|squares (?=of (?:the|its|both|two))|(?<=sum of )(?:the )?squares"
-)
-_TALK = frozenset(
-    """total altogether sum difference number left remaining more following way case reason outcome
-    possibility option choice answer step part kind type value need pair picture image photo
-    scene diagram chart graph figure table evidence sign indication clue detail information
-    thing object item element name title text word line label letter people person side
-    several different various visible present clear clearly""".split()
-)
-_COMMON = frozenset(
-    """i ok usa us uk eu un tv dna led gps celsius fahrenheit kelvin roman arabic latin english
-    christmas halloween easter internet earth monday tuesday wednesday thursday friday saturday
-    sunday january february march april may june july august september october november
-    december""".split()
-)
-_SEES = re.compile(
-    r"(?i)(?<!which )(?<!that )\b(?:there (?:is|are|was|were)(?: also)?"
-    r"|(?:also )?(?:shows?|contains?|includes?"
-    r"|depicts?)"
-    r"|(?:next to|beside|behind|near|above|below|under) (?:it|them|her|him|this|that|the \w+)"
-    r" (?:is|are"
-    r"|stands?|lies)"
-    r"|(?:we|i|one) (?:can )?(?:also )?(?:sees?|notices?))\s+(?P<what>[^.;:!?]{1,80})"
-)
 
 
 def _numbers_in(text: str) -> set[float]:
@@ -87,6 +55,13 @@ def _numbers_in(text: str) -> set[float]:
     said = quantities(text)
     written = {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", plainly(text))}
     return {abs(q.value) for q in said} | written
+
+
+def _near(a: float, b: float) -> bool:
+    "Whether two numbers are equal, or one is the other rounded to two places."
+    if not (isfinite(a) and isfinite(b)):
+        return a == b
+    return abs(a - b) <= (1e-9 * abs(b) if b == int(b) else 0.005)
 
 
 def _follows(n: float, seen: set[float], *scale: float) -> bool:
@@ -104,19 +79,7 @@ def _follows(n: float, seen: set[float], *scale: float) -> bool:
                 return True
     return False
 
-
-def _near(a: float, b: float) -> bool:
-    "Whether two numbers are equal, or one is the other rounded to two places."
-    if not (isfinite(a) and isfinite(b)):
-        return a == b
-    return abs(a - b) <= (1e-9 * abs(b) if b == int(b) else 0.005)
-
-
-_ROUGHLY = re.compile(
-    r"(?i)(?:about|around|approximately|roughly|nearly|almost|estimated?|close to|~|≈)\s*[$€£]?$"
-)
-
-
+# %% ../nbs/64_grounding.ipynb #ground-08c
 _READS = re.compile(
     r"(?i)\b(?:shows?|reads|lists|names|says|reach(?:es)?|stands? at|is (?:at|marked|labelled)"
     r"|is drawn|are (?:marked|labelled)|opens?|begins?|takes)\b"
@@ -135,6 +98,11 @@ def _is_read(step: str, n: float) -> bool:
     if _DERIVES.search(step):
         return False
     return bool(_ADDS.search(step) and n > 2 or _READS.search(step) and n > 12)
+
+# %% ../nbs/64_grounding.ipynb #ground-08e
+_ROUGHLY = re.compile(
+    r"(?i)(?:about|around|approximately|roughly|nearly|almost|estimated?|close to|~|≈)\s*[$€£]?$"
+)
 
 
 def _strange_numbers(step: str, seen: set[float]) -> list[float]:
@@ -163,15 +131,20 @@ def _strange_numbers(step: str, seen: set[float]) -> list[float]:
     seen |= given if strange else given | there
     return strange
 
-
-def _is_common(name: str, step: str) -> bool:
-    "Whether a name says where something is from, or whose law it is: *Japanese*, *Ohm's law*."
-    word = re.sub(r"['’]s$", "", name)
-    its = re.search(
-        rf"\b{re.escape(name)}(?:\s+\w+)?\s+(?:theorem|law|rule|formula|equation)", step
-    )
-    ends = re.search(r"(?:ean|ian|can|man|ese|ish|ic|ism|ist)s?$", word)
-    return bool(its or ends or word.lower() in _COMMON or len(word) == 1)
+# %% ../nbs/64_grounding.ipynb #ground-08h
+_TALK = frozenset(
+    """total altogether sum difference number left remaining more following way case reason outcome
+    possibility option choice answer step part kind type value need pair picture image photo
+    scene diagram chart graph figure table evidence sign indication clue detail information
+    thing object item element name title text word line label letter people person side
+    several different various visible present clear clearly""".split()
+)
+_COMMON = frozenset(
+    """i ok usa us uk eu un tv dna led gps celsius fahrenheit kelvin roman arabic latin english
+    christmas halloween easter internet earth monday tuesday wednesday thursday friday saturday
+    sunday january february march april may june july august september october november
+    december""".split()
+)
 
 
 def _is_known(name: str, known: set[str]) -> bool:
@@ -189,30 +162,90 @@ def _is_known(name: str, known: set[str]) -> bool:
     )
 
 
-_USUAL = re.compile(r"(?i)\b(?:typically|usually|often|generally|commonly|normally|tends?)\b")
+def _is_new(word: str, known: set[str]) -> bool:
+    return not (_is_known(word, known) or _stem(word) in _EMPTY | _TALK)
+
+# %% ../nbs/64_grounding.ipynb #ground-08j
 _THERE = re.compile(
     r"(?i)\d|\b(?:reads?|says?|labell?ed|sign|signed|stamp|written|named|stands?|lies|beside"
     r"|next to|near|behind|left|right|above|below|see|shows?|there)\b"
 )
-_HEAD_ENDS = re.compile(  # of a man in a boat the man is claimed
-    r",|\b(?:which|that|because|of|with|in|on|at|near|beside|behind|under|between|for|from|to"
-    r"|has|have|is|are)\b"
+
+
+def _is_common(name: str, step: str) -> bool:
+    "Whether a name says where something is from, or whose law it is: *Japanese*, *Ohm's law*."
+    word = re.sub(r"['’]s$", "", name)
+    its = re.search(
+        rf"\b{re.escape(name)}(?:\s+\w+)?\s+(?:theorem|law|rule|formula|equation)", step
+    )
+    ends = re.search(r"(?:ean|ian|can|man|ese|ish|ic|ism|ist)s?$", word)
+    return bool(its or ends or word.lower() in _COMMON or len(word) == 1)
+
+
+def _strange_names(step: str, known: set[str]) -> list[str]:
+    "The names that a step says to be there, where they are not known."
+    names = (
+        re.findall(r"(?<=[a-z,] )[A-Z][^\W²³]+(?:['’]\w+)?", step) if _THERE.search(step) else []
+    )
+    return [name for name in names if not (_is_known(name, known) or _is_common(name, step))]
+
+# %% ../nbs/64_grounding.ipynb #ground-08l
+_LOOKS = frozenset(
+    """red orange yellow green blue purple violet pink brown black white grey gray cyan magenta
+    circle square triangle star rectangle hexagon pentagon cube ball sphere cylinder cone
+    diamond turquoise teal beige maroon crimson""".split()
+)
+_AREA = re.compile(
+    r"(?i)\b(?:perfect |the )?square (?=(?:centi|milli|kilo|met|feet|foot|inch|mile|unit|root|cm"
+    r"|km|m|face|both|numbers?\b|of (?:a|the) (?:number|side|length|leg))\w*)"
+    r"|squares (?=of (?:the|its|both|two))|(?<=sum of )(?:the )?squares"
+)
+
+
+def _strange_looks(step: str, known: set[str]) -> list[str]:
+    "The colours and forms of a step that are not known."
+    words = re.findall(r"[a-z]+", _AREA.sub("", step).lower())
+    looks = [word for word in words if _stem(word) in _LOOKS]
+    return [word for word in looks if not any(k.endswith(_stem(word)) for k in known)]
+
+# %% ../nbs/64_grounding.ipynb #ground-08o
+_SEES = re.compile(
+    r"(?i)(?<!which )(?<!that )\b(?:there (?:is|are|was|were)(?: also)?"
+    r"|(?:also )?(?:shows?|contains?|includes?"
+    r"|depicts?)"
+    r"|(?:next to|beside|behind|near|above|below|under) (?:it|them|her|him|this|that|the \w+)"
+    r" (?:is|are"
+    r"|stands?|lies)"
+    r"|(?:we|i|one) (?:can )?(?:also )?(?:sees?|notices?))\s+(?P<what>[^.;:!?]{1,80})"
 )
 _VISIBLE = re.compile(
     r"(?i)\b(?:an?|another|some)\s+(?P<what>[^.;:!?,]{1,40}?)\s+(?:is|are) (?:also )?"
     r"(?:visible|seen|shown|depicted)\b"
 )
+_HEAD_ENDS = re.compile(  # of a man in a boat the man is claimed
+    r",|\b(?:which|that|because|of|with|in|on|at|near|beside|behind|under|between|for|from|to"
+    r"|has|have|is|are)\b"
+)
 
 
+def _seen_things(step: str, known: set[str]) -> list[str]:
+    "The things that a step claims to see, where they are not known."
+    found = []
+    for m in (*_SEES.finditer(step), *_VISIBLE.finditer(step)):
+        phrase = _HEAD_ENDS.split(m["what"])[0]
+        words = [w for w in re.findall(r"[^\W\d_]{2,}", phrase) if _stem(w) not in _EMPTY]
+        new = [w for w in words if _is_new(w, known)]
+        head = bool(new) and new[-1] == words[-1] and 2 * len(new) >= len(words)
+        if head and not re.match(r"(?:no|not|nothing)\b", phrase):
+            found += new
+    return found
+
+# %% ../nbs/64_grounding.ipynb #ground-08q
 _PLACED = re.compile(
     r"(?P<what>[A-Z][^.;:!?,\d]{0,40}?)\s+(?:(?:also )?(?:stands?(?! for)|lies|lie|leans?|hangs?"
     r"|sits?|waits?|walks?|carr(?:y|ies)|grows?|is drawn|(?:is|are) (?:also )?parked)\b"
     r"|(?:is|are) (?:also )?(?:beside|behind|next to|near|in front of|under)\b)"
 )  # at the beginning of a step
-
-
-def _is_new(word: str, known: set[str]) -> bool:
-    return not (_is_known(word, known) or _stem(word) in _EMPTY | _TALK)
 
 
 def _placed_things(step: str, known: set[str]) -> list[str]:
@@ -222,26 +255,16 @@ def _placed_things(step: str, known: set[str]) -> list[str]:
     words = [w for w in words if _stem(w) not in _EMPTY]
     return words[-1:] if words and all(_is_new(w, known) for w in words) else []
 
+# %% ../nbs/64_grounding.ipynb #ground-08s
+_USUAL = re.compile(r"(?i)\b(?:typically|usually|often|generally|commonly|normally|tends?)\b")
+
 
 def _strange_words(step: str, known: set[str]) -> list[str]:
-    "Names, looks, and things that are claimed to be seen, which are not known."
+    "Names, things and looks which are not known; none of a step about what is usual."
     if _USUAL.search(step):
-        return []  # of such things in general
-    found = [
-        name
-        for name in re.findall(r"(?<=[a-z,] )[A-Z][^\W²³]+(?:['’]\w+)?", step)
-        if _THERE.search(step) and not _is_known(name, known) and not _is_common(name, step)
-    ]
-    for m in (*_SEES.finditer(step), *_VISIBLE.finditer(step)):
-        phrase = _HEAD_ENDS.split(m["what"])[0]
-        words = [w for w in re.findall(r"[^\W\d_]{2,}", phrase) if _stem(w) not in _EMPTY]
-        new = [w for w in words if not _is_known(w, known) and _stem(w) not in _TALK]
-        head = bool(new) and new[-1] == words[-1] and 2 * len(new) >= len(words)
-        if head and not re.match(r"(?:no|not|nothing)\b", phrase):
-            found += new
-    found += _placed_things(step, known)
-    looks = [w for w in re.findall(r"[a-z]+", _AREA.sub("", step).lower()) if _stem(w) in _LOOKS]
-    return found + [w for w in looks if not any(k.endswith(_stem(w)) for k in known)]
+        return []
+    kinds = (_strange_names, _seen_things, _placed_things, _strange_looks)
+    return [word for kind in kinds for word in kind(step, known)]
 
 
 def ungrounded(reasoning: str, caption: str, question: str) -> Iterator[tuple[int, str]]:
@@ -262,8 +285,6 @@ _NUMBERED = frozenset(
     """step label row column question option figure angle side page day line point group section
     part case stage level phase round week year chapter item number statement answer""".split()
 )  # Step 2 is no other number of a step than 1
-
-
 _CHANGES = re.compile(
     r"(?i)\d\s*[-+*/×=<>]|\b(?:days?|left|remain\w*|g[ai]ves?|given|then|now|more|fewer|less|not|after"
     r"|before|another|lost|loses?|eats?|ate|sold|sells?|buys?|bought|takes?|took|adds?|total|average"
@@ -291,7 +312,7 @@ def _its_number(clause: str) -> tuple[float, str] | None:
     noun = re.match(r"\s?(%|[a-z]+)", after)
     return its[0].value, _stem(noun[1]) if noun and noun[1] not in _EMPTY else ""
 
-
+# %% ../nbs/64_grounding.ipynb #ground-12b
 def _names_in(clause: str) -> set[str]:
     found = re.findall(r"\b[A-Z][a-z]{2,}\b", clause)
     return {name for name in found if name.lower() not in _EMPTY | _NUMBERED}
@@ -311,7 +332,7 @@ def _claims(text: str) -> dict[str, list[tuple[float, str, int]]]:
                     found.setdefault(names.pop(), []).append((*number, step.start))
     return found
 
-
+# %% ../nbs/64_grounding.ipynb #ground-12d
 def contradicted(reasoning: str, caption: str) -> Iterator[tuple[int, str]]:
     "Place and message of each number that is another than was said of the same name before."
     seen = _claims(caption)
@@ -348,32 +369,27 @@ def _not_its_number(conclusion: str, its: list) -> str:
         return ""
     return f"the last step gives {given[0]:g}, the conclusion {said.value:g}"
 
-
+# %% ../nbs/64_grounding.ipynb #ground-16b
 def _held(words: set[str], text: str) -> int:
     "How many of some stems a text has, or words that begin like them: *happiness*, *happy*."
     there = stems(text)
     return sum(any(w == t or len(w) > 3 and w[:4] == t[:4] for t in there) for w in words)
 
 
-def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
-    "Whether a conclusion is a name or a colour, of which reasoning names others, too."
-    name = conclusion.strip(" .").split()[-1]
-    return name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", whole) or bool(words & _LOOKS)
+def _not_its_letter(letter: str, options: dict, last: str, reasoning: str) -> str:
+    "What is wrong with a conclusion that is a letter."
+    own = _content(options[letter])
+    ok = own <= stems(last) or mcq(last, options) == letter
+    others = (_content(text) for key, text in options.items() if key != letter)
+    named = sum(other <= stems(last) for other in others)
+    out = re.search(r"(?i)\b(?:no|not|never|neither)\b|n['’]t\b", last)
+    if not ok and (named != 1 or out and not _ENDS.search(last)):
+        ok = _held(own, reasoning) == len(own)  # the last names none of them, or rules them out
+    return "" if ok else f"the last step does not speak of {letter}, {options[letter]}"
 
-
-_CHOICES = _LOOKS | frozenset("above below left right top bottom upper lower north south".split())
-
-
-def _bare(text: str) -> str:
-    "The words of a text between blanks, without an article in front."
-    words = " ".join(re.findall(r"\w+", text.lower()))
-    return f" {re.sub('^(?:an?|the) ', '', words)} "
-
-
-_OPPOSITES = dict(open="closed", full="empty", on="off", even="odd", safe="dangerous", wet="dry")
-_OPPOSITES |= dict(
-    same="different", indoors="outdoors", clean="dirty", awake="asleep", true="false"
-)
+# %% ../nbs/64_grounding.ipynb #ground-16d
+_OPPOSITES = dict(open="closed", full="empty", even="odd", safe="dangerous", wet="dry")
+_OPPOSITES |= dict(same="different", indoors="outdoors", clean="dirty", awake="asleep")
 _OPPOSITES |= {other: one for one, other in _OPPOSITES.items()}
 
 
@@ -386,6 +402,31 @@ def _turns(question: str, clause: str) -> bool:
     return bool(its & said and not its & asked and not asked & said & _OPPOSITES.keys())
 
 
+def _not_its_yes(answer: str, clause: str, last: str, question: str) -> str:
+    "What is wrong with a conclusion that is yes or no."
+    other = {"yes": "no", "no": "yes"}[answer]
+    denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
+    opposed = denied and _content(denied[1]) <= stems(question) or _turns(question, clause)
+    told = set(re.findall(r"\b(?:so|is)\W+(yes|no)\b(?=[,.;:!]|$)", last.lower()))
+    wrong = {other} in (_content(clause), told) or answer == "yes" and opposed
+    return "the last step says the opposite" if wrong else ""
+
+# %% ../nbs/64_grounding.ipynb #ground-16f
+_CHOICES = _LOOKS | frozenset("above below left right top bottom upper lower north south".split())
+
+
+def _is_one_of_several(words: set[str], conclusion: str, whole: str) -> bool:
+    "Whether a conclusion is a name or a colour, of which reasoning names others, too."
+    name = conclusion.strip(" .").split()[-1]
+    return name in re.findall(r"(?<=[a-z,] )[A-Z][\w'’]+", whole) or bool(words & _LOOKS)
+
+
+def _bare(text: str) -> str:
+    "The words of a text between blanks, without an article in front."
+    words = " ".join(re.findall(r"\w+", text.lower()))
+    return f" {re.sub('^(?:an?|the) ', '', words)} "
+
+# %% ../nbs/64_grounding.ipynb #ground-16g
 def _not_its_words(conclusion: str, its: list, question: str) -> str:
     "What is wrong with a conclusion that is words."
     last, whole = its[-1].text, " ".join(step.text for step in its)
@@ -395,12 +436,7 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
     clause = re.split(r",|\b(?:[Ss]o|[Tt]hus|[Tt]herefore|[Hh]ence)\b", last)[-1]
     words, said = _content(conclusion), _content(clause)
     if {"yes"} == words or {"no"} == words:
-        other = {"yes": "no", "no": "yes"}[min(words)]
-        denied = re.search(r"\b(?:is|are|was|were|does|do|can) (?:not|n['’]t) (.+)", clause)
-        opposed = denied and words == {"yes"} and _content(denied[1]) <= stems(question)
-        told = set(re.findall(r"\b(?:so|is)\W+(yes|no)\b(?=[,.;:!]|$)", last.lower()))
-        wrong = {other} in (said, told) or opposed or words == {"yes"} and _turns(question, clause)
-        return "the last step says the opposite" if wrong else ""
+        return _not_its_yes(min(words), clause, last, question)
     words = words - {"yes", "no"} or words
     bare = not re.search(r"\b(?:is|are|was|were|has|have|to|will|would|can|must)\b", clause)
     names = {_stem(w) for w in re.findall(r"(?<=\S )[A-Z]\w+", conclusion)}
@@ -417,7 +453,7 @@ def _not_its_words(conclusion: str, its: list, question: str) -> str:
     ok &= names <= stems(whole, question)
     return "" if ok else f"the last step does not speak of {conclusion[:40]}"
 
-
+# %% ../nbs/64_grounding.ipynb #ground-16i
 def unsupported(conclusion: str, reasoning: str, question: str) -> Iterator[tuple[int, str]]:
     "Place and message, where the last step gives another conclusion, or none."
     its, options = steps(reasoning), options_in(question)
@@ -429,14 +465,7 @@ def unsupported(conclusion: str, reasoning: str, question: str) -> Iterator[tupl
     ):
         last = its[-2]  # of which it says no more than that it is so
     if letter in options:
-        ok = _content(options[letter]) <= stems(last.text) or mcq(last.text, options) == letter
-        others = (_content(own) for key, own in options.items() if key != letter)
-        named = sum(own <= stems(last.text) for own in others)
-        out = re.search(r"(?i)\b(?:no|not|never|neither)\b|n['’]t\b", last.text)
-        if not ok and (named != 1 or out and not _ENDS.search(last.text)):
-            # the last names none of them, or rules them out
-            ok = _held(_content(options[letter]), reasoning) == len(_content(options[letter]))
-        why = "" if ok else f"the last step does not speak of {letter}, {options[letter]}"
+        why = _not_its_letter(letter, options, last.text, reasoning)
     elif said_quantity(conclusion) and not re.search(r"\d:\d", conclusion):
         why = _not_its_number(conclusion, its)
     else:
