@@ -247,7 +247,7 @@ def _said(text: str, options: Mapping[str, str]) -> set[str]:
                 return found
     return _in_all(text, options) or _in_part(text, options)
 
-
+# %% ../nbs/60_choices.ipynb #choice-14p
 def _in_all(text: str, options: Mapping[str, str]) -> set[str]:
     "The option that stands for all of them, where a text names each of the others."
     all_ = {letter for letter, own in options.items() if _words(own) == "all of the above"}
@@ -256,11 +256,16 @@ def _in_all(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _in_part(text: str, options: Mapping[str, str]) -> set[str]:
-    "The one option that a text gives half of, or more: `to the right` for `to the right of it`."
-    part, own = _words(text), {letter: _words(option) for letter, option in options.items()}
-    its = [letter for letter in own if f" {part} " in f" {own[letter]} "]
-    n = len(part.split())
-    return {*its} if n > 1 and len(its) == 1 and 2 * n >= len(own[its[0]].split()) else set()
+    "The one option of which a text gives half of the words, or more, and no word turns them."
+    part = _words(text)
+    if not re.fullmatch(r"[^\W\d_]+(?: [^\W\d_]+)+", part):
+        return set()  # of a formula a part is another
+    own = {letter: f" {_words(option)} " for letter, option in options.items()}
+    its = [letter for letter in own if f" {part} " in own[letter]]
+    if len(its) != 1 or 2 * len(part.split()) < len(own[its[0]].split()):
+        return set()
+    rest = own[its[0]].replace(f" {part} ", "  ")
+    return set() if re.search(r"\b(?:no|not|non|never|without)\b|n['’]t\b", rest) else {*its}
 
 # %% ../nbs/60_choices.ipynb #choice-15a
 _LOOK = r"(?i:image|figure|picture|photo|graph|diagram|shape|panel|plot|chart)"

@@ -370,6 +370,9 @@ def _not_its_number(conclusion: str, its: list) -> str:
     return f"the last step gives {given[0]:g}, the conclusion {said.value:g}"
 
 # %% ../nbs/64_grounding.ipynb #ground-16b
+_DENIES = re.compile(r"(?i)\b(?:no|not|never|neither)\b|n['’]t\b")
+
+
 def _held(words: set[str], text: str) -> int:
     "How many of some stems a text has, or words that begin like them: *happiness*, *happy*."
     there = stems(text)
@@ -382,7 +385,7 @@ def _not_its_letter(letter: str, options: dict, last: str, reasoning: str) -> st
     ok = own <= stems(last) or mcq(last, options) == letter
     others = (_content(text) for key, text in options.items() if key != letter)
     named = sum(other <= stems(last) for other in others)
-    out = re.search(r"(?i)\b(?:no|not|never|neither)\b|n['’]t\b", last)
+    out = _DENIES.search(last)
     if not ok and (named != 1 or out and not _ENDS.search(last)):
         ok = _held(own, reasoning) == len(own)  # the last names none of them, or rules them out
     return "" if ok else f"the last step does not speak of {letter}, {options[letter]}"
@@ -396,7 +399,7 @@ _OPPOSITES |= {other: one for one, other in _OPPOSITES.items()}
 def _turns(question: str, clause: str) -> bool:
     "Whether a clause says the opposite of what is asked: *closed*, where it was *open*."
     asked, said = (set(re.findall(r"[a-z']+", text.lower())) for text in (question, clause))
-    if {"not", "no", "never", "or"} & (asked | said) or "n't" in clause:
+    if _DENIES.search(f"{question} {clause}") or "or" in asked | said:
         return False
     its = {_OPPOSITES[word] for word in asked if word in _OPPOSITES}
     return bool(its & said and not its & asked and not asked & said & _OPPOSITES.keys())

@@ -69,6 +69,18 @@ def file_digest(path: str | os.PathLike) -> str:
             found.update(block)
     return found.hexdigest()
 
+# %% ../nbs/05_kept.ipynb #kept-threads
+def in_threads(
+    act: Callable,  # such as to ask the disk for something
+    items: Iterable,
+) -> list:  # `act(item)` of each
+    "Many at once, as a disk far away answers them; 64 a task, for a task costs more than a look."
+    items = list(items)
+    portions = [items[i : i + 64] for i in range(0, len(items), 64)]
+    with ThreadPoolExecutor(16) as pool:  # its own `chunksize` does nothing
+        done = pool.map(lambda portion: [act(item) for item in portion], portions)
+        return [found for portion in done for found in portion]
+
 # %% ../nbs/05_kept.ipynb #kept-stamps
 _REST = 2.0  # seconds that a file must have been at rest
 
@@ -91,18 +103,6 @@ def _zip_stamp(archive: str) -> str | None:
     except DataError:  # who reads it says what is wrong
         return None
     return None if None in found else "; ".join(found)
-
-
-def in_threads(
-    act: Callable,  # such as to ask the disk for something
-    items: Iterable,
-) -> list:  # `act(item)` of each
-    "Many at once, as a disk far away answers them; 64 a task, for a task costs more than a look."
-    items = list(items)
-    portions = [items[i : i + 64] for i in range(0, len(items), 64)]
-    with ThreadPoolExecutor(16) as pool:  # its own `chunksize` does nothing
-        done = pool.map(lambda portion: [act(item) for item in portion], portions)
-        return [found for portion in done for found in portion]
 
 
 def stamps(

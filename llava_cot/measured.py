@@ -32,6 +32,14 @@ from .rows import in_workers
 from .template import TokensError, Turn, conversation, layout
 from .tokens import melts, row_tokens, text_row
 
+# %% ../nbs/28_measured.ipynb #measured-encodings
+def _encodings(tokenizer, texts: list[str]) -> list | None:
+    "What a fast tokenizer makes of texts, as a call does, but without lists of all ids."
+    if not tokenizer.is_fast:
+        return None
+    tokenizer("", add_special_tokens=False)  # sets what a call sets: not padded, not cut
+    return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+
 # %% ../nbs/28_measured.ipynb #measured-text
 def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
     "Whether no turn holds a control token, and each answer begins where a token does."
@@ -47,14 +55,6 @@ def _is_plain(encoding, turns: list[Turn], specials: dict[int, str]) -> bool:
             if first and encoding.token_to_chars(first - 1)[1] < turn.first:
                 return False  # offsets may leave out a blank that is in the answer's first token
     return True
-
-
-def _encodings(tokenizer, texts: list[str]) -> list | None:
-    "What a fast tokenizer makes of texts, as a call does, but without lists of all ids."
-    if not tokenizer.is_fast:
-        return None
-    tokenizer("", add_special_tokens=False)  # sets what a call sets: not padded, not cut
-    return tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
 def _alone(row: dict, *how) -> int | str:

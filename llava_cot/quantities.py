@@ -357,7 +357,7 @@ def _is_plain(text: str, q: Quantity) -> bool:
 def _is_denied(text: str, q: Quantity) -> bool:
     return bool(_DENIED.search(text[max(0, q.start - 40) : q.start]))
 
-
+# %% ../nbs/61_quantities.ipynb #quanti-18j
 _GOES_ON = re.compile(r"\s?(?:[a-zA-Z]+\.?(?:\s?,|\sand)?\s?|(?=[$€£¥]))")
 _NO_THING = re.compile(
     r"(?i)(?:there (?:are|is|were) |(?:it|he|she|they|the [a-z]+) (?:has|have|shows?|holds?) )?"
@@ -379,7 +379,7 @@ def _joined(found: list[Quantity], text: str) -> list[Quantity]:
             joined.append(q)
     return joined
 
-
+# %% ../nbs/61_quantities.ipynb #quanti-18w
 def whole_quantity(text: str, decimal_comma: bool = False) -> Quantity | None:
     "The quantity that a whole text is."
     plain = _with_point(plainly(text)) if decimal_comma else plainly(text)
